@@ -1,0 +1,153 @@
+// Moving bytes between ranks. One primitive, one-sided in meaning: put(bytes, peer, planned offset, signal). Both sides
+// know every transfer from the plan, so a two-sided backend lowers a put to a matched send and receive.
+//
+// Vocabulary
+//   channel  an independent stream of passes over the same buffers and signals (a layer context has one; 0 is kept for
+//            collectives). Several are in flight at once.
+//   window   registered memory of this rank into which peers put, numbered within its channel
+//   signal   a counter of this rank, numbered within its channel; it grows by one each time a put that names it has
+//            fully landed. It never shrinks: a waiter compares with a running total.
+//
+// A pass (one execution of a template on a channel):
+//   1. set_window() for every window that grew        (only while no pass is in flight on the channel here)
+//   2. expect() every put that will come              (sizes and offsets come from the plan)
+//   3. put() a zero-byte "ready" signal to each peer that will put here; peers wait for it before they put
+//   4. put() and progress() until all signals are there and puts_completed() covers all own puts
+// WRONG: putting before the peer's ready signal of the same pass - its window may still be in use.
+//
+// Ownership: windows and put sources belong to the caller. A source must stay unchanged until
+// puts_completed(channel) counts it. Windows must stay valid until close().
+// Thread-safety: one Transport serves one rank; calls come from one thread at a time, except abort() and aborted(),
+// which any thread may call. Only wait(), barrier-like helpers (collectives.hpp) and close() block.
+// Errors: misuse throws (kInvalidArgument, kInvalidState); everything that depends on peers comes back as Status.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/base/clock.hpp"
+#include "sluice/base/error.hpp"
+#include "sluice/base/ids.hpp"
+#include "sluice/base/topology.hpp"
+
+namespace sluice::comm {
+
+// What a backend can do. The scheduler asks these, never a backend's name.
+struct Caps {
+  bool one_sided = false;           // a put needs no matching call at the peer
+  bool device_memory = false;       // windows and sources may be device memory
+  bool device_initiated = false;    // kernels may put
+  bool needs_host_counts = true;    // sizes must be known on the host
+  bool graph_capturable = false;    // a pass can be recorded into a device graph
+  bool survives_peer_loss = false;  // the survivors can form a new group in this process
+  std::int64_t max_in_flight = 0;   // puts outstanding before put() has to progress; 0 = no limit
+};
+
+// What a link does, for the cost model. Zero means unknown (not measured).
+struct Perf {
+  std::chrono::nanoseconds latency{0};      // of an empty put, one way
+  double bytes_per_s = 0;                   // large puts, one way
+  std::chrono::nanoseconds per_message{0};  // sender's cost of a put
+  bool emulated = false;                    // slowed on purpose to a declared speed
+};
+
+struct Put {
+  RankId peer;                        // may be the own rank
+  std::uint32_t channel = 0;
+  std::uint32_t window = 0;           // of the peer
+  std::int64_t offset_bytes = 0;      // in the peer's window
+  std::span<const std::byte> source;  // may be empty: then only the signal travels
+  std::uint32_t signal = 0;           // of the peer; grows by one when all bytes are there
+};
+
+struct Expect {
+  RankId peer;
+  std::uint32_t channel = 0;
+  std::uint32_t window = 0;
+  std::int64_t offset_bytes = 0;
+  std::int64_t bytes = 0;
+  std::uint32_t signal = 0;
+};
+
+// Why a group ended. The first writer wins; all ranks come to see the same record.
+struct AbortRecord {
+  Status status;       // full sentence: who, what, expected, seen, elapsed
+  RankId culprit;      // invalid when no rank is to blame
+  RankId reporter;
+  std::string phase;   // "dispatch", "combine", "plan", ...
+  std::int32_t chunk = -1;
+};
+
+// What a blocked rank waits for.
+struct WaitSpec {
+  std::uint32_t channel = 0;
+  std::uint32_t signal = 0;
+  std::uint64_t value = 0;      // signal total to reach
+  std::string_view phase;       // static storage
+  std::int32_t chunk = -1;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual std::string_view name() const = 0;  // "local", "mpi", ...; for reports only
+  virtual Caps caps() const = 0;
+  virtual Perf perf(RankId peer) const = 0;
+  virtual RankId rank() const = 0;
+  virtual const Topology& topology() const = 0;
+  std::int32_t num_ranks() const { return topology().num_ranks(); }
+
+  // Makes room for a channel's windows and signals (idempotent; may grow). Local and cheap, no communication; a peer's
+  // put to a channel not yet opened here waits for it.
+  virtual void open_channel(std::uint32_t channel, std::uint32_t num_windows, std::uint32_t num_signals) = 0;
+  virtual void set_window(std::uint32_t channel, std::uint32_t window, std::span<std::byte> memory) = 0;
+
+  // Announces puts that will come. Puts from one peer to one signal come in the order in which they are expected.
+  // Throws kInvalidArgument if one lies outside its window.
+  virtual void expect(std::span<const Expect> expects) = 0;
+  virtual void put(const Put& put) = 0;
+  // Moves things along without blocking. True if anything happened.
+  virtual bool progress() = 0;
+
+  virtual std::uint64_t signal(std::uint32_t channel, std::uint32_t signal) const = 0;
+  // Own puts on the channel whose source may be reused, in total.
+  virtual std::uint64_t puts_completed(std::uint32_t channel) const = 0;
+  // Peers with expected puts to this signal that have not landed, ascending, each once.
+  virtual std::vector<RankId> missing(std::uint32_t channel, std::uint32_t signal) const = 0;
+
+  // Ends the group: every rank's waits return. Returns whether this call was the first. Never throws.
+  virtual bool abort(const AbortRecord& record) noexcept = 0;
+  virtual bool aborted() const noexcept = 0;
+  virtual AbortRecord abort_record() const = 0;
+
+  // How long a wait may go without anything it waits for arriving; the suspicion window comes on top of it and is a
+  // fifth of it at most.
+  virtual void set_timeout(std::chrono::nanoseconds timeout) = 0;
+  virtual std::chrono::nanoseconds timeout() const = 0;
+
+  // Called over and over by a rank that has nothing to do but wait for `pending` (at least one). Publishes what it
+  // waits for; ok while there is hope. After the deadline it collects who waits for whom, blames the sink of that
+  // graph, aborts the group and returns the error; if the group is aborted it returns that error at once.
+  virtual Status idle(std::span<const WaitSpec> pending) = 0;
+  // Called when something came; restarts the deadline.
+  virtual void advanced() = 0;
+
+  // Blocks until the signal total is reached: progress + idle.
+  Status wait(const WaitSpec& spec);
+};
+
+// Where ranks are threads of this process. Element r serves rank r. Links that the topology declares limited are
+// emulated (Perf::emulated says so). The transports share state and may be destroyed in any order.
+std::vector<std::unique_ptr<Transport>> make_local_group(const Topology& topology);
+
+// One rank of a group that already exists outside, from a module loaded on demand ("mpi"; its file is looked for beside
+// the library). `nodes` empty: the nodes are discovered; else the topology is this one and must have as many ranks.
+// Throws kNotSupported naming the file when the module is not there, kInvalidConfig when the rank counts differ.
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override);
+
+}  // namespace sluice::comm
