@@ -11,15 +11,21 @@ namespace sluice {
 
 enum class DType : std::uint8_t { kF32 = 0, kBF16 = 1 };
 
-constexpr std::size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-constexpr std::string_view to_string(DType dtype) { return dtype == DType::kF32 ? "f32" : "bf16"; }
+constexpr std::size_t size_of(DType dtype) {
+  return dtype == DType::kF32 ? 4 : 2;
+}
+constexpr std::string_view to_string(DType dtype) {
+  return dtype == DType::kF32 ? "f32" : "bf16";
+}
 
 struct bf16 {
   std::uint16_t bits = 0;
 
   bf16() = default;
   constexpr explicit bf16(float value) : bits(round(value)) {}
-  constexpr explicit operator float() const { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+  constexpr explicit operator float() const {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+  }
   friend constexpr bool operator==(bf16 a, bf16 b) { return a.bits == b.bits; }
 
  private:

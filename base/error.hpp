@@ -26,21 +26,21 @@ enum class Scope {
 };
 
 // X(enumerator, text, scope)
-#define SLUICE_ERROR_LIST(X)                                                                   \
-  X(kOk, "ok", Scope::kCall)                                                                   \
-  X(kInvalidArgument, "invalid argument", Scope::kCall)                                        \
-  X(kInvalidConfig, "invalid configuration", Scope::kCall)                                     \
-  X(kInvalidRouting, "invalid routing", Scope::kCall)                                          \
-  X(kInvalidState, "invalid state", Scope::kCall)                                              \
-  X(kNotSupported, "not supported", Scope::kCall)                                              \
-  X(kNotFound, "not found", Scope::kCall)                                                      \
-  X(kIo, "input/output error", Scope::kCall)                                                   \
-  X(kOutOfMemory, "out of memory", Scope::kContext)                                            \
-  X(kDisagreement, "ranks disagree", Scope::kGroup)                                            \
-  X(kTimeout, "deadline passed", Scope::kGroup)                                                \
-  X(kPeerLost, "peer lost", Scope::kGroup)                                                     \
-  X(kAborted, "group aborted", Scope::kGroup)                                                  \
-  X(kTransport, "transport failure", Scope::kGroup)                                            \
+#define SLUICE_ERROR_LIST(X)                               \
+  X(kOk, "ok", Scope::kCall)                               \
+  X(kInvalidArgument, "invalid argument", Scope::kCall)    \
+  X(kInvalidConfig, "invalid configuration", Scope::kCall) \
+  X(kInvalidRouting, "invalid routing", Scope::kCall)      \
+  X(kInvalidState, "invalid state", Scope::kCall)          \
+  X(kNotSupported, "not supported", Scope::kCall)          \
+  X(kNotFound, "not found", Scope::kCall)                  \
+  X(kIo, "input/output error", Scope::kCall)               \
+  X(kOutOfMemory, "out of memory", Scope::kContext)        \
+  X(kDisagreement, "ranks disagree", Scope::kGroup)        \
+  X(kTimeout, "deadline passed", Scope::kGroup)            \
+  X(kPeerLost, "peer lost", Scope::kGroup)                 \
+  X(kAborted, "group aborted", Scope::kGroup)              \
+  X(kTransport, "transport failure", Scope::kGroup)        \
   X(kInternal, "internal error (please report)", Scope::kProcess)
 
 enum class ErrorCode : int {
@@ -104,15 +104,27 @@ template <typename... Parts>
 Require(bool, ErrorCode, const Parts&...) -> Require<Parts...>;
 
 namespace detail {
-inline void append(std::string& out, std::string_view text) { out += text; }
-inline void append(std::string& out, const std::string& text) { out += text; }
-inline void append(std::string& out, const char* text) { out += text; }
-inline void append(std::string& out, char c) { out += c; }
-inline void append(std::string& out, bool value) { out += value ? "true" : "false"; }
+inline void append(std::string& out, std::string_view text) {
+  out += text;
+}
+inline void append(std::string& out, const std::string& text) {
+  out += text;
+}
+inline void append(std::string& out, const char* text) {
+  out += text;
+}
+inline void append(std::string& out, char c) {
+  out += c;
+}
+inline void append(std::string& out, bool value) {
+  out += value ? "true" : "false";
+}
 void append(std::string& out, double value);
-inline void append(std::string& out, float value) { append(out, static_cast<double>(value)); }
+inline void append(std::string& out, float value) {
+  append(out, static_cast<double>(value));
+}
 template <typename Integer>
-  requires std::is_integral_v<Integer>
+requires std::is_integral_v<Integer>
 void append(std::string& out, Integer value) {
   out += std::to_string(value);
 }

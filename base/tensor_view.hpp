@@ -23,7 +23,11 @@ struct BasicMatrixView {
   // A contiguous matrix of float or bf16.
   template <typename T>
   BasicMatrixView(T* d, std::int64_t r, std::int64_t c)
-      : data(reinterpret_cast<Byte*>(d)), dtype(dtype_of<std::remove_const_t<T>>), rows(r), cols(c), row_stride(c) {}
+      : data(reinterpret_cast<Byte*>(d)),
+        dtype(dtype_of<std::remove_const_t<T>>),
+        rows(r),
+        cols(c),
+        row_stride(c) {}
   // A mutable view converts to a const one.
   operator BasicMatrixView<const std::byte>() const { return {data, dtype, rows, cols, row_stride}; }
 
@@ -42,9 +46,10 @@ using ConstMatrixView = BasicMatrixView<const std::byte>;
 
 // Throws kInvalidArgument naming `what` unless the view has this shape, a stride of at least cols, and data
 // wherever rows > 0.
-inline void require_shape(const ConstMatrixView& view, std::string_view what, std::int64_t rows, std::int64_t cols) {
-  Require(view.rows == rows && view.cols == cols, ErrorCode::kInvalidArgument, what, " has shape [", view.rows, ", ",
-          view.cols, "], must be [", rows, ", ", cols, "]");
+inline void require_shape(const ConstMatrixView& view, std::string_view what, std::int64_t rows,
+                          std::int64_t cols) {
+  Require(view.rows == rows && view.cols == cols, ErrorCode::kInvalidArgument, what, " has shape [",
+          view.rows, ", ", view.cols, "], must be [", rows, ", ", cols, "]");
   Require(view.row_stride >= cols, ErrorCode::kInvalidArgument, what, " has row stride ", view.row_stride,
           ", must be at least ", cols);
   Require(view.data != nullptr || rows == 0 || cols == 0, ErrorCode::kInvalidArgument, what,

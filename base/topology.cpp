@@ -8,7 +8,8 @@ namespace sluice {
 Topology::Topology(std::vector<std::vector<std::int32_t>> nodes) : nodes_(std::move(nodes)) {
   std::size_t num_ranks = 0;
   for (const auto& ranks : nodes_) num_ranks += ranks.size();
-  Require(num_ranks > 0, ErrorCode::kInvalidConfig, "topology has no ranks; name at least one node with one rank");
+  Require(num_ranks > 0, ErrorCode::kInvalidConfig,
+          "topology has no ranks; name at least one node with one rank");
   node_of_.assign(num_ranks, -1);
   local_index_.assign(num_ranks, -1);
   for (std::size_t n = 0; n < nodes_.size(); ++n) {
@@ -28,8 +29,9 @@ Topology::Topology(std::vector<std::vector<std::int32_t>> nodes) : nodes_(std::m
 }
 
 Topology Topology::uniform(std::int32_t num_ranks, std::int32_t num_nodes) {
-  Require(num_ranks > 0 && num_nodes > 0 && num_ranks % num_nodes == 0, ErrorCode::kInvalidConfig, "cannot put ",
-          num_ranks, " ranks on ", num_nodes, " equal nodes; list the ranks of each node instead");
+  Require(num_ranks > 0 && num_nodes > 0 && num_ranks % num_nodes == 0, ErrorCode::kInvalidConfig,
+          "cannot put ", num_ranks, " ranks on ", num_nodes,
+          " equal nodes; list the ranks of each node instead");
   const std::int32_t node_size = num_ranks / num_nodes;
   std::vector<std::vector<std::int32_t>> nodes(static_cast<std::size_t>(num_nodes));
   for (std::int32_t r = 0; r < num_ranks; ++r) nodes[static_cast<std::size_t>(r / node_size)].push_back(r);

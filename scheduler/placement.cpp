@@ -97,7 +97,8 @@ void check_choice(const Placement& placement, const Topology& topology, std::spa
   require_plannable(placement);
   Require(topology.num_ranks() == placement.num_ranks, kBad, "the topology has ", topology.num_ranks(),
           " ranks, the placement ", placement.num_ranks);
-  Require(demand.size() == at(placement.num_ranks) * at(placement.num_experts), kBad, "demand has ",
+  const bool needless = demand.empty() && placement.replicated.empty();
+  Require(needless || demand.size() == at(placement.num_ranks) * at(placement.num_experts), kBad, "demand has ",
           demand.size(), " entries, must be num_ranks ", placement.num_ranks, " times num_experts ",
           placement.num_experts);
   Require(slot_of_size == slot_of_expected, kBad, "slot_of has ", slot_of_size, " entries, must be ",

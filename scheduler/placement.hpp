@@ -135,7 +135,7 @@ void require_plannable(const Placement& placement);
 // routes: first everything that leaves no choice, then the open choices one by one, experts ascending and
 // within one sources ascending, each adding its demand to the rank it takes. A source's routes to one expert
 // all take one copy. It is a pure function of the arguments, so any rank computes for any source what the
-// source does. demand: int64 [num_ranks, num_experts], routes from rank to expert; slot_of: int32
+// source does. demand: int64 [num_ranks, num_experts], routes from rank to expert (empty will do while nothing is replicated); slot_of: int32
 // [num_experts], overwritten, -1 for everywhere experts. Cost: num_experts when nothing is replicated; else
 // one pass over demand and a choice for each (replicated expert, rank). Throws kInvalidArgument on sizes or a
 // negative demand of a replicated expert, kNotSupported on sharded experts.
