@@ -1,0 +1,107 @@
+#include "sluice/scheduler/template.hpp"
+
+#include <gtest/gtest.h>
+
+#include "expect_error.hpp"
+
+namespace sluice {
+namespace {
+
+std::vector<Template> templates_of(const Topology& topology, const ScheduleOptions& schedule) {
+  std::vector<Template> out;
+  for (std::int32_t r = 0; r < topology.num_ranks(); ++r)
+    out.push_back(build_template(RankId(r), topology, schedule));
+  return out;
+}
+
+TEST(Template, GroupsFitTogether) {
+  const std::vector<std::vector<std::vector<std::int32_t>>> topologies = {{{0}},
+                                                                          {{0, 1}},
+                                                                          {{0}, {1}},
+                                                                          {{0, 1}, {2, 3}},
+                                                                          {{0, 2}, {1, 3}},
+                                                                          {{0, 1, 2}, {3}},
+                                                                          {{3}, {0, 1, 2}},
+                                                                          {{0, 1}, {2, 3, 4}, {5}},
+                                                                          {{0, 1, 2, 3}, {4, 5, 6, 7}},
+                                                                          {{0}, {1}, {2}, {3, 4, 5, 6, 7}}};
+  for (const auto& nodes : topologies)
+    for (const Exchange exchange : {Exchange::kGateway, Exchange::kDirect})
+      for (const std::int32_t chunks : {1, 2, 5}) {
+        const Topology topology(nodes);
+        SCOPED_TRACE(topology.describe() + " chunks " + std::to_string(chunks));
+        const auto templates = templates_of(
+            topology,
+            {chunks == 1 ? SchedulePolicy::kSequential : SchedulePolicy::kChunked, exchange, chunks});
+        EXPECT_NO_THROW(validate_group(templates));
+        for (const Template& t : templates) EXPECT_EQ(t.schedule_hash(), templates[0].schedule_hash());
+      }
+}
+
+// The checks can fail: each kind of damage is found.
+TEST(Template, DamageIsFound) {
+  const Topology topology({{0, 1}, {2, 3}});
+  const ScheduleOptions schedule{SchedulePolicy::kChunked, Exchange::kGateway, 2};
+  const auto good = templates_of(topology, schedule);
+  const auto find = [](PassTemplate& p, OpKind kind) -> Op& {
+    for (Op& op : p.ops)
+      if (op.kind == kind) return op;
+    throw std::logic_error("no such op");
+  };
+  const auto self_index = [](const PassTemplate& p, const Op& op) {
+    return static_cast<std::uint32_t>(&op - p.ops.data());
+  };
+
+  auto cyclic = good;
+  Op& reduce = find(cyclic[1].forward, OpKind::kReduce);
+  find(cyclic[1].forward, OpKind::kExpertGemm1)
+      .waits.push_back({true, self_index(cyclic[1].forward, reduce), 1});
+  expect_error(ErrorCode::kInternal, {"cycle"}, [&] { cyclic[1].validate(); });
+
+  auto starved = good;
+  for (CounterWait& w : find(starved[0].forward, OpKind::kUnpack).waits)
+    if (!w.completion) ++w.value;
+  expect_error(ErrorCode::kInternal, {"never comes"}, [&] { starved[0].validate(); });
+
+  auto missing = good;  // one put less than the receiver counts on
+  --find(missing[2].forward, OpKind::kPut).raises;
+  expect_error(ErrorCode::kInternal, {"stop with"}, [&] { validate_group(missing); });
+
+  auto surplus = good;
+  ++find(surplus[2].backward, OpKind::kReturn).raises;
+  expect_error(ErrorCode::kInternal, {"raised"}, [&] { validate_group(surplus); });
+}
+
+TEST(Template, HashTellsSchedulesApart) {
+  const Topology topology({{0, 1}, {2, 3}});
+  const auto hash = [&](std::int32_t chunks, Exchange exchange, std::int32_t rank) {
+    return build_template(RankId(rank), topology, {SchedulePolicy::kChunked, exchange, chunks}).hash();
+  };
+  EXPECT_EQ(hash(2, Exchange::kGateway, 0), hash(2, Exchange::kGateway, 0));
+  EXPECT_NE(hash(2, Exchange::kGateway, 0), hash(3, Exchange::kGateway, 0));
+  EXPECT_NE(hash(2, Exchange::kGateway, 0), hash(2, Exchange::kDirect, 0));
+  EXPECT_NE(hash(2, Exchange::kGateway, 0), hash(2, Exchange::kGateway, 1));
+}
+
+TEST(Template, PrintsItself) {
+  const Template t = build_template(RankId(1), Topology({{0, 1}, {2, 3}}),
+                                    {SchedulePolicy::kChunked, Exchange::kGateway, 2});
+  const std::string text = t.explain();
+  for (const char* word : {"rank 1", "chunked", "pack1", "expert_gemm1", "arrived2[1] >= ", "wgrad"})
+    EXPECT_NE(text.find(word), std::string::npos) << word << " is not in\n" << text;
+  EXPECT_NE(t.to_json().find("\"expert_dgrad1\""), std::string::npos);
+}
+
+TEST(Template, RefusesContradictions) {
+  const Topology topology = Topology::uniform(2, 1);
+  expect_error(ErrorCode::kInvalidArgument, {"num_chunks", "0"}, [&] {
+    build_template(RankId(0), topology, {SchedulePolicy::kChunked, Exchange::kGateway, 0});
+  });
+  expect_error(ErrorCode::kInvalidArgument, {"sequential", "3"}, [&] {
+    build_template(RankId(0), topology, {SchedulePolicy::kSequential, Exchange::kGateway, 3});
+  });
+  expect_error(ErrorCode::kInvalidArgument, {"rank 5"}, [&] { build_template(RankId(5), topology, {}); });
+}
+
+}  // namespace
+}  // namespace sluice
