@@ -12,7 +12,8 @@
 // with c0 = 0 (forward, dgrad) or the value already there (wgrad), where the reduction index ascends over hidden/ffn
 // columns (forward, dgrad) or over rows in the given order (wgrad). No split-K, no reassociation. So a row's result
 // depends on that row and the weights alone, not on tile, thread or row count; tests compare bitwise with a scalar loop.
-// bf16 inputs are widened to fp32 first (exact); bf16 outputs are rounded once at the end.
+// bf16 inputs are widened to fp32 first (exact); bf16 outputs are rounded once at the end. The dtypes of the arguments
+// of one call may differ from each other.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +64,7 @@ class Kernels {
                                std::span<const std::int32_t> position, std::span<const float> weight,
                                MatrixView out) = 0;
 
-  // y[t] += scale[t] * x[t] in fp32, rounded to y's dtype.  x, y: dtype [n, cols]; scale: f32 [n]
+  // y[t] += scale[t] * x[t] in fp32 (one multiply, one add), rounded to y's dtype.  x, y: dtype [n, cols]; scale: f32 [n]
   virtual void add_scaled_rows(ConstMatrixView x, std::span<const float> scale, MatrixView y) = 0;
 
   // ---- grouped GEMM ------------------------------------------------------------------------------------------------
@@ -92,7 +93,8 @@ class Kernels {
                                   std::int64_t end) = 0;
 
   // One fused pass over rows begin..end-1 (DESIGN: nothing is divided by w, expert outputs need not be kept):
-  //   a = activation(h[p]) in fp32;  dw[p] = <u[p], a> (fp32, one fma chain ascending);
+  //   a = activation(h[p]) in fp32;  dw[p] = <u[p], a> in fp32: 16 lanes, lane j the fma chain over columns
+  //   j, j+16, ... ascending from 0; then the lanes are added in order, ((lane 0 + lane 1) + lane 2) + ...;
   //   dh[p] = activation'(h[p]) * (weight[p] * u[p]);  wa[p] = weight[p] * a.
   // h: dtype [*, preactivation_cols]; u: dtype [*, ffn] (= W2^T dy); weight: f32 [*]; dw: f32 [*];
   // dh: dtype like h; wa: dtype like u. dh may alias h; wa may alias u.
@@ -101,8 +103,11 @@ class Kernels {
                                    std::int64_t begin, std::int64_t end) = 0;
 
   // ---- optimizer ---------------------------------------------------------------------------------------------------
-  // Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), fp32 master weights; when `copy` has data it
-  // receives the updated weights rounded to its dtype.  All f32 [n]; copy: dtype [1, n] or null data.
+  // Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), fp32 master weights, decay scaled by the learning
+  // rate:  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
+  //        w = w (1 - lr decay) - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + epsilon)
+  // When `copy` has data it receives the updated weights rounded to its dtype. Elements are independent of each other:
+  // any cut of the arrays gives the same bits.  All f32 [n]; copy: dtype [1, n] or null data.
   virtual void adamw(const AdamW& options, std::span<float> master, std::span<const float> grad, std::span<float> m,
                      std::span<float> v, MatrixView copy) = 0;
 

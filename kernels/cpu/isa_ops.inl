@@ -1,0 +1,431 @@
+// The inner loops over one vector type `Vec`, which the including file defined just before. Everything has
+// internal linkage and no inline function of another header is used in the wide builds: the linker must never
+// pick a copy compiled for another processor.
+//
+// Loops over columns work on whole vectors; the last, partial one goes through a zero-padded buffer, so that
+// every element sees the same operations wherever it stands.
+
+#include "sluice/kernels/kernels.hpp"
+
+namespace sluice::kernels {
+namespace {
+
+using F = Vec::F;
+constexpr int kWidth = Vec::kWidth;
+constexpr int kPanelVecs = 2;
+constexpr std::int64_t kPanelWidth = kPanelVecs * kWidth;
+static_assert(kLanes % kWidth == 0 && kBlockN % kPanelWidth == 0 && Vec::kTileRows <= kMaxTileRows);
+static_assert(kStepStrideA >= kMaxTileRows);
+
+// ---- elements of f32 and bf16
+// ------------------------------------------------------------------------------------------
+
+struct Float32 {
+  using Element = float;
+  static F load(const float* p) { return Vec::load(p); }
+  static void store(float* p, F x) { Vec::store(p, x); }
+};
+struct BFloat16 {
+  using Element = std::uint16_t;
+  static F load(const std::uint16_t* p) { return Vec::load_bf16(p); }
+  static void store(std::uint16_t* p, F x) { Vec::store_bf16(p, x); }
+};
+
+// The n < kWidth leading elements at p, zeros behind them.
+template <typename T>
+F load_part(const typename T::Element* p, std::int64_t n) {
+  typename T::Element buffer[kWidth] = {};
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return T::load(buffer);
+}
+template <typename T>
+void store_part(typename T::Element* p, F x, std::int64_t n) {
+  typename T::Element buffer[kWidth];
+  T::store(buffer, x);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+template <typename Source, typename Target>
+void convert(const std::byte* src, std::byte* dst, std::int64_t n) {
+  const auto* s = reinterpret_cast<const typename Source::Element*>(src);
+  auto* d = reinterpret_cast<typename Target::Element*>(dst);
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) Target::store(d + i, Source::load(s + i));
+  if (i < n) store_part<Target>(d + i, load_part<Source>(s + i, n - i), n - i);
+}
+
+void widen(const std::byte* src, DType dtype, float* dst, std::int64_t n) {
+  auto* d = reinterpret_cast<std::byte*>(dst);
+  dtype == DType::kF32 ? convert<Float32, Float32>(src, d, n) : convert<BFloat16, Float32>(src, d, n);
+}
+void narrow(const float* src, std::byte* dst, DType dtype, std::int64_t n) {
+  const auto* s = reinterpret_cast<const std::byte*>(src);
+  dtype == DType::kF32 ? convert<Float32, Float32>(s, dst, n) : convert<Float32, BFloat16>(s, dst, n);
+}
+
+// ---- GEMM
+// --------------------------------------------------------------------------------------------------------------
+
+// kRowStride and kStepStride: floats between rows and between reduction steps of the A panel.
+template <int kRows, std::int64_t kRowStride, std::int64_t kStepStride>
+void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc, bool fresh) {
+  F acc[kRows][kPanelVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVecs; ++v)
+      acc[r][v] = fresh ? Vec::zero() : Vec::load(c + r * ldc + v * kWidth);
+  }
+  for (std::int64_t k = 0; k < steps; ++k) {
+    F bk[kPanelVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVecs; ++v) bk[v] = Vec::load(b + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const F ak = Vec::set1(a[r * kRowStride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = Vec::fma(ak, bk[v], acc[r][v]);
+    }
+    a += kStepStride;
+    b += kPanelWidth;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVecs; ++v) Vec::store(c + r * ldc + v * kWidth, acc[r][v]);
+  }
+}
+
+template <typename T>
+void copy_rows_as(const std::byte* src, std::int64_t row_bytes, const std::int32_t* index, std::int64_t rows,
+                  std::int64_t cols, float* dst, std::int64_t dst_stride, std::int64_t padded_cols) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const auto* row = reinterpret_cast<const typename T::Element*>(src + (index ? index[r] : r) * row_bytes);
+    float* out = dst + r * dst_stride;
+    std::int64_t c = 0;
+    for (; c + kWidth <= cols; c += kWidth) Vec::store(out + c, T::load(row + c));
+    if (c < cols) {
+      store_part<Float32>(out + c, load_part<T>(row + c, cols - c), cols - c);
+      c = cols;
+    }
+    for (; c < padded_cols; ++c) out[c] = 0.0f;
+  }
+}
+void copy_rows(const std::byte* src, DType dtype, std::int64_t row_bytes, const std::int32_t* index,
+               std::int64_t rows, std::int64_t cols, float* dst, std::int64_t dst_stride,
+               std::int64_t padded_cols) {
+  if (dtype == DType::kF32)
+    copy_rows_as<Float32>(src, row_bytes, index, rows, cols, dst, dst_stride, padded_cols);
+  else
+    copy_rows_as<BFloat16>(src, row_bytes, index, rows, cols, dst, dst_stride, padded_cols);
+}
+
+void pack_transposed(const std::byte* src, DType dtype, std::int64_t row_bytes, std::int64_t cols,
+                     std::int64_t steps, float* dst) {
+  alignas(64) float buffer[kWidth * kWidth];
+  for (std::int64_t c = 0; c < kPanelWidth; c += kWidth) {
+    const std::int64_t num_rows = cols - c < kWidth ? (cols > c ? cols - c : 0) : kWidth;
+    for (std::int64_t k = 0; k < steps; k += kWidth) {
+      const std::int64_t num_steps = steps - k < kWidth ? steps - k : kWidth;
+      const bool whole = num_rows == kWidth && num_steps == kWidth;
+      if (whole && dtype == DType::kF32) {
+        const auto* block = reinterpret_cast<const float*>(src + c * row_bytes) + k;
+        Vec::transpose(block, row_bytes / 4, dst + k * kPanelWidth + c, kPanelWidth);
+        continue;
+      }
+      for (std::int64_t r = 0; r < kWidth; ++r) {
+        const std::byte* row = src + (c + r) * row_bytes;
+        F x = Vec::zero();
+        if (r < num_rows) {
+          if (dtype == DType::kF32) {
+            x = load_part<Float32>(reinterpret_cast<const float*>(row) + k, num_steps);
+          } else {
+            const auto* p = reinterpret_cast<const std::uint16_t*>(row) + k;
+            x = num_steps == kWidth ? Vec::load_bf16(p) : load_part<BFloat16>(p, num_steps);
+          }
+        }
+        Vec::store(buffer + r * kWidth, x);
+      }
+      if (num_steps == kWidth) {
+        Vec::transpose(buffer, kWidth, dst + k * kPanelWidth + c, kPanelWidth);
+        continue;
+      }
+      for (std::int64_t step = 0; step < num_steps; ++step)
+        for (std::int64_t r = 0; r < kWidth; ++r)
+          dst[(k + step) * kPanelWidth + c + r] = buffer[r * kWidth + step];
+    }
+  }
+}
+
+// ---- activation
+// --------------------------------------------------------------------------------------------------------
+
+// e^x to about 1 ulp: n = rint(x / ln 2), r = x - n ln 2 in two FMAs (Cody & Waite), e^r = 1 + r + r^2 q(r)
+// with q the minimax polynomial of degree 4 on |r| <= ln(2)/2 (own fit, relative error 2^-28), times 2^n.
+// Overflows to infinity above 88.73, falls to 0 through the denormals; NaN stays NaN.
+F exponential(F x) {
+  x = Vec::max(Vec::set1(-104.0f), Vec::min(Vec::set1(89.0f), x));
+  const F magic = Vec::set1(12582912.0f);  // 1.5 * 2^23: adding it leaves rint(x / ln 2) in the low bits
+  const F shifted = Vec::fma(x, Vec::set1(1.4426950216293335f), magic);
+  const F n = Vec::sub(shifted, magic);
+  F r = Vec::fma(n, Vec::set1(-0.693145751953125f), x);
+  r = Vec::fma(n, Vec::set1(-1.428606765330187e-06f), r);
+  F q = Vec::set1(0.0013814466074109077f);
+  q = Vec::fma(q, r, Vec::set1(0.008368780836462975f));
+  q = Vec::fma(q, r, Vec::set1(0.04166839271783829f));
+  q = Vec::fma(q, r, Vec::set1(0.1666651964187622f));
+  q = Vec::fma(q, r, Vec::set1(0.4999999403953552f));
+  const F e = Vec::add(Vec::set1(1.0f), Vec::fma(Vec::mul(r, r), q, r));
+  return Vec::scale(e, shifted, magic);
+}
+F sigmoid(F x) {
+  const F one = Vec::set1(1.0f);
+  return Vec::div(one, Vec::add(one, exponential(Vec::sub(Vec::zero(), x))));
+}
+
+// gelu(x) = x/2 (1 + tanh(z)) = x sigmoid(2z), 2z = x (c0 + c1 x^2), c0 = 2 sqrt(2/pi), c1 = 0.044715 c0
+// (Hendrycks & Gimpel, arXiv 1606.08415).
+constexpr float kGelu0 = 1.5957691216057308f;
+constexpr float kGelu1 = 0.07135481282676983f;
+constexpr float kGelu1Times3 = 0.2140644384803095f;
+
+struct Value {
+  F value, gate_slope, up_slope;  // slopes: derivative by gate and by up
+};
+
+template <Activation kActivation>
+F activation_value(F gate, F up) {
+  if constexpr (kActivation == Activation::kSwiGLU) {
+    return Vec::mul(Vec::mul(gate, sigmoid(gate)), up);
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return Vec::mul(
+        gate, sigmoid(Vec::mul(gate, Vec::fma(Vec::mul(gate, gate), Vec::set1(kGelu1), Vec::set1(kGelu0)))));
+  } else {
+    return Vec::max(Vec::zero(), gate);
+  }
+}
+// The value in the same operations as activation_value, and the derivatives.
+template <Activation kActivation>
+Value activation_slopes(F gate, F up) {
+  const F one = Vec::set1(1.0f);
+  if constexpr (kActivation == Activation::kSwiGLU) {
+    // silu'(x) = s (1 + x (1 - s)), s = sigmoid(x)
+    const F s = sigmoid(gate);
+    const F silu = Vec::mul(gate, s);
+    const F slope = Vec::mul(s, Vec::fma(gate, Vec::sub(one, s), one));
+    return {Vec::mul(silu, up), Vec::mul(slope, up), silu};
+  } else if constexpr (kActivation == Activation::kGelu) {
+    // (x s(t))' = s + x s (1 - s) t', t' = c0 + 3 c1 x^2
+    const F square = Vec::mul(gate, gate);
+    const F s = sigmoid(Vec::mul(gate, Vec::fma(square, Vec::set1(kGelu1), Vec::set1(kGelu0))));
+    const F inner = Vec::fma(square, Vec::set1(kGelu1Times3), Vec::set1(kGelu0));
+    const F value = Vec::mul(gate, s);
+    return {value, Vec::fma(Vec::mul(value, Vec::sub(one, s)), inner, s), Vec::zero()};
+  } else {
+    return {Vec::max(Vec::zero(), gate), Vec::zero_unless_positive(gate, one), Vec::zero()};
+  }
+}
+
+template <Activation kActivation>
+void activate_as(const float* gate, const float* up, float* act, std::int64_t n) {
+  constexpr bool kGated = kActivation == Activation::kSwiGLU;
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth)
+    Vec::store(act + i,
+               activation_value<kActivation>(Vec::load(gate + i), kGated ? Vec::load(up + i) : Vec::zero()));
+  if (i < n) {
+    const F u = kGated ? load_part<Float32>(up + i, n - i) : Vec::zero();
+    store_part<Float32>(act + i, activation_value<kActivation>(load_part<Float32>(gate + i, n - i), u),
+                        n - i);
+  }
+}
+void activate(Activation activation, const float* gate, const float* up, float* act, std::int64_t n) {
+  switch (activation) {
+    case Activation::kSwiGLU:
+      return activate_as<Activation::kSwiGLU>(gate, up, act, n);
+    case Activation::kGelu:
+      return activate_as<Activation::kGelu>(gate, up, act, n);
+    case Activation::kRelu:
+      return activate_as<Activation::kRelu>(gate, up, act, n);
+  }
+}
+
+template <Activation kActivation>
+void activate_backward_as(const float* gate, const float* up, const float* u, float weight, float* dgate,
+                          float* dup, float* wa, float* lanes, std::int64_t n) {
+  constexpr bool kGated = kActivation == Activation::kSwiGLU;
+  constexpr int kVecs = static_cast<int>(kLanes) / kWidth;
+  F sums[kVecs];
+  for (int v = 0; v < kVecs; ++v) sums[v] = Vec::load(lanes + v * kWidth);
+  const F w = Vec::set1(weight);
+  // One vector of columns: its derivatives and w a are returned in a Value, u a is added to `sum`.
+  const auto step = [&](F g, F p, F x, F& sum) {
+    const Value a = activation_slopes<kActivation>(g, p);
+    sum = Vec::fma(x, a.value, sum);
+    const F wu = Vec::mul(w, x);
+    return Value{Vec::mul(w, a.value), Vec::mul(a.gate_slope, wu), Vec::mul(a.up_slope, wu)};
+  };
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int v = 0; v < kVecs; ++v) {
+      const std::int64_t at = i + v * kWidth;
+      const Value out =
+          step(Vec::load(gate + at), kGated ? Vec::load(up + at) : Vec::zero(), Vec::load(u + at), sums[v]);
+      Vec::store(wa + at, out.value);
+      Vec::store(dgate + at, out.gate_slope);
+      if (kGated) Vec::store(dup + at, out.up_slope);
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) Vec::store(lanes + v * kWidth, sums[v]);
+  for (; i < n; i += kWidth) {
+    // Lanes past the end keep their sum: adding +0 could turn a -0 around.
+    const std::int64_t rest = n - i < kWidth ? n - i : kWidth;
+    float* lane = lanes + i % kLanes;
+    F sum = load_part<Float32>(lane, rest);
+    const Value out =
+        step(load_part<Float32>(gate + i, rest), kGated ? load_part<Float32>(up + i, rest) : Vec::zero(),
+             load_part<Float32>(u + i, rest), sum);
+    store_part<Float32>(lane, sum, rest);
+    store_part<Float32>(wa + i, out.value, rest);
+    store_part<Float32>(dgate + i, out.gate_slope, rest);
+    if (kGated) store_part<Float32>(dup + i, out.up_slope, rest);
+  }
+}
+void activate_backward(Activation activation, const float* gate, const float* up, const float* u,
+                       float weight, float* dgate, float* dup, float* wa, float* lanes, std::int64_t n) {
+  switch (activation) {
+    case Activation::kSwiGLU:
+      return activate_backward_as<Activation::kSwiGLU>(gate, up, u, weight, dgate, dup, wa, lanes, n);
+    case Activation::kGelu:
+      return activate_backward_as<Activation::kGelu>(gate, up, u, weight, dgate, dup, wa, lanes, n);
+    case Activation::kRelu:
+      return activate_backward_as<Activation::kRelu>(gate, up, u, weight, dgate, dup, wa, lanes, n);
+  }
+}
+
+// ---- rows
+// --------------------------------------------------------------------------------------------------------------
+
+template <typename Source, typename Target>
+void reduce_row_as(const std::byte* src, std::int64_t row_bytes, const std::int32_t* position,
+                   const float* weight, std::int64_t count, std::byte* out, std::int64_t cols) {
+  const auto term = [&](std::int64_t i, std::int64_t col, std::int64_t n) {
+    const auto* p = reinterpret_cast<const typename Source::Element*>(src + position[i] * row_bytes) + col;
+    const F x = n == kWidth ? Source::load(p) : load_part<Source>(p, n);
+    return weight ? Vec::mul(Vec::set1(weight[i]), x) : x;
+  };
+  auto* o = reinterpret_cast<typename Target::Element*>(out);
+  constexpr int kVecs = 4;
+  std::int64_t col = 0;
+  for (; col + kVecs * kWidth <= cols; col += kVecs * kWidth) {
+    F sum[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = count ? term(0, col + v * kWidth, kWidth) : Vec::zero();
+    for (std::int64_t i = 1; i < count; ++i)
+      for (int v = 0; v < kVecs; ++v) sum[v] = Vec::add(sum[v], term(i, col + v * kWidth, kWidth));
+    for (int v = 0; v < kVecs; ++v) Target::store(o + col + v * kWidth, sum[v]);
+  }
+  for (; col < cols; col += kWidth) {
+    const std::int64_t n = cols - col < kWidth ? cols - col : kWidth;
+    F sum = count ? term(0, col, n) : Vec::zero();
+    for (std::int64_t i = 1; i < count; ++i) sum = Vec::add(sum, term(i, col, n));
+    store_part<Target>(o + col, sum, n);
+  }
+}
+void reduce_row(const std::byte* src, DType src_dtype, std::int64_t row_bytes, const std::int32_t* position,
+                const float* weight, std::int64_t count, std::byte* out, DType out_dtype, std::int64_t cols) {
+  const bool source_f32 = src_dtype == DType::kF32, out_f32 = out_dtype == DType::kF32;
+  if (source_f32 && out_f32)
+    reduce_row_as<Float32, Float32>(src, row_bytes, position, weight, count, out, cols);
+  if (source_f32 && !out_f32)
+    reduce_row_as<Float32, BFloat16>(src, row_bytes, position, weight, count, out, cols);
+  if (!source_f32 && out_f32)
+    reduce_row_as<BFloat16, Float32>(src, row_bytes, position, weight, count, out, cols);
+  if (!source_f32 && !out_f32)
+    reduce_row_as<BFloat16, BFloat16>(src, row_bytes, position, weight, count, out, cols);
+}
+
+template <typename X, typename Y>
+void add_scaled_as(const std::byte* x, float scale, std::byte* y, std::int64_t n) {
+  const auto* xs = reinterpret_cast<const typename X::Element*>(x);
+  auto* ys = reinterpret_cast<typename Y::Element*>(y);
+  const F s = Vec::set1(scale);
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth)
+    Y::store(ys + i, Vec::add(Y::load(ys + i), Vec::mul(s, X::load(xs + i))));
+  if (i < n) {
+    const F sum = Vec::add(load_part<Y>(ys + i, n - i), Vec::mul(s, load_part<X>(xs + i, n - i)));
+    store_part<Y>(ys + i, sum, n - i);
+  }
+}
+void add_scaled(const std::byte* x, DType x_dtype, float scale, std::byte* y, DType y_dtype, std::int64_t n) {
+  const bool x_f32 = x_dtype == DType::kF32, y_f32 = y_dtype == DType::kF32;
+  if (x_f32 && y_f32) add_scaled_as<Float32, Float32>(x, scale, y, n);
+  if (x_f32 && !y_f32) add_scaled_as<Float32, BFloat16>(x, scale, y, n);
+  if (!x_f32 && y_f32) add_scaled_as<BFloat16, Float32>(x, scale, y, n);
+  if (!x_f32 && !y_f32) add_scaled_as<BFloat16, BFloat16>(x, scale, y, n);
+}
+
+// ---- optimizer
+// ---------------------------------------------------------------------------------------------------------
+
+void adamw(const AdamWStep& s, float* master, const float* grad, float* m, float* v, std::byte* copy,
+           DType copy_dtype, std::int64_t n) {
+  const auto step = [&](F& w, F g, F& first, F& second) {
+    first = Vec::fma(Vec::set1(s.beta1), first, Vec::mul(Vec::set1(s.one_minus_beta1), g));
+    second = Vec::fma(Vec::set1(s.beta2), second, Vec::mul(Vec::set1(s.one_minus_beta2), Vec::mul(g, g)));
+    const F root = Vec::add(Vec::sqrt(Vec::mul(second, Vec::set1(s.inv_bias2))), Vec::set1(s.epsilon));
+    const F move = Vec::div(Vec::mul(Vec::set1(s.step_size), first), root);
+    w = Vec::sub(Vec::mul(w, Vec::set1(s.keep)), move);
+  };
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    F w = Vec::load(master + i), first = Vec::load(m + i), second = Vec::load(v + i);
+    step(w, Vec::load(grad + i), first, second);
+    Vec::store(master + i, w);
+    Vec::store(m + i, first);
+    Vec::store(v + i, second);
+  }
+  if (i < n) {
+    const std::int64_t rest = n - i;
+    F w = load_part<Float32>(master + i, rest);
+    F first = load_part<Float32>(m + i, rest), second = load_part<Float32>(v + i, rest);
+    step(w, load_part<Float32>(grad + i, rest), first, second);
+    store_part<Float32>(master + i, w, rest);
+    store_part<Float32>(m + i, first, rest);
+    store_part<Float32>(v + i, second, rest);
+  }
+  if (copy) narrow(master, copy, copy_dtype, n);
+}
+
+// ---- the table
+// ---------------------------------------------------------------------------------------------------------
+
+template <int kRows>
+constexpr void add_tiles(IsaOps& ops) {
+  if constexpr (kRows <= Vec::kTileRows) {
+    ops.tile_row_major[kRows] = &tile<kRows, kRowStrideA, 1>;
+    ops.tile_step_major[kRows] = &tile<kRows, 1, kStepStrideA>;
+    add_tiles<kRows + 1>(ops);
+  }
+}
+
+constexpr IsaOps make_ops(const char* name) {
+  IsaOps ops{};
+  ops.name = name;
+  ops.tile_rows = Vec::kTileRows;
+  ops.panel_width = kPanelWidth;
+  add_tiles<1>(ops);
+  ops.widen = &widen;
+  ops.narrow = &narrow;
+  ops.copy_rows = &copy_rows;
+  ops.pack_transposed = &pack_transposed;
+  ops.activate = &activate;
+  ops.activate_backward = &activate_backward;
+  ops.reduce_row = &reduce_row;
+  ops.add_scaled = &add_scaled;
+  ops.adamw = &adamw;
+  return ops;
+}
+
+}  // namespace
+}  // namespace sluice::kernels
