@@ -28,7 +28,7 @@ std::string list_of(std::span<const std::int32_t> values) {
   return out;
 }
 
-// Decides all choices in the documented order and hands each to `choose(source, expert, slot)`.
+// Makes all choices of all ranks in the documented order, and hands each to `choose(rank, expert, slot)`.
 template <typename Choose>
 void decide(const Placement& placement, const Topology& topology, std::span<const std::int64_t> demand,
             Choose&& choose) {
@@ -90,28 +90,6 @@ void decide(const Placement& placement, const Topology& topology, std::span<cons
       load[at(placement.slot_rank[at(best)])] += demand_of(source, e);
       choose(source, e, best);
     }
-}
-
-void check_choice(const Placement& placement, const Topology& topology, std::span<const std::int64_t> demand,
-                  std::size_t slot_of_size, std::size_t slot_of_expected) {
-  require_plannable(placement);
-  Require(topology.num_ranks() == placement.num_ranks, kBad, "the topology has ", topology.num_ranks(),
-          " ranks, the placement ", placement.num_ranks);
-  const bool needless = demand.empty() && placement.replicated.empty();
-  Require(needless || demand.size() == at(placement.num_ranks) * at(placement.num_experts), kBad, "demand has ",
-          demand.size(), " entries, must be num_ranks ", placement.num_ranks, " times num_experts ",
-          placement.num_experts);
-  Require(slot_of_size == slot_of_expected, kBad, "slot_of has ", slot_of_size, " entries, must be ",
-          slot_of_expected);
-}
-
-// The first slot of each expert: right wherever there is no choice, -1 without slots. slot_of: int32
-// [num_experts]
-void fill_only_slots(const Placement& placement, std::span<std::int32_t> slot_of) {
-  for (std::int32_t e = 0; e < placement.num_experts; ++e) {
-    const auto slots = placement.slots_of(ExpertId(e));
-    slot_of[at(e)] = slots.empty() ? -1 : slots[0];
-  }
 }
 
 }  // namespace
@@ -323,25 +301,24 @@ std::string Placement::describe() const {
 
 void choose_replicas(const Placement& placement, const Topology& topology,
                      std::span<const std::int64_t> demand, RankId source, std::span<std::int32_t> slot_of) {
-  check_choice(placement, topology, demand, slot_of.size(), at(placement.num_experts));
+  require_plannable(placement);
+  Require(topology.num_ranks() == placement.num_ranks, kBad, "the topology has ", topology.num_ranks(),
+          " ranks, the placement ", placement.num_ranks);
+  const bool needless = demand.empty() && placement.replicated.empty();
+  Require(needless || demand.size() == at(placement.num_ranks) * at(placement.num_experts), kBad,
+          "demand has ", demand.size(), " entries, must be num_ranks ", placement.num_ranks,
+          " times num_experts ", placement.num_experts);
+  Require(slot_of.size() == at(placement.num_experts), kBad, "slot_of has ", slot_of.size(),
+          " entries, must be ", placement.num_experts);
   Require(source.value >= 0 && source.value < placement.num_ranks, kBad, "source rank ", source.value,
           " is outside 0..", placement.num_ranks - 1);
-  fill_only_slots(placement, slot_of);
+  for (std::int32_t e = 0; e < placement.num_experts; ++e) {  // right wherever there is no choice
+    const auto slots = placement.slots_of(ExpertId(e));
+    slot_of[at(e)] = slots.empty() ? -1 : slots[0];
+  }
   if (placement.replicated.empty()) return;
   decide(placement, topology, demand, [&](std::int32_t rank, std::int32_t expert, std::int32_t slot) {
     if (rank == source.value) slot_of[at(expert)] = slot;
-  });
-}
-
-void choose_replicas_of_all(const Placement& placement, const Topology& topology,
-                            std::span<const std::int64_t> demand, std::span<std::int32_t> slot_of) {
-  const std::size_t num_experts = at(placement.num_experts);
-  check_choice(placement, topology, demand, slot_of.size(), at(placement.num_ranks) * num_experts);
-  for (std::int32_t r = 0; r < placement.num_ranks; ++r)
-    fill_only_slots(placement, slot_of.subspan(at(r) * num_experts, num_experts));
-  if (placement.replicated.empty()) return;
-  decide(placement, topology, demand, [&](std::int32_t rank, std::int32_t expert, std::int32_t slot) {
-    slot_of[at(rank) * num_experts + at(expert)] = slot;
   });
 }
 

@@ -3,12 +3,10 @@
 // Any number of slots a rank (also none) and of copies an expert; num_experts need not divide by num_ranks.
 // Three ways for an expert to be somewhere:
 //   slots       an ffn expert has at least one slot; at most one on any rank
-//   everywhere  zero, copy and constant experts have no weights to move: every rank computes them for its own
-//   tokens,
-//               they have no slots and never cross a link
-//   sharded     each rank of a group holds a slice of the expert's ffn dimension; part of the data model, but
-//   plans
-//               refuse it (require_plannable)
+//   everywhere  zero, copy and constant experts have no weights to move: every rank computes them for its
+//               own tokens, they have no slots and never cross a link
+//   sharded     each rank of a group holds a slice of the expert's ffn dimension; part of the data model,
+//               but plans refuse it (require_plannable)
 //
 // A Placement is plain data, built once by make_placement() and the same on all ranks (its hash is part of
 // the agreement check). Slot ids are canonical: ascending by rank, then by local index, so the slots of a
@@ -64,8 +62,7 @@ struct Placement {
   std::vector<std::int32_t> slot_local_index;  // int32 [num_slots]
   // Slots of rank r are the ids rank_slot_ptr[r] .. rank_slot_ptr[r+1]-1.
   std::vector<std::int32_t> rank_slot_ptr;  // int32 [num_ranks + 1]
-  // Slots of expert e are expert_slots[expert_slot_ptr[e] .. expert_slot_ptr[e+1]-1], ascending (so ranks
-  // ascend).
+  // Slots of expert e are expert_slots[expert_slot_ptr[e] .. expert_slot_ptr[e+1]-1], ascending (ranks too).
   std::vector<std::int32_t> expert_slot_ptr;  // int32 [num_experts + 1]
   std::vector<std::int32_t> expert_slots;     // int32 [num_slots]
   std::vector<std::int32_t> replicated;       // int32 [*], experts with more than one slot, ascending
@@ -130,19 +127,16 @@ void validate(const Placement& placement);
 // Throws kNotSupported naming the first sharded expert: plans cannot carry it.
 void require_plannable(const Placement& placement);
 
-// Which copy of each expert a source rank sends to: the one on the source itself, else one in its node, else
-// any. Where several qualify, the rank with the least load, ties to the lower rank. Load is counted in
-// routes: first everything that leaves no choice, then the open choices one by one, experts ascending and
-// within one sources ascending, each adding its demand to the rank it takes. A source's routes to one expert
-// all take one copy. It is a pure function of the arguments, so any rank computes for any source what the
-// source does. demand: int64 [num_ranks, num_experts], routes from rank to expert (empty will do while nothing is replicated); slot_of: int32
-// [num_experts], overwritten, -1 for everywhere experts. Cost: num_experts when nothing is replicated; else
-// one pass over demand and a choice for each (replicated expert, rank). Throws kInvalidArgument on sizes or a
-// negative demand of a replicated expert, kNotSupported on sharded experts.
+// Which copy of each expert a source rank sends to: the one on the source itself, else one in its node, else any.
+// Where several qualify, the rank with the least load, ties to the lower rank. Load is counted in routes: first
+// everything that leaves no choice, then the open choices one by one, experts ascending and within one sources
+// ascending, each adding its demand to the rank it takes. A source's routes to one expert all take one copy.
+// It is a pure function of the arguments, so any rank computes for any source what the source does.
+//   demand   int64 [num_ranks, num_experts], routes from rank to expert; may be empty while nothing is replicated
+//   slot_of  int32 [num_experts], overwritten, -1 for everywhere experts
+// Cost: num_experts when nothing is replicated; else one pass over demand and a choice for each (replicated expert,
+// rank). Throws kInvalidArgument on sizes or a negative demand of a replicated expert, kNotSupported on sharded experts.
 void choose_replicas(const Placement& placement, const Topology& topology,
                      std::span<const std::int64_t> demand, RankId source, std::span<std::int32_t> slot_of);
-// The same for all sources at once. slot_of: int32 [num_ranks, num_experts]
-void choose_replicas_of_all(const Placement& placement, const Topology& topology,
-                            std::span<const std::int64_t> demand, std::span<std::int32_t> slot_of);
 
 }  // namespace sluice

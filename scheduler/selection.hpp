@@ -1,12 +1,19 @@
-// Selection policies: router scores (and topology) in, routing out; and back: gradient of the weights in, gradient of
-// the scores out.
+// Selection policies: router scores (and topology) in, routing out; and back: gradient of the weights in,
+// gradient of the scores out.
 //
-// A policy is a pure state machine. It does no I/O: step() either asks the runtime for an exchange among ranks and is
-// called again with the result, or it is done. Token-local policies are done at the first step. Formulas cite their
-// source at the policy's own header. Ties: the higher score, then the lower expert id.
+// A policy is a pure state machine. It does no I/O: step() either asks the runtime for an exchange among ranks
+// and is called again with the result, or it is done. Formulas cite their source at the policy's own header.
+// Ties: the higher score, then the lower expert id.
 //
-// Thread-safety: a policy object is immutable after construction and may be shared; all state of a batch is in the
-// PolicyState. Errors: non-finite scores throw kInvalidRouting naming token and expert.
+// What T is. Losses are means over the tokens of ALL ranks in the batch: T is the global number of tokens, and
+// counts per expert are global, both through the exchange. auxiliary_loss is this rank's share: the shares of all
+// ranks add up to the loss of the batch. So a trainer divides its own loss by the global T too, and adds
+// gradients over ranks without averaging; then results do not depend on how tokens are spread over ranks. (One
+// exception, named there: the official variant of ReLU routing.)
+//
+// Thread-safety: a policy object is immutable after construction and may be shared; all state of a batch is in
+// the PolicyState. Errors: non-finite scores throw kInvalidRouting naming token and expert; options that cannot
+// work with these scores throw kInvalidConfig; calls out of order kInvalidState.
 #pragma once
 
 #include <cstdint>
@@ -33,24 +40,59 @@ enum class ExchangeKind : std::uint8_t {
   kAllGather,       // concatenation over ranks; result in `gathered`
 };
 
-// Carried along the steps of one batch, and adaptive state carried from one training step to the next.
+// What a batch did. Over all ranks once done in training; of this rank alone otherwise.
+struct BatchStatistics {
+  std::int64_t num_tokens = 0;
+  std::int64_t num_routes = 0;
+  std::int32_t min_active = 0;  // least experts of any token; 0 without tokens
+  std::int32_t max_active = 0;
+  std::vector<std::int64_t> tokens_of_expert;    // int64 [num_experts]
+  std::vector<std::int64_t> tokens_with_active;  // int64 [num_experts + 1], tokens with so many experts
+
+  double mean_active() const {
+    return num_tokens == 0 ? 0 : static_cast<double>(num_routes) / static_cast<double>(num_tokens);
+  }
+};
+
+// Carried along the steps of one batch. May be used again for another batch after restart(); its memory is kept.
 struct PolicyState {
-  int step = 0;
+  int step = 0;  // steps taken in this batch
   ExchangeKind exchange = ExchangeKind::kNone;
   std::vector<double> buffer;    // f64, what to exchange; holds the result for kSumAcrossRanks
   std::vector<double> gathered;  // f64 [num_ranks * buffer.size()], for kAllGather
 
-  Routing routing;               // valid once done
-  std::vector<float> saved;      // what backward needs (policy's own layout)
-  std::vector<double> statistics;  // policy's own; global values once its exchanges are done
+  // The routing is final. It can be so before the policy is done: what is left then serves statistics and
+  // backward only, so its exchange may wait until then, and those of several layers may travel as one.
+  bool routing_ready = false;
+  bool done = false;
+  bool training = false;  // as given to step()
 
-  // Auxiliary loss of this batch (already multiplied by its coefficients), this rank's share.
+  Routing routing;           // valid once routing_ready
+  std::vector<float> saved;  // what backward needs (policy's own layout)
+  BatchStatistics statistics;
+
+  // Auxiliary loss of this batch (already multiplied by its coefficients), this rank's share. Valid once done.
   double auxiliary_loss = 0;
+
+  void restart() {
+    step = 0;
+    exchange = ExchangeKind::kNone;
+    routing_ready = done = training = false;
+    auxiliary_loss = 0;
+  }
 };
 
-// State that a policy adapts between training steps (ReLU routing's lambda, a bias per expert). Part of a checkpoint.
+// State that a policy adapts between training steps (ReLU routing's lambda, a bias per expert). Part of a
+// checkpoint.
 struct AdaptiveState {
-  std::vector<double> values;
+  std::vector<double> values;  // f64, the policy's own layout; empty when it has none
+};
+
+// Whose an AdaptiveState is.
+enum class AdaptiveScope : std::uint8_t {
+  kNone,      // there is nothing to adapt
+  kShared,    // one for all layers: adapt() is called once a training step with the batches of all layers
+  kPerLayer,  // one a layer: adapt() is called for each layer with its own batches
 };
 
 class SelectionPolicy {
@@ -58,20 +100,29 @@ class SelectionPolicy {
   virtual ~SelectionPolicy() = default;
   virtual std::string_view name() const = 0;
 
-  // The adaptive state before the first training step.
-  virtual AdaptiveState initial_adaptive_state() const { return {}; }
+  virtual AdaptiveScope adaptive_scope() const { return AdaptiveScope::kNone; }
+  // The adaptive state before the first training step. Throws kInvalidConfig if the options do not fit so many
+  // experts.
+  virtual AdaptiveState initial_adaptive_state(std::int32_t num_experts) const = 0;
 
-  // Advances one batch. Returns true when done: state.routing is set. When false, the runtime performs
-  // state.exchange on state.buffer and calls again. `training` turns auxiliary statistics on.
-  virtual bool step(const Scores& scores, const AdaptiveState& adaptive, bool training, PolicyState& state) const = 0;
+  // Advances one batch. Returns true when done. When false, the runtime performs state.exchange on state.buffer
+  // and calls again with the same arguments. `training`: losses and global statistics are wanted and backward
+  // will follow; without it no exchange is asked for by any token-local policy.
+  virtual bool step(const Scores& scores, const AdaptiveState& adaptive, bool training,
+                    PolicyState& state) const = 0;
 
-  // dlogits = d(loss)/d(logits), the auxiliary losses' gradients included.
-  // dweight: f32 [num_routes] in the order of state.routing; dlogits: f32 [num_tokens, num_experts], overwritten
+  // dlogits = d(loss)/d(logits), the auxiliary losses' gradients included. Arguments as given to step(), which
+  // must be done, in training.
+  // dweight: f32 [num_routes] in the order of state.routing
+  // dlogits: f32 [num_tokens, num_experts], overwritten
   virtual void backward(const Scores& scores, const AdaptiveState& adaptive, const PolicyState& state,
                         std::span<const float> dweight, std::span<float> dlogits) const = 0;
 
-  // After an optimizer step: adapt from the global statistics of the batch (equal on all ranks).
-  virtual void adapt(const PolicyState& state, AdaptiveState& adaptive) const { (void)state, (void)adaptive; }
+  // After an optimizer step: adapt from the global statistics (equal on all ranks) of the step's batches: of all
+  // layers or of one, as adaptive_scope() says, and of all micro-batches.
+  virtual void adapt(std::span<const PolicyState* const> batches, AdaptiveState& adaptive) const {
+    (void)batches, (void)adaptive;
+  }
 };
 
 }  // namespace sluice

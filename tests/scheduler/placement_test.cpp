@@ -170,7 +170,7 @@ TEST(ChooseReplicas, SeveralCopiesInTheNode) {
   EXPECT_EQ(ranks_chosen(p, topology, demand, 4), (Ints{2, 2}));
 }
 
-TEST(ChooseReplicas, AllSourcesAgreeAndPrefersNear) {
+TEST(ChooseReplicas, PrefersNear) {
   const unsigned seed = 5;
   std::mt19937 gen(seed);
   for (int round = 0; round < 100; ++round) {
@@ -197,13 +197,9 @@ TEST(ChooseReplicas, AllSourcesAgreeAndPrefersNear) {
     const auto entries = static_cast<std::size_t>(num_ranks * num_experts);
     std::vector<std::int64_t> demand(entries);
     for (auto& d : demand) d = static_cast<std::int64_t>(gen() % 50);
-    Ints all(entries, -7);
-    choose_replicas_of_all(p, topology, demand, all);
     for (std::int32_t r = 0; r < num_ranks; ++r) {
       Ints one(static_cast<std::size_t>(num_experts), -7);
       choose_replicas(p, topology, demand, RankId(r), one);
-      const auto row = all.begin() + r * num_experts;
-      EXPECT_TRUE(std::equal(one.begin(), one.end(), row)) << "seed " << seed << " round " << round;
       for (std::int32_t e = 0; e < num_experts; ++e) {
         const std::int32_t chosen = p.slot_rank[static_cast<std::size_t>(one[static_cast<std::size_t>(e)])];
         if (p.slot_on(ExpertId(e), RankId(r)).valid()) {

@@ -1,0 +1,148 @@
+#include "sluice/scheduler/selection/softmax_top_k.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace sluice {
+
+SoftmaxTopKPolicy::SoftmaxTopKPolicy(const SoftmaxTopKOptions& options) : options_(options) {
+  constexpr ErrorCode kBad = ErrorCode::kInvalidConfig;
+  Require(options.top_k >= 1, kBad, "policy softmax_topk: top_k is ", options.top_k,
+          "; it must be at least 1");
+  Require(options.route_scale > 0 && std::isfinite(options.route_scale), kBad,
+          "policy softmax_topk: route_scale is ", options.route_scale, "; it must be above 0");
+  Require(options.aux_loss_coeff >= 0 && std::isfinite(options.aux_loss_coeff), kBad,
+          "policy softmax_topk: aux_loss_coeff is ", options.aux_loss_coeff, "; it must not be negative");
+  Require(options.z_loss_coeff >= 0 && std::isfinite(options.z_loss_coeff), kBad,
+          "policy softmax_topk: z_loss_coeff is ", options.z_loss_coeff, "; it must not be negative");
+}
+
+void SoftmaxTopKPolicy::check_options(std::int32_t num_experts, bool training) const {
+  check_top_k(name(), options_.top_k, num_experts);
+  Require(
+      !training || options_.top_k > 1 || !over_selected(), ErrorCode::kInvalidConfig,
+      "policy softmax_topk: with top_k 1 a softmax over the chosen expert is always 1 and the router gets no "
+      "gradient; use order 'pre' without renormalisation, or top_k of at least 2");
+}
+
+// saved, in training: f32 [num_tokens, num_experts] p, then f32 [num_tokens] logsumexp
+void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, PolicyState& state) const {
+  const auto num_tokens = static_cast<std::size_t>(scores.num_tokens);
+  const auto num_experts = static_cast<std::size_t>(scores.num_experts);
+  const auto top_k = static_cast<std::size_t>(options_.top_k);
+  Routing& routing = state.routing;
+  routing.expert.resize(num_tokens * top_k);
+  routing.weight.resize(num_tokens * top_k);
+  routing.row_ptr.resize(num_tokens + 1);
+  for (std::size_t t = 0; t <= num_tokens; ++t) routing.row_ptr[t] = static_cast<std::int64_t>(t * top_k);
+  const bool need_all = state.training || !over_selected();
+  if (state.training) state.saved.resize(num_tokens * (num_experts + 1));
+  std::vector<float> scratch(state.training ? 0 : num_experts);
+
+  for (std::size_t t = 0; t < num_tokens; ++t) {
+    const float* z = scores.logits.data() + t * num_experts;
+    std::int32_t* chosen = routing.expert.data() + t * top_k;
+    float* weight = routing.weight.data() + t * top_k;
+    select_top_k(
+        scores.num_experts, options_.top_k, [z](std::int32_t a, std::int32_t b) { return z[a] > z[b]; },
+        chosen);
+    float* p = state.training ? state.saved.data() + t * num_experts : scratch.data();
+    if (need_all) {
+      const float top = *std::max_element(z, z + num_experts);
+      double sum = 0;
+      for (std::size_t e = 0; e < num_experts; ++e) sum += static_cast<double>(p[e] = std::exp(z[e] - top));
+      const auto inverse = static_cast<float>(1 / sum);
+      for (std::size_t e = 0; e < num_experts; ++e) p[e] *= inverse;
+      if (state.training)
+        state.saved[num_tokens * num_experts + t] =
+            static_cast<float>(static_cast<double>(top) + std::log(sum));
+    }
+    const auto scale = static_cast<float>(options_.route_scale);
+    if (over_selected()) {
+      float top = z[chosen[0]];
+      for (std::size_t i = 1; i < top_k; ++i) top = std::max(top, z[chosen[i]]);
+      double sum = 0;
+      for (std::size_t i = 0; i < top_k; ++i)
+        sum += static_cast<double>(weight[i] = std::exp(z[chosen[i]] - top));
+      for (std::size_t i = 0; i < top_k; ++i)
+        weight[i] = static_cast<float>(static_cast<double>(weight[i]) / sum) * scale;
+    } else {
+      for (std::size_t i = 0; i < top_k; ++i) weight[i] = p[chosen[i]] * scale;
+    }
+  }
+}
+
+double SoftmaxTopKPolicy::aux_factor(std::int32_t num_experts, const PolicyState& state) const {
+  const auto tokens = static_cast<double>(state.statistics.num_tokens);
+  return tokens == 0 ? 0 : options_.aux_loss_coeff * num_experts / (options_.top_k * tokens * tokens);
+}
+
+double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, const BatchStatistics&,
+                                    PolicyState& state) const {
+  const auto num_tokens = static_cast<std::size_t>(scores.num_tokens);
+  const auto num_experts = static_cast<std::size_t>(scores.num_experts);
+  double loss = 0;
+  if (options_.aux_loss_coeff > 0) {
+    std::vector<double> sum(num_experts, 0);
+    for (std::size_t t = 0; t < num_tokens; ++t)
+      for (std::size_t e = 0; e < num_experts; ++e)
+        sum[e] += static_cast<double>(state.saved[t * num_experts + e]);
+    double weighted = 0;
+    for (std::size_t e = 0; e < num_experts; ++e)
+      weighted += static_cast<double>(state.statistics.tokens_of_expert[e]) * sum[e];
+    loss += aux_factor(scores.num_experts, state) * weighted;
+  }
+  if (options_.z_loss_coeff > 0 && num_tokens > 0) {
+    double squares = 0;
+    for (std::size_t t = 0; t < num_tokens; ++t) {
+      const auto lse = static_cast<double>(state.saved[num_tokens * num_experts + t]);
+      squares += lse * lse;
+    }
+    loss += options_.z_loss_coeff * squares / static_cast<double>(state.statistics.num_tokens);
+  }
+  return loss;
+}
+
+void SoftmaxTopKPolicy::gradient(const Scores& scores, const AdaptiveState&, const PolicyState& state,
+                                 std::span<const float> dweight, std::span<float> dlogits) const {
+  const auto num_tokens = static_cast<std::size_t>(scores.num_tokens);
+  const auto num_experts = static_cast<std::size_t>(scores.num_experts);
+  const auto top_k = static_cast<std::size_t>(options_.top_k);
+  if (num_tokens == 0) return;
+  const double scale = options_.route_scale;
+  const double z_factor = 2 * options_.z_loss_coeff / static_cast<double>(state.statistics.num_tokens);
+  std::vector<double> of_loss(num_experts);  // g_e
+  for (std::size_t e = 0; e < num_experts; ++e)
+    of_loss[e] =
+        aux_factor(scores.num_experts, state) * static_cast<double>(state.statistics.tokens_of_expert[e]);
+  std::vector<double> upstream(num_experts);  // on p
+
+  for (std::size_t t = 0; t < num_tokens; ++t) {
+    const float* p = state.saved.data() + t * num_experts;
+    const std::int32_t* chosen = state.routing.expert.data() + t * top_k;
+    const float* weight = state.routing.weight.data() + t * top_k;
+    const float* a = dweight.data() + t * top_k;
+    float* dz = dlogits.data() + t * num_experts;
+    std::copy(of_loss.begin(), of_loss.end(), upstream.begin());
+    if (!over_selected())
+      for (std::size_t i = 0; i < top_k; ++i)
+        upstream[static_cast<std::size_t>(chosen[i])] += scale * static_cast<double>(a[i]);
+    double mean = 0;
+    for (std::size_t e = 0; e < num_experts; ++e) mean += static_cast<double>(p[e]) * upstream[e];
+    const double of_z = z_factor * static_cast<double>(state.saved[num_tokens * num_experts + t]);
+    // upstream becomes dz in double
+    for (std::size_t e = 0; e < num_experts; ++e)
+      upstream[e] = static_cast<double>(p[e]) * (upstream[e] - mean + of_z);
+    if (over_selected()) {
+      double chosen_mean = 0;  // sum over S of a_e q_e, with w = scale * q
+      for (std::size_t i = 0; i < top_k; ++i)
+        chosen_mean += static_cast<double>(a[i]) * static_cast<double>(weight[i]) / scale;
+      for (std::size_t i = 0; i < top_k; ++i)
+        upstream[static_cast<std::size_t>(chosen[i])] +=
+            static_cast<double>(weight[i]) * (static_cast<double>(a[i]) - chosen_mean);
+    }
+    for (std::size_t e = 0; e < num_experts; ++e) dz[e] = static_cast<float>(upstream[e]);
+  }
+}
+
+}  // namespace sluice
