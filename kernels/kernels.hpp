@@ -56,6 +56,9 @@ class Kernels {
   virtual void gather_rows(ConstMatrixView first, ConstMatrixView second, std::span<const std::int32_t> index,
                            MatrixView dst) = 0;
 
+  // dst = src, rounded to dst's dtype.  src: dtype [n, cols]; dst: any dtype [n, cols]
+  virtual void convert_rows(ConstMatrixView src, MatrixView dst) = 0;
+
   // out[r] = round(sum over i in row_ptr[r]..row_ptr[r+1]-1, ascending, of weight[i] * src[position[i]]), fp32 sum
   // starting from the first term (an empty sum is +0); each term is one fp32 multiply, each addition one fp32 add.
   // src: dtype [*, cols]; position: int32 [row_ptr.back()]; weight: f32, same length, or empty for all ones;

@@ -69,6 +69,13 @@ class ReferenceKernels final : public Kernels {
     }
   }
 
+  void convert_rows(ConstMatrixView src, MatrixView dst) override {
+    require_shape(src, "src", dst.rows, dst.cols);
+    require_shape(dst, "dst", dst.rows, dst.cols);
+    for (std::int64_t r = 0; r < dst.rows; ++r)
+      for (std::int64_t c = 0; c < dst.cols; ++c) set(dst, r, c, get(src, r, c));
+  }
+
   void weighted_reduce(ConstMatrixView src, std::span<const std::int64_t> row_ptr,
                        std::span<const std::int32_t> position, std::span<const float> weight,
                        MatrixView out) override {

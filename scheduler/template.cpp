@@ -367,6 +367,11 @@ Template build_template(RankId rank, const Topology& topology, const ScheduleOpt
   t.hop1_to = gateways_of(exchange, rank);
   t.hop1_from = handed_on_by(exchange, rank);
   t.members = exchange.ranks_of(exchange.node_of(rank));
+  for (const std::int32_t m : t.members) {
+    std::vector<std::int32_t> sources = {m};
+    for (const std::int32_t s : handed_on_by(exchange, RankId(m))) sources.push_back(s);
+    t.sources_of_member.push_back(std::move(sources));
+  }
   t.peers = t.members;
   t.peers.insert(t.peers.end(), t.hop1_to.begin(), t.hop1_to.end());
   t.peers.insert(t.peers.end(), t.hop1_from.begin(), t.hop1_from.end());

@@ -159,6 +159,9 @@ struct Template {
   std::vector<std::int32_t> hop1_to;
   std::vector<std::int32_t> hop1_from;  // sources whose rows this rank hands on
   std::vector<std::int32_t> members;    // ranks of the own node, this rank included
+  // Sources whose rows come here through members[m], in the order in which it sends them: itself, then those that it
+  // hands on, ascending.
+  std::vector<std::vector<std::int32_t>> sources_of_member;
   std::vector<std::int32_t> peers;      // all ranks that put here or are put to, ascending, without this rank
   PassTemplate forward;
   PassTemplate backward;

@@ -39,6 +39,17 @@ class CpuKernels final : public Kernels {
     });
   }
 
+  void convert_rows(ConstMatrixView src, MatrixView dst) override {
+    require_shape(src, "src", dst.rows, dst.cols);
+    require_shape(dst, "dst", dst.rows, dst.cols);
+    const std::int32_t self = 0;  // a sum of one term is the term
+    for_ranges(dst.rows, dst.cols, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r)
+        ops_.reduce_row(src.row(r), src.dtype, src.row_bytes_stride(), &self, nullptr, 1, dst.row(r), dst.dtype,
+                        dst.cols);
+    });
+  }
+
   void weighted_reduce(ConstMatrixView src, std::span<const std::int64_t> row_ptr,
                        std::span<const std::int32_t> position, std::span<const float> weight,
                        MatrixView out) override {

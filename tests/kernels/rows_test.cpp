@@ -39,6 +39,22 @@ TEST(Rows, Gather) {
   EXPECT_EQ(got.get(0, 3), only.get(1, 3));
 }
 
+TEST(Rows, Convert) {
+  std::mt19937_64 random(kSeed);
+  for (const DType source : kDtypes)
+    for (const DType target : kDtypes)
+      for (const std::int64_t cols : kCols) {
+        const Matrix src = Matrix(source, 40, cols, 3).fill_random(random);
+        Matrix want(target, 40, cols);
+        make_reference_kernels()->convert_rows(src, want);
+        for (auto& [name, kernels, slow] : all_implementations()) {
+          Matrix got(target, 40, cols, 1);
+          kernels->convert_rows(src, got);
+          ASSERT_TRUE(same_matrix(got, want)) << name << " cols " << cols;
+        }
+      }
+}
+
 TEST(Rows, WeightedReduce) {
   std::mt19937_64 random(kSeed);
   constexpr std::int64_t kRows = 300;
