@@ -8,6 +8,7 @@
 #include <set>
 
 #include "expect_error.hpp"
+#include "plain_plan.hpp"
 #include "plan_harness.hpp"
 #include "sluice/base/dtype.hpp"
 
@@ -176,7 +177,59 @@ std::vector<std::vector<std::int32_t>> slots_of_all(const World& world) {
   return out;
 }
 
+// The same lists and messages come out of a builder written the plain way, fed with what the real ones receive.
+void check_against_plain(const World& world, PlanOptions options) {
+  auto builders = testing::make_builders(world, options);
+  std::vector<testing::PlainPlanner> plain;
+  std::vector<Plan> plans, plain_plans(builders.size());
+  for (std::int32_t r = 0; r < world.topology.num_ranks(); ++r)
+    plain.emplace_back(RankId(r), world.topology, world.placement, options);
+  const auto same_messages = [](const PlanBuilder::Headers& sent,
+                                const testing::PlainPlanner::Messages& want) {
+    ASSERT_EQ(sent.messages.size(), want.size());
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      const auto& m = sent.messages[i];
+      EXPECT_EQ(m.peer.value, want[i].first);
+      EXPECT_TRUE(std::ranges::equal(sent.words.subspan(m.word_begin, m.num_words), want[i].second))
+          << "words for rank " << m.peer.value;
+    }
+  };
+  testing::build_plans(builders, world, plans, [&](int step, std::size_t r, const auto& received) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(received)>, std::vector<std::int64_t>>) {
+      switch (step) {
+        case 0:
+          plain[r].begin(world.routings[r], plain_plans[r]);
+          for (std::size_t i = 0; i < plain[r].summary().size(); ++i)
+            if (i != 1) {
+              EXPECT_EQ(builders[r].summary()[i], plain[r].summary()[i]) << "summary " << i;
+            }
+          plain[r].take_summaries(received);
+          break;
+        case 1:
+          for (std::size_t i = 0; i < plain[r].counts().size(); ++i)
+            if (i % 6 != 2 && i % 6 != 5) {
+              EXPECT_EQ(builders[r].counts()[i], plain[r].counts()[i]) << "counts " << i;
+            }
+          plain[r].take_counts(received);
+          break;
+        default:
+          EXPECT_TRUE(std::ranges::equal(builders[r].offsets(), plain[r].offsets()));
+          plain[r].take_offsets(received);
+      }
+    } else if (step == 3) {
+      same_messages(builders[r].headers1(), plain[r].headers1());
+      plain[r].take_headers1(received);
+    } else {
+      same_messages(builders[r].headers2(), plain[r].headers2());
+      plain[r].take_headers2(received);
+    }
+  });
+  for (std::size_t r = 0; r < plans.size(); ++r)
+    EXPECT_EQ(testing::first_difference(plans[r], plain_plans[r]), "") << "rank " << r;
+}
+
 void check_world(const World& world, PlanOptions options) {
+  check_against_plain(world, options);
   const std::vector<Plan> plans = testing::build_plans(world, options);
   const auto slot_of = slots_of_all(world);
   for (const Plan& plan : plans) {
