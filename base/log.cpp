@@ -1,5 +1,6 @@
 #include "sluice/base/log.hpp"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -116,6 +117,13 @@ void show_transient_line(std::string_view text) {
   if (!stderr_is_terminal()) return;
   const std::lock_guard lock(state().mutex);
   if (text.empty() && !state().transient_shown) return;
+  // A line longer than the terminal would wrap and could not be written over. Only whole UTF-8 characters are cut off.
+  winsize size{};
+  if (::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 && text.size() >= size.ws_col) {
+    std::size_t length = size.ws_col - 1u;
+    while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xc0) == 0x80) --length;
+    text = text.substr(0, length);
+  }
   write_stderr(str(kEraseLine, text));
   state().transient_shown = !text.empty();
 }

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "sluice/base/dtype.hpp"
+
 namespace sluice::kernels {
 namespace {
 
