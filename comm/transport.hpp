@@ -1,12 +1,13 @@
-// Moving bytes between ranks. One primitive, one-sided in meaning: put(bytes, peer, planned offset, signal). Both sides
-// know every transfer from the plan, so a two-sided backend lowers a put to a matched send and receive.
+// Moving bytes between ranks. One primitive, one-sided in meaning: put(bytes, peer, planned offset, signal).
+// Both sides know every transfer from the plan, so a two-sided backend lowers a put to a matched send and
+// receive.
 //
 // Vocabulary
-//   channel  an independent stream of passes over the same buffers and signals (a layer context has one; 0 is kept for
-//            collectives). Several are in flight at once.
+//   channel  an independent stream of passes over the same buffers and signals (a layer context has one; 0 is
+//            kept for collectives). Several are in flight at once.
 //   window   registered memory of this rank into which peers put, numbered within its channel
-//   signal   a counter of this rank, numbered within its channel; it grows by one each time a put that names it has
-//            fully landed. It never shrinks: a waiter compares with a running total.
+//   signal   a counter of this rank, numbered within its channel; it grows by one each time a put that names
+//            it has fully landed. It never shrinks: a waiter compares with a running total.
 //
 // A pass (one execution of a template on a channel):
 //   1. set_window() for every window that grew        (only while no pass is in flight on the channel here)
@@ -16,10 +17,14 @@
 // WRONG: putting before the peer's ready signal of the same pass - its window may still be in use.
 //
 // Ownership: windows and put sources belong to the caller. A source must stay unchanged until
-// puts_completed(channel) counts it. Windows must stay valid until close().
-// Thread-safety: one Transport serves one rank; calls come from one thread at a time, except abort() and aborted(),
-// which any thread may call. Only wait(), barrier-like helpers (collectives.hpp) and close() block.
-// Errors: misuse throws (kInvalidArgument, kInvalidState); everything that depends on peers comes back as Status.
+// puts_completed(channel) counts it. Windows must stay valid until they are taken back (set_window with an
+// empty span) or the transport is destroyed.
+// Thread-safety: one Transport serves one rank; calls come from one thread at a time, except abort() and
+// aborted(), which any thread may call.
+// Blocking: only wait(), wait_for_puts(), the collectives (collectives.hpp) and the destructor block. It lets
+// own puts land first, then tells the peers: whoever still waits for this rank gets kPeerLost. After an abort
+// nothing lands any more.
+// Errors: misuse throws (kInvalidArgument, kInvalidState); what depends on peers comes back as Status.
 #pragma once
 
 #include <chrono>
@@ -56,7 +61,7 @@ struct Perf {
 };
 
 struct Put {
-  RankId peer;                        // may be the own rank
+  RankId peer;  // may be the own rank
   std::uint32_t channel = 0;
   std::uint32_t window = 0;           // of the peer
   std::int64_t offset_bytes = 0;      // in the peer's window
@@ -75,10 +80,10 @@ struct Expect {
 
 // Why a group ended. The first writer wins; all ranks come to see the same record.
 struct AbortRecord {
-  Status status;       // full sentence: who, what, expected, seen, elapsed
-  RankId culprit;      // invalid when no rank is to blame
+  Status status;   // full sentence: who, what, expected, seen, elapsed
+  RankId culprit;  // invalid when no rank is to blame
   RankId reporter;
-  std::string phase;   // "dispatch", "combine", "plan", ...
+  std::string phase;  // "dispatch", "combine", "plan", ...
   std::int32_t chunk = -1;
 };
 
@@ -86,8 +91,8 @@ struct AbortRecord {
 struct WaitSpec {
   std::uint32_t channel = 0;
   std::uint32_t signal = 0;
-  std::uint64_t value = 0;      // signal total to reach
-  std::string_view phase;       // static storage
+  std::uint64_t value = 0;  // signal total to reach
+  std::string_view phase;   // static storage
   std::int32_t chunk = -1;
 };
 
@@ -102,13 +107,14 @@ class Transport {
   virtual const Topology& topology() const = 0;
   std::int32_t num_ranks() const { return topology().num_ranks(); }
 
-  // Makes room for a channel's windows and signals (idempotent; may grow). Local and cheap, no communication; a peer's
-  // put to a channel not yet opened here waits for it.
+  // Makes room for a channel's windows and signals (idempotent; may grow). Local and cheap, no communication;
+  // a peer's put to a channel not yet opened here waits for it.
   virtual void open_channel(std::uint32_t channel, std::uint32_t num_windows, std::uint32_t num_signals) = 0;
+  // An empty span takes the window back: when it returns, nothing is written into the old memory any more.
   virtual void set_window(std::uint32_t channel, std::uint32_t window, std::span<std::byte> memory) = 0;
 
-  // Announces puts that will come. Puts from one peer to one signal come in the order in which they are expected.
-  // Throws kInvalidArgument if one lies outside its window.
+  // Announces puts that will come. Puts from one peer to one signal come in the order in which they are
+  // expected. Throws kInvalidArgument if one lies outside its window.
   virtual void expect(std::span<const Expect> expects) = 0;
   virtual void put(const Put& put) = 0;
   // Moves things along without blocking. True if anything happened.
@@ -125,29 +131,35 @@ class Transport {
   virtual bool aborted() const noexcept = 0;
   virtual AbortRecord abort_record() const = 0;
 
-  // How long a wait may go without anything it waits for arriving; the suspicion window comes on top of it and is a
-  // fifth of it at most.
+  // How long a wait may go without anything it waits for arriving; the suspicion window comes on top of it
+  // and is a fifth of it at most.
   virtual void set_timeout(std::chrono::nanoseconds timeout) = 0;
   virtual std::chrono::nanoseconds timeout() const = 0;
 
-  // Called over and over by a rank that has nothing to do but wait for `pending` (at least one). Publishes what it
-  // waits for; ok while there is hope. After the deadline it collects who waits for whom, blames the sink of that
-  // graph, aborts the group and returns the error; if the group is aborted it returns that error at once.
+  // Called over and over by a rank that has nothing to do but wait for one of `pending`; empty: for its own
+  // puts to complete. Publishes what it waits for; ok while there is hope, at once when one is there. Gives
+  // the core away, but wakes when something arrives. After the deadline it collects who waits for whom,
+  // blames the sink of that graph, aborts the group and returns the error; if the group is aborted it returns
+  // that error at once.
   virtual Status idle(std::span<const WaitSpec> pending) = 0;
-  // Called when something came; restarts the deadline.
+  // Called when something came, or when the rank goes on to compute; restarts the deadline.
   virtual void advanced() = 0;
 
   // Blocks until the signal total is reached: progress + idle.
   Status wait(const WaitSpec& spec);
+  // Blocks until all own puts of the channel are complete, so that their sources may be reused. num_puts: all
+  // puts ever made on the channel.
+  Status wait_for_puts(std::uint32_t channel, std::uint64_t num_puts);
 };
 
-// Where ranks are threads of this process. Element r serves rank r. Links that the topology declares limited are
-// emulated (Perf::emulated says so). The transports share state and may be destroyed in any order.
+// Where ranks are threads of this process. Element r serves rank r. Links that the topology declares limited
+// are emulated (Perf::emulated says so). The transports share state and may be destroyed in any order.
 std::vector<std::unique_ptr<Transport>> make_local_group(const Topology& topology);
 
-// One rank of a group that already exists outside, from a module loaded on demand ("mpi"; its file is looked for beside
-// the library). `nodes` empty: the nodes are discovered; else the topology is this one and must have as many ranks.
-// Throws kNotSupported naming the file when the module is not there, kInvalidConfig when the rank counts differ.
+// One rank of a group that already exists outside, from a module loaded on demand ("mpi"; its file is looked
+// for beside the library). `nodes` empty: the nodes are discovered; else the topology is this one and must
+// have as many ranks. Throws kNotSupported naming the file when the module is not there, kInvalidConfig when
+// the rank counts differ.
 std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override);
 
 }  // namespace sluice::comm

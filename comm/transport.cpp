@@ -1,0 +1,26 @@
+#include "sluice/comm/transport.hpp"
+
+namespace sluice::comm {
+
+Status Transport::wait(const WaitSpec& spec) {
+  advanced();
+  while (true) {
+    if (aborted()) return abort_record().status;
+    if (signal(spec.channel, spec.signal) >= spec.value) break;
+    if (progress()) continue;
+    if (Status status = idle({&spec, 1}); !status.ok()) return status;
+  }
+  advanced();
+  return {};
+}
+
+Status Transport::wait_for_puts(std::uint32_t channel, std::uint64_t num_puts) {
+  while (puts_completed(channel) < num_puts) {
+    if (aborted()) return abort_record().status;
+    if (progress()) continue;
+    if (Status status = idle({}); !status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace sluice::comm
