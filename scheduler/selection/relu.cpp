@@ -11,8 +11,8 @@ ReluPolicy::ReluPolicy(const ReluOptions& options) : options_(options) {
           "; it must be at least 1");
   Require(options.lambda0 >= 0 && std::isfinite(options.lambda0), kBad, "policy relu: lambda0 is ",
           options.lambda0, "; it must be finite and not negative");
-  Require(options.alpha > 1 && std::isfinite(options.alpha), kBad, "policy relu: alpha is ", options.alpha,
-          "; it must be above 1");
+  Require(options.alpha >= 1 && std::isfinite(options.alpha), kBad, "policy relu: alpha is ", options.alpha,
+          "; it must be at least 1");
 }
 
 void ReluPolicy::check_options(std::int32_t num_experts, bool) const {

@@ -1,7 +1,7 @@
 // ReLU routing: ReMoE (arXiv 2412.14711; code thu-ml/ReMoE 463c6af3).
 //
 // Gate (eq 5): R_te = max(z_te, 0) is the weight; token t is routed to e iff z_te > 0. No softmax, no top-k, no
-// renormalisation: a token has 0..num_experts experts, weights may exceed 1.
+// renormalization: a token has 0..num_experts experts, weights may exceed 1.
 // Sparsity (eq 8): S = 1 - routes / (L T E), over all L layers and T tokens; its target is 1 - k/E (k = top_k,
 // used in the losses and here only).
 // Loss, plain (eq 9):          lambda/(L T) sum_l sum_t sum_e R_te
@@ -34,7 +34,7 @@ struct ReluOptions {
   std::int32_t top_k = 1;       // k of the target: mean experts a token, 1..num_experts
   std::int32_t num_layers = 1;  // L, layers that share lambda, at least 1
   double lambda0 = 1e-8;        // before the first step, at least 0
-  double alpha = 1.2;           // above 1
+  double alpha = 1.2;           // at least 1; 1 keeps lambda fixed
   bool load_balanced = true;
   ReluVariant variant = ReluVariant::kPaper;
 };

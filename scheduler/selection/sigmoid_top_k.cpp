@@ -30,9 +30,9 @@ SigmoidTopKPolicy::SigmoidTopKPolicy(const SigmoidTopKOptions& options) : option
 void SigmoidTopKPolicy::check_options(std::int32_t num_experts, bool training) const {
   check_top_k(name(), options_.top_k, num_experts);
   Require(
-      !training || options_.top_k > 1 || !options_.renormalise, ErrorCode::kInvalidConfig,
-      "policy sigmoid_topk: with top_k 1 a renormalised weight is always route_scale and the router gets no "
-      "gradient; switch renormalisation off, or use top_k of at least 2");
+      !training || options_.top_k > 1 || !options_.renormalize, ErrorCode::kInvalidConfig,
+      "policy sigmoid_topk: with top_k 1 a renormalized weight is always route_scale and the router gets no "
+      "gradient; switch renormalize off, or use top_k of at least 2");
 }
 
 AdaptiveState SigmoidTopKPolicy::initial_state(std::int32_t num_experts) const {
@@ -81,7 +81,7 @@ void SigmoidTopKPolicy::select(const Scores& scores, const AdaptiveState& adapti
           scores.num_experts, options_.top_k, [z](std::int32_t a, std::int32_t b) { return z[a] > z[b]; },
           chosen);
     }
-    if (options_.renormalise) {
+    if (options_.renormalize) {
       for (std::size_t i = 0; i < top_k; ++i) log_score[i] = log_sigmoid(static_cast<double>(z[chosen[i]]));
       const double top = *std::max_element(log_score.begin(), log_score.end());
       double sum = 0;
@@ -104,7 +104,7 @@ void SigmoidTopKPolicy::gradient(const Scores& scores, const AdaptiveState&, con
     const float* weight = state.routing.weight.data() + t * top_k;
     const float* a = dweight.data() + t * top_k;
     double mean = 0;
-    if (options_.renormalise)
+    if (options_.renormalize)
       for (std::size_t i = 0; i < top_k; ++i)
         mean += static_cast<double>(a[i]) * static_cast<double>(weight[i]) / options_.route_scale;
     for (std::size_t i = 0; i < top_k; ++i) {

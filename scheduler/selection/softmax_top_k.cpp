@@ -11,10 +11,10 @@ SoftmaxTopKPolicy::SoftmaxTopKPolicy(const SoftmaxTopKOptions& options) : option
           "; it must be at least 1");
   Require(options.route_scale > 0 && std::isfinite(options.route_scale), kBad,
           "policy softmax_topk: route_scale is ", options.route_scale, "; it must be above 0");
-  Require(options.aux_loss_coeff >= 0 && std::isfinite(options.aux_loss_coeff), kBad,
-          "policy softmax_topk: aux_loss_coeff is ", options.aux_loss_coeff, "; it must not be negative");
-  Require(options.z_loss_coeff >= 0 && std::isfinite(options.z_loss_coeff), kBad,
-          "policy softmax_topk: z_loss_coeff is ", options.z_loss_coeff, "; it must not be negative");
+  Require(options.aux_loss >= 0 && std::isfinite(options.aux_loss), kBad, "policy softmax_topk: aux_loss is ",
+          options.aux_loss, "; it must not be negative");
+  Require(options.z_loss >= 0 && std::isfinite(options.z_loss), kBad, "policy softmax_topk: z_loss is ",
+          options.z_loss, "; it must not be negative");
 }
 
 void SoftmaxTopKPolicy::check_options(std::int32_t num_experts, bool training) const {
@@ -22,7 +22,7 @@ void SoftmaxTopKPolicy::check_options(std::int32_t num_experts, bool training) c
   Require(
       !training || options_.top_k > 1 || !over_selected(), ErrorCode::kInvalidConfig,
       "policy softmax_topk: with top_k 1 a softmax over the chosen expert is always 1 and the router gets no "
-      "gradient; use order 'pre' without renormalisation, or top_k of at least 2");
+      "gradient; use pre_softmax without renormalize, or top_k of at least 2");
 }
 
 // saved, in training: f32 [num_tokens, num_experts] p, then f32 [num_tokens] logsumexp
@@ -74,7 +74,7 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
 
 double SoftmaxTopKPolicy::aux_factor(std::int32_t num_experts, const PolicyState& state) const {
   const auto tokens = static_cast<double>(state.statistics.num_tokens);
-  return tokens == 0 ? 0 : options_.aux_loss_coeff * num_experts / (options_.top_k * tokens * tokens);
+  return tokens == 0 ? 0 : options_.aux_loss * num_experts / (options_.top_k * tokens * tokens);
 }
 
 double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, const BatchStatistics&,
@@ -82,7 +82,7 @@ double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, 
   const auto num_tokens = static_cast<std::size_t>(scores.num_tokens);
   const auto num_experts = static_cast<std::size_t>(scores.num_experts);
   double loss = 0;
-  if (options_.aux_loss_coeff > 0) {
+  if (options_.aux_loss > 0) {
     std::vector<double> sum(num_experts, 0);
     for (std::size_t t = 0; t < num_tokens; ++t)
       for (std::size_t e = 0; e < num_experts; ++e)
@@ -92,13 +92,13 @@ double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, 
       weighted += static_cast<double>(state.statistics.tokens_of_expert[e]) * sum[e];
     loss += aux_factor(scores.num_experts, state) * weighted;
   }
-  if (options_.z_loss_coeff > 0 && num_tokens > 0) {
+  if (options_.z_loss > 0 && num_tokens > 0) {
     double squares = 0;
     for (std::size_t t = 0; t < num_tokens; ++t) {
       const auto lse = static_cast<double>(state.saved[num_tokens * num_experts + t]);
       squares += lse * lse;
     }
-    loss += options_.z_loss_coeff * squares / static_cast<double>(state.statistics.num_tokens);
+    loss += options_.z_loss * squares / static_cast<double>(state.statistics.num_tokens);
   }
   return loss;
 }
@@ -110,7 +110,7 @@ void SoftmaxTopKPolicy::gradient(const Scores& scores, const AdaptiveState&, con
   const auto top_k = static_cast<std::size_t>(options_.top_k);
   if (num_tokens == 0) return;
   const double scale = options_.route_scale;
-  const double z_factor = 2 * options_.z_loss_coeff / static_cast<double>(state.statistics.num_tokens);
+  const double z_factor = 2 * options_.z_loss / static_cast<double>(state.statistics.num_tokens);
   std::vector<double> of_loss(num_experts);  // g_e
   for (std::size_t e = 0; e < num_experts; ++e)
     of_loss[e] =

@@ -2,22 +2,22 @@
 //
 // p = softmax(z) over all experts; S = the top_k experts by z (ties: the lower id).
 // Weights, times route_scale:
-//   kPre,  not renormalised:  w_i = p_i                   Switch (arXiv 2101.03961), DeepSeek-V2
-//   kPre,  renormalised:      w_i = p_i / sum_S p         Megatron-Core
+//   kPre,  not renormalized:  w_i = p_i                   Switch (arXiv 2101.03961), DeepSeek-V2
+//   kPre,  renormalized:      w_i = p_i / sum_S p         Megatron-Core
 //   kPost:                    w_i = softmax of z over S   Mixtral (arXiv 2401.04088)
 // The last two are the same function and are computed the same way here, bit for bit.
 // With one expert a token they are constant: the gate is route_scale and the router learns nothing from the task;
 // training with them is refused.
 //
 // Losses over the T tokens of all ranks (c_e: global routes of e):
-//   aux = aux_loss_coeff * E / (K T^2) * sum_e c_e sum_t p_te      Switch eqs 4-6 with K experts; uniform: = coeff
-//   z   = z_loss_coeff / T * sum_t logsumexp(z_t)^2                ST-MoE (arXiv 2202.08906) eq 5
+//   aux = aux_loss * E / (K T^2) * sum_e c_e sum_t p_te      Switch eqs 4-6 with K experts; uniform: = coeff
+//   z   = z_loss / T * sum_t logsumexp(z_t)^2                ST-MoE (arXiv 2202.08906) eq 5
 // c_e is a constant of the gradient.
 //
 // Backward, a = route_scale * dweight:
-//   not renormalised:  dz_i = p_i (u_i - sum_e p_e u_e), u_e = a_e [e in S] + g_e: not zero for experts not chosen
-//   renormalised:      dz_i = q_i (a_i - sum_S a_e q_e) on S, q the weights before scaling; plus the losses' part
-//   losses:            g_e = aux_loss_coeff * E c_e / (K T^2);   z-loss: dz_i += z_loss_coeff / T * 2 lse p_i
+//   not renormalized:  dz_i = p_i (u_i - sum_e p_e u_e), u_e = a_e [e in S] + g_e: not zero for experts not chosen
+//   renormalized:      dz_i = q_i (a_i - sum_S a_e q_e) on S, q the weights before scaling; plus the losses' part
+//   losses:            g_e = aux_loss * E c_e / (K T^2);   z-loss: dz_i += z_loss / T * 2 lse p_i
 #pragma once
 
 #include "sluice/scheduler/selection/token_local.hpp"
@@ -29,10 +29,10 @@ enum class SoftmaxOrder : std::uint8_t { kPre, kPost };
 struct SoftmaxTopKOptions {
   std::int32_t top_k = 2;  // 1..num_experts
   SoftmaxOrder order = SoftmaxOrder::kPre;
-  bool renormalise = false;   // with kPre
-  double route_scale = 1;     // above 0
-  double aux_loss_coeff = 0;  // 1e-2 is usual; at least 0
-  double z_loss_coeff = 0;    // 1e-3 is usual; at least 0
+  bool renormalize = false;  // with kPre
+  double route_scale = 1;    // above 0
+  double aux_loss = 0;       // 1e-2 is usual; at least 0
+  double z_loss = 0;         // 1e-3 is usual; at least 0
 };
 
 class SoftmaxTopKPolicy final : public TokenLocalPolicy {
@@ -48,7 +48,7 @@ class SoftmaxTopKPolicy final : public TokenLocalPolicy {
                    PolicyState& state) const override;
   void gradient(const Scores& scores, const AdaptiveState& adaptive, const PolicyState& state,
                 std::span<const float> dweight, std::span<float> dlogits) const override;
-  bool over_selected() const { return options_.order == SoftmaxOrder::kPost || options_.renormalise; }
+  bool over_selected() const { return options_.order == SoftmaxOrder::kPost || options_.renormalize; }
   // d(aux)/d(p_te) = this times c_e
   double aux_factor(std::int32_t num_experts, const PolicyState& state) const;
 

@@ -139,10 +139,10 @@ Model softmax_model(const SoftmaxTopKOptions& o, std::int32_t num_experts, const
     const Doubles p = softmax(row);
     double sum = 0;
     for (std::size_t e = 0; e < row.size(); ++e) sum += routed[e] ? p[e] : 0;
-    const bool renormalise = o.renormalise || o.order == SoftmaxOrder::kPost;
+    const bool renormalize = o.renormalize || o.order == SoftmaxOrder::kPost;
     Doubles w;
     for (std::size_t e = 0; e < row.size(); ++e)
-      w.push_back(routed[e] ? o.route_scale * p[e] / (renormalise ? sum : 1) : 0);
+      w.push_back(routed[e] ? o.route_scale * p[e] / (renormalize ? sum : 1) : 0);
     return w;
   };
   m.auxiliary = [=](const Doubles& z, const Doubles&, const std::vector<bool>& map) {
@@ -165,7 +165,7 @@ Model softmax_model(const SoftmaxTopKOptions& o, std::int32_t num_experts, const
     const auto n = static_cast<double>(total);
     double out = 0;
     for (std::size_t e = 0; e < width; ++e) out += count[e] * sum[e];
-    return out * o.aux_loss_coeff * num_experts / (o.top_k * n * n) + o.z_loss_coeff * squares / n;
+    return out * o.aux_loss * num_experts / (o.top_k * n * n) + o.z_loss * squares / n;
   };
   return m;
 }
@@ -184,7 +184,7 @@ Model sigmoid_model(const SigmoidTopKOptions& o, const Doubles& bias, std::int32
     for (std::size_t e = 0; e < row.size(); ++e) sum += routed[e] ? s[e] : 0;
     Doubles w;
     for (std::size_t e = 0; e < row.size(); ++e)
-      w.push_back(routed[e] ? o.route_scale * s[e] / (o.renormalise ? sum : 1) : 0);
+      w.push_back(routed[e] ? o.route_scale * s[e] / (o.renormalize ? sum : 1) : 0);
     return w;
   };
   m.auxiliary = [](const Doubles&, const Doubles&, const std::vector<bool>&) { return 0.0; };
@@ -251,15 +251,15 @@ TEST(Gradient, Relu) {
 TEST(Gradient, SoftmaxTopK) {
   for (const Tokens& spread : spreads())
     for (const std::int32_t k : {1, 2, 5})
-      for (const bool renormalise : {false, true})
+      for (const bool renormalize : {false, true})
         for (const SoftmaxOrder order : {SoftmaxOrder::kPre, SoftmaxOrder::kPost}) {
-          if (k == 1 && (renormalise || order == SoftmaxOrder::kPost)) continue;  // refused
+          if (k == 1 && (renormalize || order == SoftmaxOrder::kPost)) continue;  // refused
           const SoftmaxTopKOptions o{.top_k = k,
                                      .order = order,
-                                     .renormalise = renormalise,
+                                     .renormalize = renormalize,
                                      .route_scale = 2.5,
-                                     .aux_loss_coeff = 3,
-                                     .z_loss_coeff = .7};
+                                     .aux_loss = 3,
+                                     .z_loss = .7};
           compare(SoftmaxTopKPolicy(o), softmax_model(o, 5, spread), {}, 32);
         }
 }
@@ -267,10 +267,10 @@ TEST(Gradient, SoftmaxTopK) {
 TEST(Gradient, SigmoidTopK) {
   for (const Tokens& spread : spreads())
     for (const std::int32_t k : {1, 2, 5})
-      for (const bool renormalise : {false, true})
+      for (const bool renormalize : {false, true})
         for (const Doubles& bias : {Doubles{}, Doubles{.3, 0, -.2, .1, -.4}}) {
-          if (k == 1 && renormalise) continue;  // refused
-          const SigmoidTopKOptions o{.top_k = k, .renormalise = renormalise, .route_scale = 2.5};
+          if (k == 1 && renormalize) continue;  // refused
+          const SigmoidTopKOptions o{.top_k = k, .renormalize = renormalize, .route_scale = 2.5};
           compare(SigmoidTopKPolicy(o), sigmoid_model(o, bias, 5, spread), {bias}, 33);
         }
 }
@@ -396,7 +396,7 @@ TEST(GateJacobian, Softmax) {
   expect_near(ranks[0].state.routing.weight, {.2312238976, .6285317192}, 1e-7);
   backward_of(plain, dense, {}, ranks);
   expect_near(ranks[0].dlogits, {-.1372839691, .1925020288, -.0552180597}, 1e-7);
-  for (const SoftmaxTopKOptions& o : {SoftmaxTopKOptions{.top_k = 2, .renormalise = true},
+  for (const SoftmaxTopKOptions& o : {SoftmaxTopKOptions{.top_k = 2, .renormalize = true},
                                       SoftmaxTopKOptions{.top_k = 2, .order = SoftmaxOrder::kPost}}) {
     const SoftmaxTopKPolicy policy(o);
     ranks = run_policy(policy, logits, 3, {1}, {}, true);
@@ -408,9 +408,9 @@ TEST(GateJacobian, Softmax) {
 }
 
 TEST(SoftmaxLosses, UniformAuxAndZ) {
-  const SoftmaxTopKPolicy aux({.top_k = 2, .aux_loss_coeff = .01});
+  const SoftmaxTopKPolicy aux({.top_k = 2, .aux_loss = .01});
   expect_near(total_loss(run_policy(aux, std::vector<float>(7 * 5, .3f), 5, {4, 3}, {}, true)), .01, 1e-9);
-  const SoftmaxTopKPolicy z({.top_k = 1, .z_loss_coeff = 1});
+  const SoftmaxTopKPolicy z({.top_k = 1, .z_loss = 1});
   expect_near(total_loss(run_policy(z, {1, 2, 3}, 3, {1}, {}, true)), 11.6117784089, 1e-6);
   // Two such tokens on two ranks: the mean stays.
   expect_near(total_loss(run_policy(z, {1, 2, 3, 3, 1, 2}, 3, {1, 1}, {}, true)), 11.6117784089, 1e-6);

@@ -26,9 +26,12 @@ PolicyOptions with(std::string name, std::int32_t top_k) {
   o.top_k = top_k;
   o.num_layers = 3;
   o.relu_lambda0 = .25;
-  o.aux_loss_coeff = .5;
-  o.z_loss_coeff = .25;
+  o.renormalize = false;
   o.route_scale = 2.5;
+  if (o.name == "softmax_topk") {
+    o.aux_loss = .5;
+    o.z_loss = .25;
+  }
   return o;
 }
 
@@ -40,13 +43,13 @@ std::vector<Named> all_policies() {
   out.push_back({"relu_plain", with("relu", 2)});
   out.back().options.relu_load_balanced = false;
   out.push_back({"softmax_pre", with("softmax_topk", 2)});
-  out.push_back({"softmax_pre_renormalised", with("softmax_topk", 2)});
-  out.back().options.softmax_renormalise = true;
+  out.push_back({"softmax_pre_renormalized", with("softmax_topk", 2)});
+  out.back().options.renormalize = true;
   out.push_back({"softmax_post", with("softmax_topk", 2)});
-  out.back().options.softmax_order = "post";
+  out.back().options.pre_softmax = false;
   out.push_back({"sigmoid", with("sigmoid_topk", 2)});
+  out.back().options.renormalize = true;
   out.push_back({"sigmoid_raw", with("sigmoid_topk", 2)});
-  out.back().options.sigmoid_renormalise = false;
   return out;
 }
 
@@ -258,11 +261,10 @@ TEST_P(EveryPolicy, MisuseIsRefused) {
 TEST(Factory, RefusesUnknownWords) {
   PolicyOptions o;
   o.name = "rleu";
-  expect_error(ErrorCode::kInvalidConfig,
-               {"'rleu'", "relu, sigmoid_topk, softmax_topk", "did you mean 'relu'"},
+  expect_error(ErrorCode::kInvalidConfig, {"rleu", "relu, sigmoid_topk, softmax_topk", "did you mean relu?"},
                [&] { make_policy(o); });
-  o.name = "softmax";
-  expect_error(ErrorCode::kInvalidConfig, {"did you mean 'softmax_topk'"}, [&] { make_policy(o); });
+  o.name = "softmax_top_k";
+  expect_error(ErrorCode::kInvalidConfig, {"did you mean softmax_topk?"}, [&] { make_policy(o); });
   o.name = "something else entirely";
   try {
     make_policy(o);
@@ -272,12 +274,8 @@ TEST(Factory, RefusesUnknownWords) {
   }
   o = {};
   o.relu_variant = "oficial";
-  expect_error(ErrorCode::kInvalidConfig, {"'oficial'", "paper, official", "'official'"},
+  expect_error(ErrorCode::kInvalidConfig, {"oficial", "paper, official", "mean official?"},
                [&] { make_policy(o); });
-  o = {};
-  o.name = "softmax_topk";
-  o.softmax_order = "after";
-  expect_error(ErrorCode::kInvalidConfig, {"'after'", "pre, post"}, [&] { make_policy(o); });
 }
 
 TEST(Factory, RefusesNumbersOutOfRange) {
@@ -290,14 +288,47 @@ TEST(Factory, RefusesNumbersOutOfRange) {
   fault("relu", {"top_k is 0"}, [](auto& o) { o.top_k = 0; });
   fault("relu", {"num_layers is 0"}, [](auto& o) { o.num_layers = 0; });
   fault("relu", {"lambda0 is -1"}, [](auto& o) { o.relu_lambda0 = -1; });
-  fault("relu", {"alpha is 1"}, [](auto& o) { o.relu_alpha = 1; });
+  fault("relu", {"alpha is 0.9"}, [](auto& o) { o.relu_alpha = .9; });
   fault("relu", {"alpha is nan"}, [](auto& o) { o.relu_alpha = std::nan(""); });
   fault("softmax_topk", {"top_k is -3"}, [](auto& o) { o.top_k = -3; });
   fault("softmax_topk", {"route_scale is 0"}, [](auto& o) { o.route_scale = 0; });
-  fault("softmax_topk", {"aux_loss_coeff is -1"}, [](auto& o) { o.aux_loss_coeff = -1; });
-  fault("softmax_topk", {"z_loss_coeff is nan"}, [](auto& o) { o.z_loss_coeff = std::nan(""); });
+  fault("softmax_topk", {"aux_loss is -1"}, [](auto& o) { o.aux_loss = -1; });
+  fault("softmax_topk", {"z_loss is nan"}, [](auto& o) { o.z_loss = std::nan(""); });
+  fault("relu", {"policy relu has no aux_loss", "0.5"}, [](auto& o) { o.aux_loss = .5; });
+  fault("sigmoid_topk", {"policy sigmoid_topk has no z_loss"}, [](auto& o) { o.z_loss = 1; });
   fault("sigmoid_topk", {"top_k is 0"}, [](auto& o) { o.top_k = 0; });
   fault("sigmoid_topk", {"route_scale is inf"}, [](auto& o) { o.route_scale = HUGE_VAL; });
+}
+
+TEST(Factory, TakesTheConfiguration) {
+  Config::Routing r = {};
+  r.policy = Config::Routing::Policy::kSoftmaxTopK;
+  r.top_k = 3;
+  r.renormalize = true;
+  r.pre_softmax = true;
+  r.route_scale = 2;
+  r.relu_variant = Config::Routing::ReluVariant::kOfficial;
+  r.relu_lambda0 = .5;
+  r.relu_alpha = 2;
+  r.relu_load_balanced = true;
+  r.aux_loss = .25;
+  r.z_loss = .125;
+  const PolicyOptions o = policy_options(r, 7);
+  EXPECT_EQ(o.name, "softmax_topk");
+  EXPECT_EQ(o.top_k, 3);
+  EXPECT_EQ(o.num_layers, 7);
+  EXPECT_TRUE(o.renormalize && o.pre_softmax && o.relu_load_balanced);
+  EXPECT_EQ(o.route_scale, 2);
+  EXPECT_EQ(o.relu_variant, "official");
+  EXPECT_EQ(o.relu_lambda0, .5);
+  EXPECT_EQ(o.relu_alpha, 2);
+  EXPECT_EQ(o.aux_loss, .25);
+  EXPECT_EQ(o.z_loss, .125);
+  EXPECT_EQ(make_policy(o)->name(), "softmax_topk");
+  r.policy = Config::Routing::Policy::kSigmoidTopK;
+  EXPECT_EQ(policy_options(r, 1).name, "sigmoid_topk");
+  r.policy = Config::Routing::Policy::kRelu;
+  EXPECT_EQ(policy_options(r, 1).name, "relu");
 }
 
 TEST(Factory, NamesMatch) {
@@ -321,17 +352,17 @@ TEST(ConstantGate, IsRefusedInTraining) {
       EXPECT_NO_THROW(train());
   };
   PolicyOptions o;
+  o.top_k = 1;
   o.name = "softmax_topk";
-  check(o, false);
-  o.softmax_renormalise = true;
   check(o, true);
-  o.softmax_renormalise = false;
-  o.softmax_order = "post";
+  o.renormalize = false;
+  check(o, false);
+  o.pre_softmax = false;
   check(o, true);
   o.name = "sigmoid_topk";
-  check(o, true);
-  o.sigmoid_renormalise = false;
   check(o, false);
+  o.renormalize = true;
+  check(o, true);
   o.name = "relu";
   check(o, false);
 }
@@ -341,7 +372,6 @@ TEST(Ties, GoToTheLowerId) {
   for (const char* name : {"softmax_topk", "sigmoid_topk"}) {
     PolicyOptions o;
     o.name = name;
-    o.top_k = 2;
     const auto policy = make_policy(o);
     auto ranks = run_policy(*policy, logits, 5, {3}, {}, false);
     EXPECT_EQ(ranks[0].state.routing.expert, (std::vector<std::int32_t>{1, 2, 0, 1, 0, 2})) << name;
