@@ -356,12 +356,12 @@ void validate(const LoadedConfig& loaded) {
     fail(parts, " leave no expert with weights of ", named("model.num_experts"), "; at least one is needed");
   }
 
-  if (c.routing.policy == Config::Routing::Policy::kRelu) {
+  if (c.routing.policy != Config::Routing::Policy::kSoftmaxTopK) {
     for (const std::string_view key : {"routing.aux_loss", "routing.z_loss"}) {
       const double coefficient = key == "routing.aux_loss" ? c.routing.aux_loss : c.routing.z_loss;
       if (coefficient > 0)
         fail(named(key), " has no meaning with ", named("routing.policy"),
-             "; relu steers load and sparsity by routing.relu_lambda0, relu_alpha and relu_load_balanced");
+             "; only softmax_topk has this loss, relu and sigmoid_topk balance the load in other ways");
     }
   }
 
@@ -382,9 +382,12 @@ void validate(const LoadedConfig& loaded) {
            named(c.topology.ranks > 0 ? "topology.ranks" : "topology.nodes"));
     std::int64_t sum = 0;
     for (const std::int32_t n : slots) sum += n;
-    if (sum < c.model.num_ffn_experts())
+    // contiguous holds each expert once; a policy with replicas may have more room than that.
+    if (sum < c.model.num_ffn_experts() ||
+        (c.placement.policy == Config::Placement::Policy::kContiguous && sum != c.model.num_ffn_experts()))
       fail(named("placement.slots_per_rank"), " has room for ", sum, " experts, but ",
-           c.model.num_ffn_experts(), " have weights: ", named("model.num_experts"));
+           c.model.num_ffn_experts(), " have weights: ", named("model.num_experts"), " with ",
+           named("placement.policy"));
   }
 
   if (c.comm.transport != "local") {

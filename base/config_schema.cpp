@@ -207,14 +207,14 @@ const Row kRows[] = {
      .range = between(0, 1e6),
      .default_text = "0.0",
      .kind = Kind::kSemantic,
-     .doc = "Top-k policies: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961); "
+     .doc = "softmax_topk: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961); "
             "0 is off."},
     {.key = "routing.z_loss",
      .member = SLUICE_MEMBER(routing.z_loss),
      .range = between(0, 1e6),
      .default_text = "0.0",
      .kind = Kind::kSemantic,
-     .doc = "Top-k policies: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off."},
+     .doc = "softmax_topk: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off."},
 
     // ---- placement ----
     {.key = "placement.policy",

@@ -442,6 +442,8 @@ TEST(Config, Contradictions) {
   EXPECT_TRUE(
       begins(error_of(kNothing, {"routing.z_loss=1"}), "routing.z_loss 1 (from --set) has no meaning"));
   EXPECT_EQ(error_of("[routing]\naux_loss = 0.01\npolicy = \"softmax_topk\"\n"), "no error");
+  EXPECT_TRUE(contains(error_of("[routing]\naux_loss = 0.01\npolicy = \"sigmoid_topk\"\n"),
+                       "has no meaning with routing.policy sigmoid_topk (from f.toml:3:10)"));
 
   EXPECT_TRUE(
       begins(error_of("[topology]\nranks = 3\nnodes = \"2x2\"\n"),
@@ -460,6 +462,7 @@ TEST(Config, Contradictions) {
       error_of("[placement]\nslots_per_rank = [8, 7]\n"),
       "placement.slots_per_rank [8, 7] (from f.toml:2:18) has room for 15 experts, but 16 have weights"));
   EXPECT_EQ(error_of("[placement]\nslots_per_rank = [8, 7]\n", {"model.zero_experts=1"}), "no error");
+  EXPECT_TRUE(contains(error_of("[placement]\nslots_per_rank = [8, 9]\n"), "has room for 17 experts"));
 
   EXPECT_TRUE(begins(error_of("[topology]\nacross_nodes_latency_us = 5\n", {"comm.transport=mpi"}),
                      "topology.across_nodes_latency_us 5 (from f.toml:2:27) declares a link to emulate, but "
@@ -625,7 +628,7 @@ TEST(Config, EffectiveTextLoadsBackToTheSameValues) {
     }
     out.set("train.text", "q\"uo\\te\tand \xc3\xa9", {ConfigSource::Kind::kFile, "odd\nname:1:2"});
     out.set("topology.nodes", "[[0, 1], [2]]", {});
-    out.set("placement.slots_per_rank", "[8, 8, 1]", {});
+    out.set("placement.slots_per_rank", "[8, 7, 1]", {});
     out.set("model.zero_experts", "0", {});
     out.set("model.copy_experts", "0", {});
     out.set("model.constant_experts", "0", {});
