@@ -1,5 +1,7 @@
 #include "sluice/kernels/checks.hpp"
 
+#include <tuple>
+
 namespace sluice::kernels {
 
 namespace {
@@ -89,6 +91,18 @@ void check_add_scaled_rows(const ConstMatrixView& x, std::span<const float> scal
   require_shape(x, "x", y.rows, y.cols);
   Require(static_cast<std::int64_t>(scale.size()) == y.rows, kBad, "scale has ", scale.size(),
           " elements, y has ", y.rows, " rows");
+}
+
+void check_row_dots(const ConstMatrixView& a, std::span<const std::int32_t> a_index, const ConstMatrixView& b,
+                    std::span<const std::int32_t> b_index, std::span<const float> out) {
+  const auto n = static_cast<std::int64_t>(out.size());
+  Require(a.cols == b.cols, kBad, "a has ", a.cols, " columns, b has ", b.cols);
+  for (const auto& [rows, index, name] :
+       {std::tuple(a.rows, a_index, "a"), std::tuple(b.rows, b_index, "b")}) {
+    Require(index.empty() || static_cast<std::int64_t>(index.size()) == n, kBad, name, "_index has ",
+            index.size(), " elements, out has ", n);
+    Require(!index.empty() || rows >= n, kBad, name, " has ", rows, " rows, out has ", n, " elements");
+  }
 }
 
 void check_forward(const Groups& groups, const ConstMatrixView& a, std::span<const std::int32_t> a_index,

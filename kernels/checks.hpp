@@ -16,6 +16,8 @@ void check_weighted_reduce(const ConstMatrixView& src, std::span<const std::int6
                            std::span<const std::int32_t> position, std::span<const float> weight,
                            const MatrixView& out);
 void check_add_scaled_rows(const ConstMatrixView& x, std::span<const float> scale, const MatrixView& y);
+void check_row_dots(const ConstMatrixView& a, std::span<const std::int32_t> a_index, const ConstMatrixView& b,
+                    std::span<const std::int32_t> b_index, std::span<const float> out);
 void check_forward(const Groups& groups, const ConstMatrixView& a, std::span<const std::int32_t> a_index,
                    std::int64_t out_cols, Activation activation, const MatrixView& h, const MatrixView& act);
 void check_dgrad(const Groups& groups, const ConstMatrixView& dc, std::span<const std::int32_t> dc_index,

@@ -36,8 +36,9 @@ constexpr std::int64_t preactivation_cols(Activation activation, std::int64_t ff
 
 // Rows of a grouped operation: positions group_ptr[g] .. group_ptr[g+1]-1 belong to group g.
 struct Groups {
-  std::span<const std::int64_t> group_ptr;       // int64 [num_groups + 1], ascending from any start
-  std::span<const std::byte* const> weights;     // [num_groups] base of each group's weight, row-major, contiguous
+  std::span<const std::int64_t> group_ptr;  // int64 [num_groups + 1], ascending from any start
+  std::span<const std::byte* const>
+      weights;  // [num_groups] base of each group's weight, row-major, contiguous
   std::int64_t num_groups() const { return static_cast<std::int64_t>(group_ptr.size()) - 1; }
 };
 
@@ -70,19 +71,27 @@ class Kernels {
   // y[t] += scale[t] * x[t] in fp32 (one multiply, one add), rounded to y's dtype.  x, y: dtype [n, cols]; scale: f32 [n]
   virtual void add_scaled_rows(ConstMatrixView x, std::span<const float> scale, MatrixView y) = 0;
 
+  // out[i] = <a[row_a(i)], b[row_b(i)]> in fp32: products are rounded, lane j of 16 adds columns j, j+16, ... ascending
+  // from 0, then the lanes are added in order.  a, b: dtype [*, cols]; row_x(i) = x_index.empty() ? i : x_index[i]
+  // (int32); out: f32 [n]
+  virtual void row_dots(ConstMatrixView a, std::span<const std::int32_t> a_index, ConstMatrixView b,
+                        std::span<const std::int32_t> b_index, std::span<float> out) = 0;
+
   // ---- grouped GEMM ------------------------------------------------------------------------------------------------
   // Forward: h[p] = W_g a[row(p)],  act[p] = activation(h[p]) rounded to act's dtype from the unrounded fp32 h.
   // a: dtype [*, in_cols]; row(p) = a_index.empty() ? p : a_index[p] (a_index: int32, indexed by absolute p);
   // weights: dtype [out_cols, in_cols] a group; h: dtype [>= group_ptr.back(), out_cols] or null data when not kept;
   // act: dtype [>= group_ptr.back(), ffn] or null data when no activation is wanted (then h is required).
-  virtual void grouped_gemm_forward(const Groups& groups, ConstMatrixView a, std::span<const std::int32_t> a_index,
-                                    DType weight_dtype, std::int64_t out_cols, Activation activation, MatrixView h,
+  virtual void grouped_gemm_forward(const Groups& groups, ConstMatrixView a,
+                                    std::span<const std::int32_t> a_index, DType weight_dtype,
+                                    std::int64_t out_cols, Activation activation, MatrixView h,
                                     MatrixView act) = 0;
 
   // Data gradient: da[p] = W_g^T dc[row(p)].  dc: dtype [*, out_cols]; weights: dtype [out_cols, in_cols] a group;
   // da: dtype [>= group_ptr.back(), in_cols]; dc_index as a_index above.
-  virtual void grouped_gemm_dgrad(const Groups& groups, ConstMatrixView dc, std::span<const std::int32_t> dc_index,
-                                  DType weight_dtype, MatrixView da) = 0;
+  virtual void grouped_gemm_dgrad(const Groups& groups, ConstMatrixView dc,
+                                  std::span<const std::int32_t> dc_index, DType weight_dtype,
+                                  MatrixView da) = 0;
 
   // Weight gradient: dW_g[o][i] += sum over positions p of group g, in order, of dc[row_c(p)][o] * a[row_a(p)][i].
   // dc: dtype [*, out_cols]; a: dtype [*, in_cols]; grads: one f32 [out_cols, in_cols] base a group, accumulated into.
@@ -92,8 +101,8 @@ class Kernels {
 
   // ---- activation --------------------------------------------------------------------------------------------------
   // act[p] = activation(h[p]) for rows begin..end-1.  h: dtype [*, preactivation_cols]; act: dtype [*, ffn]
-  virtual void activation_forward(Activation activation, ConstMatrixView h, MatrixView act, std::int64_t begin,
-                                  std::int64_t end) = 0;
+  virtual void activation_forward(Activation activation, ConstMatrixView h, MatrixView act,
+                                  std::int64_t begin, std::int64_t end) = 0;
 
   // One fused pass over rows begin..end-1 (DESIGN: nothing is divided by w, expert outputs need not be kept):
   //   a = activation(h[p]) in fp32;  dw[p] = <u[p], a> in fp32: 16 lanes, lane j the fma chain over columns
@@ -102,8 +111,8 @@ class Kernels {
   // h: dtype [*, preactivation_cols]; u: dtype [*, ffn] (= W2^T dy); weight: f32 [*]; dw: f32 [*];
   // dh: dtype like h; wa: dtype like u. dh may alias h; wa may alias u.
   virtual void activation_backward(Activation activation, ConstMatrixView h, ConstMatrixView u,
-                                   std::span<const float> weight, std::span<float> dw, MatrixView dh, MatrixView wa,
-                                   std::int64_t begin, std::int64_t end) = 0;
+                                   std::span<const float> weight, std::span<float> dw, MatrixView dh,
+                                   MatrixView wa, std::int64_t begin, std::int64_t end) = 0;
 
   // ---- optimizer ---------------------------------------------------------------------------------------------------
   // Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), fp32 master weights, decay scaled by the learning
@@ -111,8 +120,8 @@ class Kernels {
   //        w = w (1 - lr decay) - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + epsilon)
   // When `copy` has data it receives the updated weights rounded to its dtype. Elements are independent of each other:
   // any cut of the arrays gives the same bits.  All f32 [n]; copy: dtype [1, n] or null data.
-  virtual void adamw(const AdamW& options, std::span<float> master, std::span<const float> grad, std::span<float> m,
-                     std::span<float> v, MatrixView copy) = 0;
+  virtual void adamw(const AdamW& options, std::span<float> master, std::span<const float> grad,
+                     std::span<float> m, std::span<float> v, MatrixView copy) = 0;
 
   // Largest scratch this object holds, in bytes (part of the peak-memory formula).
   virtual std::int64_t scratch_bytes() const = 0;

@@ -103,6 +103,21 @@ class ReferenceKernels final : public Kernels {
         set(y, r, c, get(y, r, c) + scale[static_cast<std::size_t>(r)] * get(x, r, c));
   }
 
+  void row_dots(ConstMatrixView a, std::span<const std::int32_t> a_index, ConstMatrixView b,
+                std::span<const std::int32_t> b_index, std::span<float> out) override {
+    check_row_dots(a, a_index, b, b_index, out);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      float lane[16] = {};
+      const auto r = static_cast<std::int64_t>(i);
+      for (std::int64_t c = 0; c < a.cols; ++c) {
+        const float product = get(a, row_of(a_index, r), c) * get(b, row_of(b_index, r), c);
+        lane[c % 16] += product;
+      }
+      out[i] = lane[0];
+      for (int j = 1; j < 16; ++j) out[i] += lane[j];
+    }
+  }
+
   void grouped_gemm_forward(const Groups& groups, ConstMatrixView a, std::span<const std::int32_t> a_index,
                             DType weight_dtype, std::int64_t out_cols, Activation activation, MatrixView h,
                             MatrixView act) override {

@@ -22,6 +22,27 @@ std::int64_t element_bytes(DType dtype) {
   return static_cast<std::int64_t>(size_of(dtype));
 }
 
+template <typename X, typename Y>
+float dot(const std::byte* x_bytes, const std::byte* y_bytes, std::int64_t cols) {
+  constexpr std::int64_t kLanes = 16;
+  const X* x = reinterpret_cast<const X*>(x_bytes);
+  const Y* y = reinterpret_cast<const Y*>(y_bytes);
+  float lane[kLanes] = {};
+  std::int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes)
+    for (std::int64_t j = 0; j < kLanes; ++j)
+      lane[j] += static_cast<float>(x[c + j]) * static_cast<float>(y[c + j]);
+  for (std::int64_t j = 0; c + j < cols; ++j)
+    lane[j] += static_cast<float>(x[c + j]) * static_cast<float>(y[c + j]);
+  float sum = lane[0];
+  for (std::int64_t j = 1; j < kLanes; ++j) sum += lane[j];
+  return sum;
+}
+template <typename X>
+float dot_with(const std::byte* x, const std::byte* y, DType y_dtype, std::int64_t cols) {
+  return y_dtype == DType::kF32 ? dot<X, float>(x, y, cols) : dot<X, bf16>(x, y, cols);
+}
+
 class CpuKernels final : public Kernels {
  public:
   CpuKernels(const IsaOps& ops, int num_threads) : ops_(ops), pool_(num_threads), gemm_(ops, pool_) {}
@@ -45,8 +66,8 @@ class CpuKernels final : public Kernels {
     const std::int32_t self = 0;  // a sum of one term is the term
     for_ranges(dst.rows, dst.cols, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r)
-        ops_.reduce_row(src.row(r), src.dtype, src.row_bytes_stride(), &self, nullptr, 1, dst.row(r), dst.dtype,
-                        dst.cols);
+        ops_.reduce_row(src.row(r), src.dtype, src.row_bytes_stride(), &self, nullptr, 1, dst.row(r),
+                        dst.dtype, dst.cols);
     });
   }
 
@@ -71,6 +92,20 @@ class CpuKernels final : public Kernels {
     for_ranges(y.rows, y.cols, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r)
         ops_.add_scaled(x.row(r), x.dtype, scale[static_cast<std::size_t>(r)], y.row(r), y.dtype, y.cols);
+    });
+  }
+
+  void row_dots(ConstMatrixView a, std::span<const std::int32_t> a_index, ConstMatrixView b,
+                std::span<const std::int32_t> b_index, std::span<float> out) override {
+    check_row_dots(a, a_index, b, b_index, out);
+    for_ranges(static_cast<std::int64_t>(out.size()), a.cols, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const auto k = static_cast<std::size_t>(i);
+        const std::byte* x = a.row(a_index.empty() ? i : a_index[k]);
+        const std::byte* y = b.row(b_index.empty() ? i : b_index[k]);
+        out[k] = a.dtype == DType::kF32 ? dot_with<float>(x, y, b.dtype, a.cols)
+                                        : dot_with<bf16>(x, y, b.dtype, a.cols);
+      }
     });
   }
 

@@ -55,6 +55,28 @@ TEST(Rows, Convert) {
       }
 }
 
+TEST(Rows, Dots) {
+  std::mt19937_64 random(kSeed);
+  for (const DType a_dtype : kDtypes)
+    for (const DType b_dtype : kDtypes)
+      for (const std::int64_t cols : kCols) {
+        const Matrix a = Matrix(a_dtype, 30, cols, 1).fill_random(random),
+                     b = Matrix(b_dtype, 40, cols).fill_random(random);
+        std::vector<std::int32_t> index(25);
+        for (auto& i : index) i = std::uniform_int_distribution<std::int32_t>(0, 29)(random);
+        std::vector<float> want(25, std::nanf("")), got(25, std::nanf(""));
+        make_reference_kernels()->row_dots(a, index, b, {}, want);
+        double exact = 0;
+        for (std::int64_t c = 0; c < cols; ++c) exact += double(a.get(index[3], c)) * double(b.get(3, c));
+        EXPECT_NEAR(want[3], exact, 1e-4 * double(cols));
+        for (auto& [name, kernels, slow] : all_implementations()) {
+          kernels->row_dots(a, index, b, {}, got);
+          for (std::size_t i = 0; i < want.size(); ++i)
+            ASSERT_EQ(got[i], want[i]) << name << " cols " << cols;
+        }
+      }
+}
+
 TEST(Rows, WeightedReduce) {
   std::mt19937_64 random(kSeed);
   constexpr std::int64_t kRows = 300;

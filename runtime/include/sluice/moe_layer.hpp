@@ -1,0 +1,131 @@
+// One Mixture-of-Experts layer over the ranks of a Runtime: dispatch, grouped expert compute, combine, and the backward
+// pass of all three.
+//
+//   Forward   y_t = sum over the routes (e, w) of token t of w * E_e(x_t); a token without routes gives exact zeros
+//   Backward  dw_te = <dy_t, E_e(x_t)>;  dx_t = sum_e J_e(x_t)^T (w_te dy_t);  dW_e += over all tokens of all ranks
+//   Expert    gated: E(x) = W2 (silu(W1 x) * (W3 x)), w1 = [W1; W3];  else E(x) = W2 act(W1 x)
+//   everywhere: zero E(x) = 0, copy E(x) = x, computed at home after the tree of docs/design.md, experts ascending
+//
+// Usage, on every rank, in the same order:
+//   MoeLayer layer(runtime, placement, options);
+//   layer.set_weights(slots);
+//   auto plan = layer.plan(routing);                 // collective
+//   Context context = layer.forward(plan, x, y);     // collective
+//   layer.backward(context, dy, dx, dw);             // collective
+// Several contexts may be alive; each pins its plan. A plan may be used by several contexts.
+// WRONG: creating or destroying contexts in different orders on different ranks - they share numbered channels; the
+// next plan() says so (kDisagreement).
+//
+// Ownership: weights, gradients, x, y are the caller's. The layer keeps views of weights and gradients; forward and
+// backward return when they are done with x, y, dy, dx, dw (a copy expert's x must stay until backward).
+// Thread-safety: that of the Runtime. plan, forward, backward and sync_replica_gradients block, with its deadline.
+// Errors: kInvalidArgument for shapes and dtypes, kInvalidRouting, kInvalidState (backward twice, weights not set),
+// kDisagreement and the group errors of runtime.hpp.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "sluice/base/dtype.hpp"
+#include "sluice/base/tensor_view.hpp"
+#include "sluice/runtime.hpp"
+#include "sluice/scheduler/placement.hpp"
+#include "sluice/scheduler/plan.hpp"
+#include "sluice/scheduler/template.hpp"
+
+namespace sluice {
+
+// What an ffn expert does between its two matrices.
+enum class ExpertActivation : std::uint8_t { kSwiGLU, kGelu, kRelu };
+
+// What a context keeps for backward.
+enum class Save : std::uint8_t {
+  kNone,         // nothing: forward only
+  kRows,         // received rows; the pre-activation is computed again
+  kActivations,  // received rows and the pre-activation
+};
+
+struct MoeLayerOptions {
+  std::int64_t hidden = 0;
+  std::int64_t ffn = 0;
+  ExpertActivation activation = ExpertActivation::kSwiGLU;
+  DType dtype = DType::kF32;          // of x, y, dy, dx and expert weights
+  DType wire_dtype = DType::kF32;     // rows are rounded to it before they are dispatched (own rows as well)
+  DType combine_dtype = DType::kF32;  // sums are rounded to it at every edge of the reduction tree
+  ScheduleOptions schedule;
+  Save save = Save::kActivations;
+};
+
+// Weights of one local slot, and where its gradients accumulate. Caller-owned.
+struct ExpertWeights {
+  ConstMatrixView w1;        // dtype [2*ffn or ffn, hidden], contiguous
+  ConstMatrixView w2;        // dtype [hidden, ffn], contiguous
+  float* grad_w1 = nullptr;  // f32 [2*ffn or ffn, hidden], accumulated into; null: no backward
+  float* grad_w2 = nullptr;  // f32 [hidden, ffn]
+};
+
+struct ContextStorage;
+class MoeLayer;
+
+// What lies between a forward and its backward. Move-only; destroying it in flight gives its buffers back.
+class Context {
+ public:
+  Context() = default;
+  Context(Context&&) noexcept;
+  Context& operator=(Context&&) noexcept;
+  ~Context();
+
+  bool valid() const { return storage_ != nullptr; }
+  const Plan& plan() const { return *plan_; }
+
+ private:
+  friend class MoeLayer;
+  friend class Dispatcher;
+  void release() noexcept;
+  std::shared_ptr<const Plan> plan_;
+  ContextStorage* storage_ = nullptr;
+  std::shared_ptr<void> pool_;  // owns the storage; outlives the layer if need be
+  ConstMatrixView x_;           // for copy experts' dw
+  bool backward_done_ = false;
+};
+
+class MoeLayer {
+ public:
+  // Collective only through its plans: every rank passes the same placement and options (checked by plan()).
+  MoeLayer(Runtime& runtime, Placement placement, const MoeLayerOptions& options);
+  ~MoeLayer();
+  MoeLayer(const MoeLayer&) = delete;
+  MoeLayer& operator=(const MoeLayer&) = delete;
+
+  const MoeLayerOptions& options() const;
+  const Placement& placement() const;
+  const Template& exchange_template() const;
+
+  // slots: one for each local slot, in local order. Views are kept until the next call.
+  void set_weights(std::span<const ExpertWeights> slots);
+
+  // Collective. Builds the plan of one batch. routing: host CSR; read only during the call.
+  std::shared_ptr<const Plan> plan(const RoutingView& routing);
+
+  // Collective. x: dtype [num_tokens, hidden]; y: dtype [num_tokens, hidden], overwritten.
+  Context forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y);
+
+  // Collective. dy: dtype [num_tokens, hidden]; dx: dtype [num_tokens, hidden], overwritten; dw: f32 [num_routes] in
+  // the caller's route order, overwritten. Weight gradients accumulate. Ends the context's use; release it after.
+  void backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw);
+
+  // Collective. Sums the gradients of replicated experts over their slots, ranks ascending, so that every copy holds
+  // the same sum. Without replicas it returns at once.
+  void sync_replica_gradients();
+
+  // Bytes held by this layer's contexts and scratch at their high-water mark (docs/memory.md gives the formula).
+  std::int64_t memory_bytes() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace sluice

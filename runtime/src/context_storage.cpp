@@ -1,0 +1,90 @@
+#include "context_storage.hpp"
+
+#include <algorithm>
+#include <new>
+
+#include "pass_run.hpp"
+#include "runtime_state.hpp"
+#include "sluice/base/hash.hpp"
+#include "sluice/comm/transport.hpp"
+
+namespace sluice {
+namespace {
+constexpr std::size_t kAlignment = 64;
+}
+
+void RowBuffer::resize(std::int64_t rows, std::int64_t cols, DType dtype) {
+  const auto bytes = static_cast<std::size_t>(rows * cols) * size_of(dtype);
+  if (bytes > capacity_bytes_) {
+    const std::size_t capacity = std::max(bytes, capacity_bytes_ + capacity_bytes_ / 2);
+    release();
+    void* memory = allocator_.allocate ? allocator_.allocate(capacity, kAlignment, allocator_.user)
+                                       : ::operator new(capacity, std::align_val_t(kAlignment), std::nothrow);
+    Require(memory != nullptr, ErrorCode::kOutOfMemory, "context buffer of ", capacity, " bytes");
+    data_ = static_cast<std::byte*>(memory);
+    capacity_bytes_ = capacity;
+  }
+  rows_ = rows;
+  cols_ = cols;
+  dtype_ = dtype;
+}
+
+void RowBuffer::release() {
+  if (!data_) return;
+  if (allocator_.allocate) {
+    if (allocator_.deallocate) allocator_.deallocate(data_, capacity_bytes_, kAlignment, allocator_.user);
+  } else {
+    ::operator delete(data_, std::align_val_t(kAlignment));
+  }
+  data_ = nullptr;
+  capacity_bytes_ = 0;
+}
+
+ContextStorage::ContextStorage() = default;
+ContextStorage::~ContextStorage() = default;
+
+void ContextStorage::set_allocator(const Allocator& allocator) {
+  for (RowBuffer* b : {&rounded, &send1, &recv1, &send2, &recv2, &recv_dy, &hidden, &activation, &out,
+                       &partial, &ret2, &ret1, &home, &expert_rows.rows})
+    b->set_allocator(allocator);
+}
+
+std::int64_t ContextStorage::capacity_bytes() const {
+  std::int64_t bytes = 0;
+  for (const RowBuffer* b : {&rounded, &send1, &recv1, &send2, &recv2, &recv_dy, &hidden, &activation, &out,
+                             &partial, &ret2, &ret1, &home, &expert_rows.rows})
+    bytes += b->capacity_bytes();
+  for (const GrowArray<float>* a : {&dw_position, &dw_received, &dw_ret2, &dw_recv1, &dw_home})
+    bytes += static_cast<std::int64_t>(a->capacity_bytes());
+  return bytes;
+}
+
+ContextStorage& ContextPool::acquire() {
+  for (auto& storage : storages_)
+    if (!storage->in_use) {
+      storage->in_use = true;
+      return *storage;
+    }
+  auto storage = std::make_unique<ContextStorage>();
+  storage->channel = runtime_.state().next_channel++;
+  storage->set_allocator(runtime_.options().allocator);
+  storage->signal_base.assign(num_signals_, 0);
+  runtime_.transport().open_channel(storage->channel, kNumWindows, num_signals_);
+  storage->in_use = true;
+  storages_.push_back(std::move(storage));
+  return *storages_.back();
+}
+
+std::uint64_t ContextPool::state_hash() const {
+  Hasher h;
+  for (const auto& storage : storages_) h.add(storage->channel).add(storage->in_use);
+  return h.value();
+}
+
+std::int64_t ContextPool::capacity_bytes() const {
+  std::int64_t bytes = 0;
+  for (const auto& storage : storages_) bytes += storage->capacity_bytes();
+  return bytes;
+}
+
+}  // namespace sluice

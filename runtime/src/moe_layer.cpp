@@ -1,0 +1,378 @@
+#include "sluice/moe_layer.hpp"
+
+#include <algorithm>
+
+#include "context_storage.hpp"
+#include "pass_run.hpp"
+#include "plan_exchange.hpp"
+#include "plan_pool.hpp"
+#include "runtime_state.hpp"
+#include "sluice/base/hash.hpp"
+#include "sluice/base/telemetry.hpp"
+
+namespace sluice {
+namespace {
+
+kernels::Activation kernel_activation(ExpertActivation activation) {
+  switch (activation) {
+    case ExpertActivation::kSwiGLU:
+      return kernels::Activation::kSwiGLU;
+    case ExpertActivation::kGelu:
+      return kernels::Activation::kGelu;
+    case ExpertActivation::kRelu:
+      return kernels::Activation::kRelu;
+  }
+  throw Error(ErrorCode::kInvalidArgument, str("activation ", static_cast<int>(activation), " is unknown"));
+}
+
+}  // namespace
+
+// ---- context ---------------------------------------------------------------------------------------------------------
+
+Context::Context(Context&& other) noexcept {
+  *this = std::move(other);
+}
+Context& Context::operator=(Context&& other) noexcept {
+  if (this == &other) return *this;
+  release();
+  plan_ = std::move(other.plan_);
+  storage_ = std::exchange(other.storage_, nullptr);
+  pool_ = std::move(other.pool_);
+  x_ = other.x_;
+  backward_done_ = other.backward_done_;
+  return *this;
+}
+Context::~Context() {
+  release();
+}
+
+void Context::release() noexcept {
+  if (storage_) {
+    // Given up between dispatch and combine: peers may still write here, so this channel is never used again.
+    if (storage_->open_pass) storage_->poisoned = true;
+    storage_->open_pass.reset();
+    if (!storage_->poisoned) storage_->in_use = false;
+  }
+  storage_ = nullptr;
+  plan_.reset();
+  pool_.reset();
+}
+
+// ---- layer -----------------------------------------------------------------------------------------------------------
+
+struct MoeLayer::State {
+  Runtime& runtime;
+  Placement placement;
+  MoeLayerOptions options;
+  Template shape;
+  kernels::Activation activation;
+  std::int64_t h_cols = 0;
+  PassFormat format;
+  std::shared_ptr<ContextPool> pool;
+  PlanPool plans;
+  PlanExchange exchange;
+  std::uint64_t layer_hash = 0;
+
+  bool weights_set = false;
+  bool trainable = false;
+  std::vector<const std::byte*> w1, w2;  // [num_local_slots]
+  std::vector<float*> grad_w1, grad_w2;  // [num_local_slots]
+  std::vector<float> scale;              // per token, for copy experts
+  std::vector<float> replica_sum;
+
+  State(Runtime& r, Placement p, const MoeLayerOptions& o)
+      : runtime(r),
+        placement(std::move(p)),
+        options(o),
+        shape(build_template(r.rank(), r.topology(), o.schedule)),
+        activation(kernel_activation(o.activation)),
+        h_cols(kernels::preactivation_cols(activation, o.ffn)),
+        format{o.hidden, o.wire_dtype, o.combine_dtype},
+        pool(std::make_shared<ContextPool>(r, num_signals(r.num_ranks(), o.schedule.num_chunks))),
+        exchange(r, placement, o.schedule.plan_options()) {
+    Require(o.hidden >= 1 && o.ffn >= 1, ErrorCode::kInvalidArgument, "hidden is ", o.hidden, " and ffn ",
+            o.ffn, "; both must be at least 1");
+    for (std::int32_t e = 0; e < placement.num_experts; ++e)
+      Require(placement.kind[static_cast<std::size_t>(e)] != ExpertKind::kConstant, ErrorCode::kNotSupported,
+              "expert ", e, " is a constant expert; the layer computes ffn, zero and copy experts");
+    layer_hash = Hasher()
+                     .add_int(o.hidden)
+                     .add_int(o.ffn)
+                     .add_int(static_cast<int>(o.activation))
+                     .add_int(static_cast<int>(o.dtype))
+                     .add_int(static_cast<int>(o.wire_dtype))
+                     .add_int(static_cast<int>(o.combine_dtype))
+                     .add(shape.schedule_hash())
+                     .value();
+  }
+
+  // A failure between start and end of a pass leaves peers waiting: the group ends, with the reason.
+  void add_copies(const Plan& plan, ConstMatrixView x, MatrixView y);
+};
+
+namespace {
+
+// The work of this rank's experts in one pass.
+class LayerWork : public ExpertWork {
+ public:
+  LayerWork(kernels::Kernels& kernels, PassRun& pass, const Plan& plan, ContextStorage& s,
+            kernels::Activation activation, const MoeLayerOptions& options, std::int64_t h_cols,
+            std::span<const std::byte* const> w1, std::span<const std::byte* const> w2,
+            std::span<float* const> grad_w1, std::span<float* const> grad_w2, bool backward)
+      : kernels_(kernels),
+        pass_(pass),
+        plan_(plan),
+        s_(s),
+        activation_(activation),
+        options_(options),
+        h_cols_(h_cols),
+        w1_(w1),
+        w2_(w2),
+        grad_w1_(grad_w1),
+        grad_w2_(grad_w2) {
+    const std::int64_t positions = plan.num_positions();
+    if (!backward) {
+      if (options.save == Save::kActivations) s.hidden.resize(positions, h_cols, options.dtype);
+      s.activation.resize(positions, options.ffn, options.dtype);
+      s.out.resize(positions, options.hidden, options.dtype);
+    } else {
+      if (options.save == Save::kRows) s.hidden.resize(positions, h_cols, options.dtype);
+      s.dw_position.resize(static_cast<std::size_t>(positions));
+    }
+  }
+
+  void run(OpKind kind, std::int32_t chunk) override {
+    const auto slots = static_cast<std::size_t>(plan_.num_local_slots);
+    const auto first = static_cast<std::size_t>(chunk) * slots;
+    const std::span<const std::int64_t> group_ptr = plan_.group_ptr.span(first, slots + 1);
+    const std::int64_t begin = group_ptr.front(), end = group_ptr.back();
+    const kernels::Groups with_w1{group_ptr, w1_}, with_w2{group_ptr, w2_};
+    switch (kind) {
+      case OpKind::kExpertGemm1:
+        if (pass_.is_backward()) {
+          if (options_.save == Save::kRows)
+            kernels_.grouped_gemm_forward(with_w1, s_.recv2.view(), plan_.expert_row, options_.dtype, h_cols_,
+                                          activation_, s_.hidden.view(), {});
+        } else {
+          kernels_.grouped_gemm_forward(
+              with_w1, s_.recv2.view(), plan_.expert_row, options_.dtype, h_cols_, activation_,
+              options_.save == Save::kActivations ? s_.hidden.view() : MatrixView{}, s_.activation.view());
+        }
+        break;
+      case OpKind::kExpertGemm2:
+        kernels_.grouped_gemm_forward(with_w2, s_.activation.view(), {}, options_.dtype, options_.hidden,
+                                      activation_, s_.out.view(), {});
+        break;
+      case OpKind::kExpertDgrad2:
+        kernels_.grouped_gemm_dgrad(with_w2, pass_.received().view(), plan_.expert_row, options_.dtype,
+                                    s_.activation.view());
+        break;
+      case OpKind::kActivationBackward:
+        kernels_.activation_backward(activation_, s_.hidden.view(), s_.activation.view(), plan_.expert_weight,
+                                     s_.dw_position, s_.hidden.view(), s_.activation.view(), begin, end);
+        break;
+      case OpKind::kExpertDgrad1:
+        kernels_.grouped_gemm_dgrad(with_w1, s_.hidden.view(), {}, options_.dtype, s_.out.view());
+        break;
+      case OpKind::kReduce:
+        if (pass_.is_backward()) {
+          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, {}, chunk);
+          pass_.send_dw(s_.dw_position, plan_.position_of_route, chunk);
+        } else {
+          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, plan_.recv2.weight, chunk);
+        }
+        break;
+      case OpKind::kWgrad: {
+        // A slot's rows in receive order, whatever the chunks: positions are in that order only without chunks.
+        const bool chunked = plan_.options.num_chunks > 1;
+        const std::span<const std::int32_t> position = plan_.wgrad_position;
+        const std::span<const std::int32_t> row = chunked ? plan_.wgrad_row : plan_.expert_row;
+        kernels_.grouped_gemm_wgrad(plan_.slot_ptr, pass_.received().view(), row, s_.activation.view(),
+                                    position, grad_w2_);
+        kernels_.grouped_gemm_wgrad(plan_.slot_ptr, s_.hidden.view(), position, s_.recv2.view(), row,
+                                    grad_w1_);
+        break;
+      }
+      default:
+        throw Error(ErrorCode::kInternal, str("op ", to_string(kind), " is no expert work"));
+    }
+  }
+
+ private:
+  kernels::Kernels& kernels_;
+  PassRun& pass_;
+  const Plan& plan_;
+  ContextStorage& s_;
+  kernels::Activation activation_;
+  const MoeLayerOptions& options_;
+  std::int64_t h_cols_;
+  std::span<const std::byte*const> w1_, w2_;
+  std::span<float*const> grad_w1_, grad_w2_;
+};
+
+}  // namespace
+
+MoeLayer::MoeLayer(Runtime& runtime, Placement placement, const MoeLayerOptions& options)
+    : state_(std::make_unique<State>(runtime, std::move(placement), options)) {}
+MoeLayer::~MoeLayer() = default;
+
+const MoeLayerOptions& MoeLayer::options() const {
+  return state_->options;
+}
+const Placement& MoeLayer::placement() const {
+  return state_->placement;
+}
+const Template& MoeLayer::exchange_template() const {
+  return state_->shape;
+}
+
+void MoeLayer::set_weights(std::span<const ExpertWeights> slots) {
+  State& s = *state_;
+  const std::int32_t expected = s.placement.num_slots_of(s.runtime.rank());
+  Require(slots.size() == static_cast<std::size_t>(expected), ErrorCode::kInvalidArgument, "weights for ",
+          slots.size(), " slots were given; rank ", s.runtime.rank().value, " has ", expected);
+  s.w1.clear();
+  s.w2.clear();
+  s.grad_w1.clear();
+  s.grad_w2.clear();
+  s.trainable = true;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const ExpertWeights& w = slots[i];
+    require_shape(w.w1, str("w1 of slot ", i), s.h_cols, s.options.hidden);
+    require_shape(w.w2, str("w2 of slot ", i), s.options.hidden, s.options.ffn);
+    for (const ConstMatrixView& m : {w.w1, w.w2}) {
+      Require(m.dtype == s.options.dtype, ErrorCode::kInvalidArgument, "weights of slot ", i, " are ",
+              to_string(m.dtype), ", the layer's dtype is ", to_string(s.options.dtype));
+      Require(m.row_stride == m.cols, ErrorCode::kInvalidArgument, "weights of slot ", i,
+              " are not contiguous");
+    }
+    s.w1.push_back(w.w1.data);
+    s.w2.push_back(w.w2.data);
+    s.grad_w1.push_back(w.grad_w1);
+    s.grad_w2.push_back(w.grad_w2);
+    s.trainable = s.trainable && w.grad_w1 && w.grad_w2;
+  }
+  s.weights_set = true;
+}
+
+std::shared_ptr<const Plan> MoeLayer::plan(const RoutingView& routing) {
+  State& s = *state_;
+  std::shared_ptr<Plan> plan = s.plans.acquire();
+  s.exchange.build(routing, *plan, Hasher().add(s.layer_hash).add(s.pool->state_hash()).value());
+  return plan;
+}
+
+namespace {
+
+void check_rows(const ConstMatrixView& view, std::string_view what, const Plan& plan, std::int64_t hidden,
+                DType dtype) {
+  require_shape(view, what, plan.num_tokens, hidden);
+  Require(view.dtype == dtype, ErrorCode::kInvalidArgument, what, " is ", to_string(view.dtype), ", must be ",
+          to_string(dtype));
+}
+
+}  // namespace
+
+void MoeLayer::State::add_copies(const Plan& plan, ConstMatrixView x, MatrixView y) {
+  const EverywhereRoutes& routes = plan.everywhere;
+  // Zero experts add nothing. Copies of one token add one after the other, experts ascending.
+  for (std::size_t i = 0; i < routes.token.size(); ++i) {
+    if (placement.kind[static_cast<std::size_t>(routes.expert[i])] != ExpertKind::kCopy) continue;
+    const std::int64_t t = routes.token[i];
+    runtime.kernels().add_scaled_rows({x.row(t), x.dtype, 1, x.cols, x.row_stride},
+                                      std::span<const float>(&routes.weight[i], 1),
+                                      {y.row(t), y.dtype, 1, y.cols, y.row_stride});
+  }
+}
+
+Context MoeLayer::forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y) {
+  State& s = *state_;
+  Require(plan != nullptr, ErrorCode::kInvalidArgument, "forward was given no plan");
+  Require(s.weights_set, ErrorCode::kInvalidState, "forward before set_weights");
+  check_rows(x, "x", *plan, s.options.hidden, s.options.dtype);
+  check_rows(y, "y", *plan, s.options.hidden, s.options.dtype);
+  Context context;
+  context.plan_ = plan;
+  context.pool_ = s.pool;
+  context.storage_ = &s.pool->acquire();
+  context.x_ = x;
+  ContextStorage& storage = *context.storage_;
+  run_in_flight(s.runtime, storage, "forward", [&] {
+    PassRun pass(s.runtime, s.shape, *plan, s.format, storage, PassKind::kForward);
+    LayerWork work(s.runtime.kernels(), pass, *plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
+                   s.grad_w1, s.grad_w2, false);
+    pass.start(x);
+    pass.run_all(work, y, {});
+    s.add_copies(*plan, x, y);
+  });
+  return context;
+}
+
+void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw) {
+  State& s = *state_;
+  Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
+          "backward needs a context that forward of this layer returned");
+  Require(!context.backward_done_, ErrorCode::kInvalidState, "backward was already run on this context");
+  Require(s.options.save != Save::kNone, ErrorCode::kInvalidState,
+          "the layer keeps nothing for backward; set save to rows or activations");
+  Require(s.trainable, ErrorCode::kInvalidState, "set_weights gave no gradients for some slot");
+  const Plan& plan = *context.plan_;
+  check_rows(dy, "dy", plan, s.options.hidden, s.options.dtype);
+  check_rows(dx, "dx", plan, s.options.hidden, s.options.dtype);
+  Require(dw.size() == static_cast<std::size_t>(plan.num_routes), ErrorCode::kInvalidArgument, "dw has ",
+          dw.size(), " elements, the routing has ", plan.num_routes, " routes");
+  context.backward_done_ = true;
+  ContextStorage& storage = *context.storage_;
+  run_in_flight(s.runtime, storage, "backward", [&] {
+    PassRun pass(s.runtime, s.shape, plan, s.format, storage, PassKind::kBackward);
+    LayerWork work(s.runtime.kernels(), pass, plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
+                   s.grad_w1, s.grad_w2, true);
+    pass.start(dy);
+    pass.run_all(work, dx, dw);
+    s.add_copies(plan, dy, dx);  // copy: J = 1, so dx += w dy
+    const EverywhereRoutes& routes = plan.everywhere;
+    for (std::size_t i = 0; i < routes.token.size(); ++i) {
+      float value = 0;  // zero: E(x) = 0
+      if (s.placement.kind[static_cast<std::size_t>(routes.expert[i])] == ExpertKind::kCopy)
+        s.runtime.kernels().row_dots(dy, routes.token.span(i, 1), context.x_, routes.token.span(i, 1),
+                                     std::span<float>(&value, 1));
+      dw[static_cast<std::size_t>(routes.route[i])] = value;
+    }
+  });
+}
+
+void MoeLayer::sync_replica_gradients() {
+  State& s = *state_;
+  if (s.placement.replicated.empty()) return;
+  Require(s.trainable || s.placement.num_slots_of(s.runtime.rank()) == 0, ErrorCode::kInvalidState,
+          "set_weights gave no gradients for some slot");
+  // Every rank adds its copy, ranks without one add zero: the fixed order of all_reduce_sum is ranks ascending.
+  const std::int64_t n1 = s.h_cols * s.options.hidden, n2 = s.options.hidden * s.options.ffn;
+  s.replica_sum.resize(static_cast<std::size_t>(n1 + n2));
+  for (const std::int32_t e : s.placement.replicated) {
+    const SlotId slot = s.placement.slot_on(ExpertId(e), s.runtime.rank());
+    float* g1 = nullptr;
+    float* g2 = nullptr;
+    if (slot.valid()) {
+      const auto local = static_cast<std::size_t>(s.placement.slot_local_index[slot.index()]);
+      g1 = s.grad_w1[local];
+      g2 = s.grad_w2[local];
+      std::copy_n(g1, n1, s.replica_sum.data());
+      std::copy_n(g2, n2, s.replica_sum.data() + n1);
+    } else {
+      std::fill(s.replica_sum.begin(), s.replica_sum.end(), 0.0f);
+    }
+    s.runtime.all_reduce_sum(std::span<float>(s.replica_sum), "replica gradients");
+    if (slot.valid()) {
+      std::copy_n(s.replica_sum.data(), n1, g1);
+      std::copy_n(s.replica_sum.data() + n1, n2, g2);
+    }
+  }
+}
+
+std::int64_t MoeLayer::memory_bytes() const {
+  return state_->pool->capacity_bytes() + state_->plans.capacity_bytes() +
+         state_->runtime.kernels().scratch_bytes();
+}
+
+}  // namespace sluice

@@ -1,0 +1,65 @@
+#include "plan_exchange.hpp"
+
+#include "runtime_state.hpp"
+#include "sluice/base/telemetry.hpp"
+
+namespace sluice {
+namespace {
+constexpr std::string_view kPhase = "plan";
+}
+
+PlanExchange::PlanExchange(Runtime& runtime, const Placement& placement, PlanOptions options)
+    : runtime_(runtime), builder_(runtime.rank(), runtime.topology(), placement, options) {}
+
+void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash) {
+  comm::Collectives& all = runtime_.collectives();
+  SpanRecorder* recorder = runtime_.recorder();
+  const auto ranks = static_cast<std::size_t>(runtime_.num_ranks());
+  const auto exchanged = [&](auto&& call) {
+    const Span span(recorder, "exchange_counts", "host");
+    call().throw_if_error();
+  };
+  const auto planned = [&](auto&& call) {
+    const Span span(recorder, "plan", "host");
+    call();
+  };
+
+  planned([&] { builder_.begin(routing, plan, extra_hash); });
+  received_.resize(builder_.summary().size() * ranks);
+  exchanged([&] { return all.all_gather(builder_.summary(), received_, kPhase); });
+  planned([&] { builder_.take_summaries(received_); });
+
+  received_.resize(builder_.counts().size());
+  exchanged([&] { return all.all_to_all(builder_.counts(), received_, kPhase); });
+  planned([&] { builder_.take_counts(received_); });
+
+  received_.resize(builder_.offsets().size());
+  exchanged([&] { return all.all_to_all(builder_.offsets(), received_, kPhase); });
+  planned([&] { builder_.take_offsets(received_); });
+
+  if (runtime_.topology().num_nodes() > 1 && plan.options.exchange == Exchange::kGateway)
+    exchange_headers(builder_.headers1(), builder_.expected_headers1());
+  else
+    words_.resize(0);
+  planned([&] { builder_.take_headers1(words_); });
+  exchange_headers(builder_.headers2(), builder_.expected_headers2());
+  planned([&] { builder_.take_headers2(words_); });
+}
+
+void PlanExchange::exchange_headers(const PlanBuilder::Headers& out,
+                                    std::span<const PlanBuilder::Message> in) {
+  const Span span(runtime_.recorder(), "exchange_headers", "host");
+  const auto ranks = static_cast<std::size_t>(runtime_.num_ranks());
+  sends_.assign(ranks, {});
+  receives_.assign(ranks, {});
+  for (const auto& m : out.messages)
+    sends_[m.peer.index()] = std::as_bytes(
+        out.words.subspan(static_cast<std::size_t>(m.word_begin), static_cast<std::size_t>(m.num_words)));
+  words_.resize(in.empty() ? 0 : static_cast<std::size_t>(in.back().word_begin + in.back().num_words));
+  for (const auto& m : in)
+    receives_[m.peer.index()] = std::as_writable_bytes(std::span<std::int32_t>(words_).subspan(
+        static_cast<std::size_t>(m.word_begin), static_cast<std::size_t>(m.num_words)));
+  runtime_.collectives().all_to_all_v(sends_, receives_, kPhase).throw_if_error();
+}
+
+}  // namespace sluice

@@ -1,0 +1,30 @@
+// Building a plan over a Runtime: the builder's steps with the collectives between them.
+#pragma once
+
+#include <vector>
+
+#include "sluice/runtime.hpp"
+#include "sluice/scheduler/plan.hpp"
+
+namespace sluice {
+
+class PlanExchange {
+ public:
+  // References must outlive the object.
+  PlanExchange(Runtime& runtime, const Placement& placement, PlanOptions options);
+
+  // Collective, blocking. Builds into `plan`, whose memory is reused. extra_hash joins the agreement check.
+  void build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash);
+
+ private:
+  void exchange_headers(const PlanBuilder::Headers& out, std::span<const PlanBuilder::Message> in);
+
+  Runtime& runtime_;
+  PlanBuilder builder_;
+  std::vector<std::int64_t> received_;
+  GrowArray<std::int32_t> words_;
+  std::vector<std::span<const std::byte>> sends_;  // [num_ranks]
+  std::vector<std::span<std::byte>> receives_;     // [num_ranks]
+};
+
+}  // namespace sluice

@@ -1,0 +1,106 @@
+#include "sluice/runtime.hpp"
+
+#include "runtime_state.hpp"
+
+namespace sluice {
+namespace {
+
+std::unique_ptr<RuntimeState> make_state(std::unique_ptr<comm::Transport> transport,
+                                         const RuntimeOptions& options) {
+  Require(options.threads_per_rank >= 1, ErrorCode::kInvalidArgument, "threads_per_rank is ",
+          options.threads_per_rank, ", must be at least 1");
+  Require((options.allocator.allocate == nullptr) == (options.allocator.deallocate == nullptr),
+          ErrorCode::kInvalidArgument,
+          "the allocator has only one of allocate and deallocate; give both or none");
+  auto state = std::make_unique<RuntimeState>();
+  state->options = options;
+  transport->set_timeout(options.timeout);
+  state->collectives = std::make_unique<comm::Collectives>(*transport);
+  state->transport = std::move(transport);
+  state->kernels = kernels::make_cpu_kernels(options.threads_per_rank);
+  return state;
+}
+
+}  // namespace
+
+Runtime::Runtime(std::unique_ptr<RuntimeState> state) : state_(std::move(state)) {}
+Runtime::~Runtime() = default;
+
+std::vector<std::unique_ptr<Runtime>> Runtime::create_local(const Topology& topology,
+                                                            const RuntimeOptions& options) {
+  std::vector<std::unique_ptr<Runtime>> out;
+  for (auto& transport : comm::make_local_group(topology))
+    out.push_back(std::unique_ptr<Runtime>(new Runtime(make_state(std::move(transport), options))));
+  return out;
+}
+
+std::unique_ptr<Runtime> Runtime::create(std::string_view transport, const Topology* nodes,
+                                         const RuntimeOptions& options) {
+  return std::unique_ptr<Runtime>(new Runtime(make_state(comm::load_transport(transport, nodes), options)));
+}
+
+RankId Runtime::rank() const {
+  return state_->transport->rank();
+}
+const Topology& Runtime::topology() const {
+  return state_->transport->topology();
+}
+const RuntimeOptions& Runtime::options() const {
+  return state_->options;
+}
+
+void Runtime::all_reduce_sum(std::span<float> data, std::string_view phase) {
+  state_->collectives->all_reduce_sum(data, phase).throw_if_error();
+}
+void Runtime::all_reduce_sum(std::span<double> data, std::string_view phase) {
+  state_->collectives->all_reduce_sum(data, phase).throw_if_error();
+}
+void Runtime::barrier(std::string_view phase) {
+  state_->collectives->barrier(phase).throw_if_error();
+}
+
+std::vector<std::int64_t> Runtime::all_gather(std::span<const std::int64_t> values, std::string_view phase) {
+  std::vector<std::int64_t> out(values.size() * static_cast<std::size_t>(num_ranks()));
+  state_->collectives->all_gather(values, out, phase).throw_if_error();
+  return out;
+}
+
+void Runtime::broadcast(std::span<std::byte> data, RankId root, std::string_view phase) {
+  state_->collectives->broadcast(data, root, phase).throw_if_error();
+}
+
+void Runtime::abort(std::string_view phase, const std::string& reason) noexcept {
+  try {
+    comm::AbortRecord record;
+    record.status = {ErrorCode::kAborted,
+                     str("rank ", rank().value, " ended the group in ", phase, ": ", reason)};
+    record.culprit = rank();
+    record.reporter = rank();
+    record.phase = std::string(phase);
+    state_->transport->abort(record);
+  } catch (...) {
+    // Out of memory while reporting: peers find out by their deadline.
+  }
+}
+
+Status Runtime::async_error() const {
+  return state_->transport->aborted() ? state_->transport->abort_record().status : Status{};
+}
+
+SpanRecorder* Runtime::recorder() const {
+  return state_->recorder;
+}
+void Runtime::set_recorder(SpanRecorder* recorder) {
+  state_->recorder = recorder;
+}
+comm::Transport& Runtime::transport() {
+  return *state_->transport;
+}
+comm::Collectives& Runtime::collectives() {
+  return *state_->collectives;
+}
+kernels::Kernels& Runtime::kernels() {
+  return *state_->kernels;
+}
+
+}  // namespace sluice

@@ -1,0 +1,22 @@
+// What a Runtime holds, for the files of this room.
+#pragma once
+
+#include <memory>
+
+#include "sluice/comm/collectives.hpp"
+#include "sluice/comm/transport.hpp"
+#include "sluice/kernels/kernels.hpp"
+#include "sluice/runtime.hpp"
+
+namespace sluice {
+
+struct RuntimeState {
+  RuntimeOptions options;
+  std::unique_ptr<comm::Transport> transport;
+  std::unique_ptr<comm::Collectives> collectives;
+  std::unique_ptr<kernels::Kernels> kernels;
+  SpanRecorder* recorder = nullptr;
+  std::uint32_t next_channel = 1;  // 0 belongs to the collectives
+};
+
+}  // namespace sluice
