@@ -633,21 +633,8 @@ class LocalTransport final : public Transport {
     self_.heartbeat_ns.store(now.time_since_epoch().count(), std::memory_order_relaxed);
     const std::uint32_t ticket = self_.arrivals.ticket();  // before looking: what comes after ends the sleep
     if (aborted()) return abort_record().status;
-    std::uint64_t key = pending.size();
-    bool there = false;
-    for (const WaitSpec& spec : pending) {
-      const std::uint64_t total = own_signal(spec.channel, spec.signal).total.load(std::memory_order_acquire);
-      there = there || total >= spec.value;
-      key = ((key * 0x9e3779b97f4a7c15ull + spec.channel) * 0x9e3779b97f4a7c15ull + spec.signal) *
-                0x9e3779b97f4a7c15ull +
-            (spec.value ^ (total << 32));
-    }
-    const std::int64_t outstanding = self_.outstanding.load(std::memory_order_acquire);
-    if (pending.empty()) {
-      there = outstanding == 0;
-      key = static_cast<std::uint64_t>(outstanding) << 32;
-    }
-    if (there) return {};
+    const WaitLook look = look_at(*this, pending, own_puts());
+    if (look.there) return {};
     collect_missing(pending);
     publish(pending);
 
@@ -655,12 +642,12 @@ class LocalTransport final : public Transport {
       // What the peer had put before it closed may have landed after we looked; closing comes after landing.
       collect_missing(pending);
       if (wait_bits_[gone.index() / 64] >> (gone.index() % 64) & 1) {
-        patience_.step(now, key);
+        patience_.step(now, look.key);
         group_->abort(peer_lost_record(failed_wait(pending, now), gone));
         return abort_record().status;
       }
     }
-    if (patience_.step(now, key) == Patience::Stage::kOver) {
+    if (patience_.step(now, look.key) == Patience::Stage::kOver) {
       group_->abort(deadline_record(failed_wait(pending, now), group_->states()));
       return abort_record().status;
     }
@@ -736,34 +723,16 @@ class LocalTransport final : public Transport {
     self_.waiting.store(true, std::memory_order_release);
   }
 
+  OwnPuts own_puts() const {
+    return {.made = num_puts_,
+            .outstanding = static_cast<std::uint64_t>(self_.outstanding.load(std::memory_order_acquire))};
+  }
+
   FailedWait failed_wait(std::span<const WaitSpec> pending, Clock::time_point now) const {
-    FailedWait wait;
-    wait.rank = rank();
-    if (pending.empty()) {
-      wait.phase = "own puts";
-      wait.for_own_puts = true;
-      wait.expected = num_puts_;
-      wait.seen = num_puts_ - static_cast<std::uint64_t>(self_.outstanding.load(std::memory_order_relaxed));
-    } else {
-      // Several waits at once: report the first one that is still owed something.
-      const WaitSpec* spec = &pending[0];
-      for (const WaitSpec& s : pending) {
-        if (missing(s.channel, s.signal).empty()) continue;
-        spec = &s;
-        break;
-      }
-      wait.phase = spec->phase;
-      wait.chunk = spec->chunk;
-      wait.channel = spec->channel;
-      wait.signal = spec->signal;
-      wait.expected = spec->value;
-      wait.seen = signal(spec->channel, spec->signal);
-    }
+    std::vector<RankId> missing;
     for (std::size_t r = 0; r < group_->num_ranks(); ++r)
-      if (wait_bits_[r / 64] >> (r % 64) & 1) wait.missing.push_back(RankId(static_cast<std::int32_t>(r)));
-    wait.elapsed = patience_.elapsed(now);
-    wait.timeout = patience_.timeout();
-    return wait;
+      if (wait_bits_[r / 64] >> (r % 64) & 1) missing.push_back(RankId(static_cast<std::int32_t>(r)));
+    return describe_wait(*this, pending, std::move(missing), own_puts(), patience_, now);
   }
 
   std::shared_ptr<Group> group_;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "sluice/base/hash.hpp"
+
 namespace sluice::comm {
 namespace {
 
@@ -122,6 +124,47 @@ Verdict find_culprit(RankId reporter, std::span<const RankState> states) {
   return verdict;
 }
 
+WaitLook look_at(const Transport& transport, std::span<const WaitSpec> pending, OwnPuts puts) {
+  if (pending.empty()) return {.there = puts.outstanding == 0, .key = puts.outstanding};
+  WaitLook look;
+  Hasher key;
+  for (const WaitSpec& spec : pending) {
+    const std::uint64_t total = transport.signal(spec.channel, spec.signal);
+    look.there = look.there || total >= spec.value;
+    key.add(spec.channel).add(spec.signal).add(spec.value).add(total);
+  }
+  look.key = key.value();
+  return look;
+}
+
+FailedWait describe_wait(const Transport& transport, std::span<const WaitSpec> pending,
+                         std::vector<RankId> missing, OwnPuts puts, const Patience& patience,
+                         Clock::time_point now) {
+  FailedWait wait;
+  wait.rank = transport.rank();
+  wait.missing = std::move(missing);
+  wait.elapsed = patience.elapsed(now);
+  wait.timeout = patience.timeout();
+  if (pending.empty()) {
+    wait.phase = "own puts";
+    wait.for_own_puts = true;
+    wait.expected = puts.made;
+    wait.seen = puts.made - puts.outstanding;
+    return wait;
+  }
+  const auto owed = std::find_if(pending.begin(), pending.end(), [&](const WaitSpec& spec) {
+    return !transport.missing(spec.channel, spec.signal).empty();
+  });
+  const WaitSpec& spec = owed == pending.end() ? pending.front() : *owed;
+  wait.phase = spec.phase;
+  wait.chunk = spec.chunk;
+  wait.channel = spec.channel;
+  wait.signal = spec.signal;
+  wait.expected = spec.value;
+  wait.seen = transport.signal(spec.channel, spec.signal);
+  return wait;
+}
+
 AbortRecord deadline_record(const FailedWait& wait, std::span<const RankState> states) {
   const Verdict verdict = find_culprit(wait.rank, states);
   AbortRecord record;
@@ -156,7 +199,12 @@ AbortRecord deadline_record(const FailedWait& wait, std::span<const RankState> s
       text += str("; look at it, then relaunch");
       break;
     case RankState::Kind::kComputing:
-      if (state.last_sign.count() >= 0 && state.last_sign <= wait.timeout)
+      if (state.answered)
+        text += str(
+            "; ", who,
+            " is late, not dead: its process answers, but it waits for nobody and last called the transport ",
+            seconds(state.last_sign), " ago");
+      else if (state.last_sign.count() >= 0 && state.last_sign <= wait.timeout)
         text += str("; ", who, " is late, not dead: it waits for nobody and gave a sign of life ",
                     seconds(state.last_sign), " ago");
       else if (state.last_sign.count() >= 0)

@@ -33,6 +33,7 @@ struct RankState {
   std::vector<RankId> waits_for;  // ascending; empty unless waiting
   std::string phase;              // of the wait it is in
   std::int32_t chunk = -1;
+  bool answered = false;                   // its process was asked and answered, so it is alive
   std::chrono::nanoseconds last_sign{-1};  // since its last sign of life; negative = never seen
 };
 
@@ -60,6 +61,24 @@ struct FailedWait {
   std::chrono::nanoseconds elapsed{0};
   std::chrono::nanoseconds timeout{0};
 };
+
+struct OwnPuts {
+  std::uint64_t made = 0;
+  std::uint64_t outstanding = 0;
+};
+
+// Looks at what idle() was given. `key` changes when another thing is waited for or more of it is there.
+struct WaitLook {
+  bool there = false;  // one of pending has come; with none pending: no own put is outstanding
+  std::uint64_t key = 0;
+};
+WaitLook look_at(const Transport& transport, std::span<const WaitSpec> pending, OwnPuts puts);
+
+class Patience;
+// `missing`: who owes any of pending. Of several waits the first that is owed something is described.
+FailedWait describe_wait(const Transport& transport, std::span<const WaitSpec> pending,
+                         std::vector<RankId> missing, OwnPuts puts, const Patience& patience,
+                         Clock::time_point now);
 
 // Judges and writes the record of a wait whose deadline passed.
 AbortRecord deadline_record(const FailedWait& wait, std::span<const RankState> states);

@@ -1,0 +1,60 @@
+// Finds and loads the module of a transport. Modules stay loaded until the process ends: a message passing library
+// cannot be taken out of a process again.
+#include <dlfcn.h>
+#include <link.h>
+
+#include <filesystem>
+#include <system_error>
+
+#include "sluice/comm/transport.hpp"
+#include "sluice/comm/transport_module.hpp"
+
+namespace sluice::comm {
+namespace {
+
+namespace fs = std::filesystem;
+
+// The folder of the program or shared library that contains this code.
+fs::path own_folder() {
+  Dl_info info{};
+  link_map* map = nullptr;
+  std::error_code ignored;
+  if (dladdr1(reinterpret_cast<const void*>(&own_folder), &info, reinterpret_cast<void**>(&map),
+              RTLD_DL_LINKMAP) != 0 &&
+      map != nullptr && map->l_name != nullptr && map->l_name[0] != '\0')
+    return fs::canonical(map->l_name, ignored).parent_path();
+  // The program itself has no name in its link map, and its argv[0] may be relative to a folder left since.
+  return fs::read_symlink("/proc/self/exe", ignored).parent_path();
+}
+
+}  // namespace
+
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override) {
+  const std::string file = str("libsluice_comm_", name, ".so");
+  Require(!name.empty() && name.find('/') == std::string_view::npos, ErrorCode::kInvalidArgument, "\"", name,
+          "\" is not the name of a transport");
+  const fs::path folder = own_folder();
+  fs::path found;
+  for (const fs::path& candidate : {folder / file, folder / "../lib/sluice" / file,
+                                    folder / "lib/sluice" / file, folder / "sluice" / file}) {
+    std::error_code ignored;
+    if (!fs::exists(candidate, ignored)) continue;
+    found = candidate;
+    break;
+  }
+  Require(!found.empty(), ErrorCode::kNotSupported, "transport ", name, " is not there: no ", file, " in ",
+          folder.string(),
+          " or beside it in lib/sluice; build Sluice with its option on, or choose another transport");
+  void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (module == nullptr) {
+    const char* why = dlerror();
+    throw Error(ErrorCode::kNotSupported, str("cannot load ", found.string(), ": ",
+                                              why ? why : "unknown reason", "; install what it needs"));
+  }
+  auto* make = reinterpret_cast<MakeTransport*>(dlsym(module, kMakeTransportSymbol));
+  Require(make != nullptr, ErrorCode::kNotSupported, found.string(), " has no ", kMakeTransportSymbol,
+          "; it belongs to another version of Sluice");
+  return std::unique_ptr<Transport>(make(topology_override));
+}
+
+}  // namespace sluice::comm
