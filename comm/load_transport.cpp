@@ -29,7 +29,7 @@ fs::path own_folder() {
 
 }  // namespace
 
-std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override) {
+std::string find_transport_module(std::string_view name) {
   const std::string file = str("libsluice_comm_", name, ".so");
   Require(!name.empty() && name.find('/') == std::string_view::npos, ErrorCode::kInvalidArgument, "\"", name,
           "\" is not the name of a transport");
@@ -45,14 +45,19 @@ std::unique_ptr<Transport> load_transport(std::string_view name, const Topology*
   Require(!found.empty(), ErrorCode::kNotSupported, "transport ", name, " is not there: no ", file, " in ",
           folder.string(),
           " or beside it in lib/sluice; build Sluice with its option on, or choose another transport");
+  return found.string();
+}
+
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override) {
+  const std::string found = find_transport_module(name);
   void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (module == nullptr) {
     const char* why = dlerror();
-    throw Error(ErrorCode::kNotSupported, str("cannot load ", found.string(), ": ",
+    throw Error(ErrorCode::kNotSupported, str("cannot load ", found, ": ",
                                               why ? why : "unknown reason", "; install what it needs"));
   }
   auto* make = reinterpret_cast<MakeTransport*>(dlsym(module, kMakeTransportSymbol));
-  Require(make != nullptr, ErrorCode::kNotSupported, found.string(), " has no ", kMakeTransportSymbol,
+  Require(make != nullptr, ErrorCode::kNotSupported, found, " has no ", kMakeTransportSymbol,
           "; it belongs to another version of Sluice");
   return std::unique_ptr<Transport>(make(topology_override));
 }

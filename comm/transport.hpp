@@ -161,5 +161,7 @@ std::vector<std::unique_ptr<Transport>> make_local_group(const Topology& topolog
 // have as many ranks. Throws kNotSupported naming the file when the module is not there, kInvalidConfig when
 // the rank counts differ.
 std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override);
+// The module's file, without loading it. Throws as load_transport does when it is not there.
+std::string find_transport_module(std::string_view name);
 
 }  // namespace sluice::comm

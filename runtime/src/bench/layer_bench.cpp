@@ -1,0 +1,401 @@
+#include "layer_bench.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "../layer_config.hpp"
+#include "../machine.hpp"
+#include "../runtime_state.hpp"
+#include "sluice/base/clock.hpp"
+#include "sluice/base/hash.hpp"
+#include "sluice/base/telemetry.hpp"
+#include "sluice/base/text_table.hpp"
+#include "sluice/moe_layer.hpp"
+
+namespace sluice {
+namespace {
+
+// A batch and the weights of one rank; a function of the seed, the rank and the expert.
+struct Inputs {
+  Routing routing;
+  std::vector<std::byte> x, dy, y, dx;
+  std::vector<std::vector<std::byte>> w1, w2;
+  std::vector<std::vector<float>> g1, g2;
+  std::vector<float> dw;
+};
+
+std::vector<std::byte> random_rows(std::mt19937_64& rng, std::size_t n, float scale, DType dtype) {
+  std::vector<std::byte> out(n * size_of(dtype));
+  std::uniform_real_distribution<float> uniform(-scale, scale);
+  for (std::size_t i = 0; i < n; ++i) {
+    const float v = uniform(rng);
+    if (dtype == DType::kF32) {
+      std::memcpy(&out[4 * i], &v, 4);
+    } else {
+      const bf16 b(v);
+      std::memcpy(&out[2 * i], &b, 2);
+    }
+  }
+  return out;
+}
+
+// top_k distinct experts a token, expert e drawn with probability ~ 1 / (rank of e)^skew; which expert has which rank
+// is shuffled by the seed.
+Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank) {
+  std::mt19937_64 order_rng(static_cast<std::uint64_t>(config.bench.seed));
+  std::vector<double> popularity(static_cast<std::size_t>(num_experts));
+  for (std::size_t e = 0; e < popularity.size(); ++e)
+    popularity[e] = 1 / std::pow(double(e) + 1, config.bench.skew);
+  std::shuffle(popularity.begin(), popularity.end(), order_rng);
+  std::mt19937_64 rng(Hasher().add_int(config.bench.seed).add_int(rank.value).value());
+  std::uniform_real_distribution<double> uniform(0, 1);
+  Routing out;
+  out.num_experts = num_experts;
+  std::vector<std::pair<double, std::int32_t>> keys(popularity.size());
+  std::vector<std::int32_t> chosen(static_cast<std::size_t>(config.bench.top_k));
+  for (std::int64_t t = 0; t < config.bench.tokens_per_rank; ++t) {
+    // The k smallest of Exp(1) / popularity: a draw without replacement (Efraimidis & Spirakis 2006).
+    for (std::size_t e = 0; e < keys.size(); ++e)
+      keys[e] = {-std::log(1 - uniform(rng)) / popularity[e], static_cast<std::int32_t>(e)};
+    std::partial_sort(keys.begin(), keys.begin() + config.bench.top_k, keys.end());
+    for (std::size_t i = 0; i < chosen.size(); ++i) chosen[i] = keys[i].second;
+    std::sort(chosen.begin(), chosen.end());
+    for (const std::int32_t e : chosen) {
+      out.expert.push_back(e);
+      out.weight.push_back(1.0f / static_cast<float>(config.bench.top_k));
+    }
+    out.row_ptr.push_back(static_cast<std::int64_t>(out.expert.size()));
+  }
+  return out;
+}
+
+Inputs make_inputs(const Config& config, const MoeLayerOptions& options, const Placement& placement,
+                   RankId rank) {
+  Inputs in;
+  in.routing = draw_routing(config, placement.num_experts, rank);
+  std::mt19937_64 rng(Hasher().add_int(config.bench.seed).add_int(rank.value).add_text("rows").value());
+  const auto n = static_cast<std::size_t>(config.bench.tokens_per_rank * options.hidden);
+  in.x = random_rows(rng, n, 1, options.dtype);
+  in.dy = random_rows(rng, n, 1, options.dtype);
+  in.y.resize(n * size_of(options.dtype));
+  in.dx.resize(in.y.size());
+  in.dw.resize(in.routing.expert.size());
+  const auto pre = static_cast<std::size_t>(preactivation_cols(options) * options.hidden);
+  const auto ffn = static_cast<std::size_t>(options.hidden * options.ffn);
+  for (const std::int32_t e : placement.experts_of(rank)) {
+    std::mt19937_64 weights(Hasher().add_int(config.bench.seed).add_int(e).add_text("weights").value());
+    in.w1.push_back(random_rows(weights, pre, 1 / std::sqrt(float(options.hidden)), options.dtype));
+    in.w2.push_back(random_rows(weights, ffn, 1 / std::sqrt(float(options.ffn)), options.dtype));
+    in.g1.emplace_back(pre, 0.0f);
+    in.g2.emplace_back(ffn, 0.0f);
+  }
+  return in;
+}
+
+double elapsed_us(Clock::time_point begin) {
+  return to_us(Clock::now() - begin);
+}
+
+// Per iteration, the slowest rank's time.
+std::vector<double> slowest(Runtime& runtime, const std::vector<double>& mine_us) {
+  std::vector<std::int64_t> ns;
+  for (const double v : mine_us) ns.push_back(std::llround(v * 1000));
+  const auto all = runtime.all_gather(ns, "bench");
+  std::vector<double> out(mine_us.size(), 0);
+  for (std::size_t i = 0; i < all.size(); ++i)
+    out[i % out.size()] = std::max(out[i % out.size()], static_cast<double>(all[i]) / 1000);
+  return out;
+}
+
+double largest(Runtime& runtime, double mine) {
+  return slowest(runtime, {mine})[0];
+}
+std::int64_t total(Runtime& runtime, std::int64_t mine) {
+  std::int64_t sum = 0;
+  for (const std::int64_t v : runtime.all_gather(std::span(&mine, 1), "bench")) sum += v;
+  return sum;
+}
+
+struct Arm {
+  std::unique_ptr<MoeLayer> layer;
+  std::shared_ptr<const Plan> plan;
+  std::vector<double> forward_us, backward_us;
+};
+
+// The rows of one pass at this rank by level: what leaves, and what comes.
+struct LinkBytes {
+  std::int64_t out = 0, in = 0;
+  double time_us(const LinkSpeed& link) const {
+    return static_cast<double>(std::max(out, in)) / link.bytes_per_s * 1e6;
+  }
+};
+
+LinkBytes link_bytes(const Plan& plan, const Topology& topology, const MoeLayerOptions& options,
+                     bool across) {
+  const std::int64_t row = options.hidden * static_cast<std::int64_t>(size_of(options.wire_dtype));
+  const std::int64_t sum_row = options.hidden * static_cast<std::int64_t>(size_of(options.combine_dtype));
+  std::int64_t sent = 0, received = 0;
+  const auto count = [&](const std::vector<Segment>& segments, std::int64_t& rows) {
+    for (const Segment& seg : segments)
+      if (seg.peer != plan.rank.value && topology.same_node(plan.rank, RankId(seg.peer)) != across)
+        rows += seg.num_rows;
+  };
+  count(plan.send1.segments, sent);
+  count(plan.send2.segments, sent);
+  count(plan.recv1.segments, received);
+  count(plan.recv2.segments, received);
+  return {sent * row + received * sum_row, received * row + sent * sum_row};
+}
+
+Floor measure_floor(Runtime& runtime, const SpanRecorder& recorder, const Plan& plan,
+                    const MoeLayerOptions& options, std::int64_t passes) {
+  const auto totals = recorder.totals();
+  const auto busy = [&](std::string_view resource) {
+    return static_cast<double>(busy_ns(totals, resource)) / 1000 / static_cast<double>(passes);
+  };
+  const Topology& topology = runtime.topology();
+  const auto link = [&](const LinkSpeed& speed, bool across, std::string_view resource) {
+    return speed.bytes_per_s > 0 ? link_bytes(plan, topology, options, across).time_us(speed)
+                                 : busy(resource);
+  };
+  return {largest(runtime, busy("compute")), largest(runtime, link(topology.in_node, false, "in-node link")),
+          largest(runtime, link(topology.across_nodes, true, "across-nodes link"))};
+}
+
+// The pass's GEMMs as one group of all local rows: what the arithmetic costs when nothing is ragged.
+std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, const MoeLayerOptions& options,
+                                        Inputs& in) {
+  const std::int64_t rows = plan.num_positions();
+  std::vector<double> forward, backward;
+  if (rows > 0 && !in.w1.empty()) {
+    kernels::Kernels& kernels = runtime.kernels();
+    const std::int64_t pre = preactivation_cols(options);
+    std::mt19937_64 rng(1);
+    auto a = random_rows(rng, static_cast<std::size_t>(rows * options.hidden), 1, options.dtype);
+    std::vector<std::byte> h(static_cast<std::size_t>(rows * pre) * size_of(options.dtype));
+    std::vector<std::byte> act(static_cast<std::size_t>(rows * options.ffn) * size_of(options.dtype));
+    std::vector<std::byte> out(a.size());
+    const MatrixView va(a.data(), options.dtype, rows, options.hidden, options.hidden);
+    const MatrixView vh(h.data(), options.dtype, rows, pre, pre);
+    const MatrixView vact(act.data(), options.dtype, rows, options.ffn, options.ffn);
+    const MatrixView vout(out.data(), options.dtype, rows, options.hidden, options.hidden);
+    const std::int64_t ptr[2] = {0, rows};
+    const std::byte* w1[1] = {in.w1[0].data()};
+    const std::byte* w2[1] = {in.w2[0].data()};
+    float* g1[1] = {in.g1[0].data()};
+    float* g2[1] = {in.g2[0].data()};
+    const kernels::Groups groups1{ptr, w1}, groups2{ptr, w2};
+    for (int i = 0; i < 5; ++i) {
+      auto begin = Clock::now();
+      kernels.grouped_gemm_forward(groups1, va, {}, options.dtype, pre, kernels::Activation::kRelu, vh, {});
+      kernels.grouped_gemm_forward(groups2, vact, {}, options.dtype, options.hidden,
+                                   kernels::Activation::kRelu, vout, {});
+      forward.push_back(elapsed_us(begin));
+      begin = Clock::now();
+      kernels.grouped_gemm_dgrad(groups2, va, {}, options.dtype, vact);
+      kernels.grouped_gemm_dgrad(groups1, vh, {}, options.dtype, vout);
+      kernels.grouped_gemm_wgrad(ptr, va, {}, vact, {}, g2);
+      kernels.grouped_gemm_wgrad(ptr, vh, {}, va, {}, g1);
+      backward.push_back(elapsed_us(begin));
+    }
+  }
+  const auto median = [](std::vector<double>& v) { return v.empty() ? 0.0 : sample_of(v).median_us; };
+  return {largest(runtime, median(forward)), largest(runtime, median(backward))};
+}
+
+nlohmann::json number(double v) {
+  return std::isfinite(v) ? nlohmann::json(v) : nlohmann::json();
+}
+nlohmann::json sample_json(const Sample& s) {
+  return {{"median", s.median_us}, {"mad", s.mad_us}};
+}
+nlohmann::json floor_json(const Floor& f) {
+  return {{"compute", f.compute_us}, {"in_node", f.in_node_us}, {"across_nodes", f.across_nodes_us}};
+}
+
+}  // namespace
+
+Sample sample_of(std::vector<double> values) {
+  Require(!values.empty(), ErrorCode::kInvalidArgument, "no samples");
+  const auto median = [](std::vector<double>& v) {
+    const std::size_t mid = v.size() / 2;
+    std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(mid), v.end());
+    if (v.size() % 2 == 1) return v[mid];
+    return (v[mid] + *std::max_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(mid))) / 2;
+  };
+  Sample out;
+  out.median_us = median(values);
+  for (double& v : values) v = std::abs(v - out.median_us);
+  out.mad_us = median(values);
+  return out;
+}
+
+double PassFigures::overlap_efficiency() const {
+  if (!(sequential.median_us >= 1.05 * floor.largest_us())) return std::nan("");
+  return (sequential.median_us - scheduled.median_us) / (sequential.median_us - floor.largest_us());
+}
+
+LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& loaded) {
+  const Config& config = loaded.config;
+  const Placement placement = placement_of(config, runtime.num_ranks());
+  const MoeLayerOptions options = layer_options(config);
+  Inputs in = make_inputs(config, options, placement, runtime.rank());
+  std::vector<ExpertWeights> weights;
+  for (std::size_t i = 0; i < in.w1.size(); ++i)
+    weights.push_back(
+        {ConstMatrixView(in.w1[i].data(), options.dtype, preactivation_cols(options), options.hidden,
+                         options.hidden),
+         ConstMatrixView(in.w2[i].data(), options.dtype, options.hidden, options.ffn, options.ffn),
+         in.g1[i].data(), in.g2[i].data()});
+  MoeLayerOptions sequential = options;
+  sequential.schedule = {SchedulePolicy::kSequential, options.schedule.exchange, 1};
+  Arm arms[2];
+  std::vector<double> plan_us;
+  for (int a = 0; a < 2; ++a) {
+    arms[a].layer = std::make_unique<MoeLayer>(runtime, placement, a == 0 ? options : sequential);
+    arms[a].layer->set_weights(weights);
+    arms[a].plan = arms[a].layer->plan(in.routing);
+  }
+
+  const std::int64_t tokens = config.bench.tokens_per_rank;
+  const auto view = [&](std::vector<std::byte>& b) {
+    return MatrixView(b.data(), options.dtype, tokens, options.hidden, options.hidden);
+  };
+  SpanRecorder forward_spans(runtime.rank()), backward_spans(runtime.rank());
+  std::vector<std::byte> first_y, first_dx;
+  const std::int64_t rounds = config.bench.warmup + config.bench.iterations;
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    const bool measured = round >= config.bench.warmup;
+    for (int i = 0; i < 2; ++i) {
+      Arm& arm = arms[(round + i) % 2];
+      const bool scheduled = &arm == &arms[0];
+      std::memset(in.y.data(), 0xff, in.y.size());
+      std::memset(in.dx.data(), 0xff, in.dx.size());
+      runtime.barrier("bench");
+      runtime.set_recorder(measured && scheduled ? &forward_spans : nullptr);
+      auto begin = Clock::now();
+      Context context = arm.layer->forward(arm.plan, view(in.x), view(in.y));
+      if (measured) arm.forward_us.push_back(elapsed_us(begin));
+      runtime.set_recorder(nullptr);
+      runtime.barrier("bench");
+      runtime.set_recorder(measured && scheduled ? &backward_spans : nullptr);
+      begin = Clock::now();
+      arm.layer->backward(context, view(in.dy), view(in.dx), in.dw);
+      if (measured) arm.backward_us.push_back(elapsed_us(begin));
+      runtime.set_recorder(nullptr);
+      if (first_y.empty()) {
+        first_y = in.y;
+        first_dx = in.dx;
+      }
+      Require(first_y == in.y && first_dx == in.dx, ErrorCode::kInternal,
+              "schedules gave different bits on rank ", runtime.rank().value);
+    }
+    if (measured) {
+      runtime.barrier("bench");
+      const auto begin = Clock::now();
+      arms[0].plan.reset();
+      arms[0].plan = arms[0].layer->plan(in.routing);
+      plan_us.push_back(elapsed_us(begin));
+    }
+  }
+
+  LayerBenchReport out;
+  const Plan& plan = *arms[0].plan;
+  out.device = cpu_name();
+  out.num_ranks = runtime.num_ranks();
+  out.topology = runtime.topology().describe();
+  out.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
+  out.policy = to_string(options.schedule.policy);
+  out.exchange = options.schedule.exchange == Exchange::kGateway ? "gateway" : "direct";
+  out.num_chunks = options.schedule.num_chunks;
+  out.config_hash = semantic_hash(config);
+  out.plan = sample_of(slowest(runtime, plan_us));
+  out.forward.scheduled = sample_of(slowest(runtime, arms[0].forward_us));
+  out.forward.sequential = sample_of(slowest(runtime, arms[1].forward_us));
+  out.backward.scheduled = sample_of(slowest(runtime, arms[0].backward_us));
+  out.backward.sequential = sample_of(slowest(runtime, arms[1].backward_us));
+  out.forward.floor = measure_floor(runtime, forward_spans, plan, options, config.bench.iterations);
+  out.backward.floor = measure_floor(runtime, backward_spans, plan, options, config.bench.iterations);
+  std::tie(out.forward.dense_gemm_us, out.backward.dense_gemm_us) = dense_gemm_us(runtime, plan, options, in);
+  for (PassFigures* p : {&out.forward, &out.backward})
+    p->exposed_comm_us = std::max(0.0, p->scheduled.median_us - p->floor.compute_us);
+  const std::int64_t both_ways = options.hidden * static_cast<std::int64_t>(size_of(options.wire_dtype) +
+                                                                            size_of(options.combine_dtype));
+  const Traffic& t = plan.traffic;
+  out.bytes_in_node = total(runtime, t.rows_in_node) * both_ways;
+  out.bytes_across_nodes = total(runtime, t.rows_across_nodes) * both_ways;
+  out.flat_bytes_in_node = total(runtime, t.flat_rows_in_node) * both_ways;
+  out.flat_bytes_across_nodes = total(runtime, t.flat_rows_across_nodes) * both_ways;
+  const double all_tokens = static_cast<double>(std::max<std::int64_t>(1, total(runtime, tokens)));
+  out.crossings_same_rank = static_cast<double>(total(runtime, t.rows_same_rank)) / all_tokens;
+  out.crossings_in_node = static_cast<double>(total(runtime, t.rows_in_node)) / all_tokens;
+  out.crossings_across_nodes = static_cast<double>(total(runtime, t.rows_across_nodes)) / all_tokens;
+  out.memory_bytes = std::llround(largest(runtime, static_cast<double>(arms[0].layer->memory_bytes())));
+  return out;
+}
+
+std::string LayerBenchReport::to_json() const {
+  const nlohmann::json out{
+      {"device", device},
+      {"ranks", num_ranks},
+      {"topology", topology},
+      {"emulated_links", emulated_links},
+      {"schedule", {{"policy", policy}, {"exchange", exchange}, {"num_chunks", num_chunks}}},
+      {"plan_us", sample_json(plan)},
+      {"forward_us", sample_json(forward.scheduled)},
+      {"backward_us", sample_json(backward.scheduled)},
+      {"sequential_forward_us", sample_json(forward.sequential)},
+      {"sequential_backward_us", sample_json(backward.sequential)},
+      {"floor_us", floor_json(forward.floor)},
+      {"floor_backward_us", floor_json(backward.floor)},
+      {"dense_gemm_us", {{"forward", forward.dense_gemm_us}, {"backward", backward.dense_gemm_us}}},
+      {"predicted_forward_us", nullptr},  // no cost model yet: nothing is made up
+      {"overlap_efficiency", number(forward.overlap_efficiency())},
+      {"overlap_efficiency_backward", number(backward.overlap_efficiency())},
+      {"exposed_comm_us", forward.exposed_comm_us},
+      {"exposed_comm_backward_us", backward.exposed_comm_us},
+      {"bytes", {{"in_node", bytes_in_node}, {"across_nodes", bytes_across_nodes}}},
+      {"flat_bytes", {{"in_node", flat_bytes_in_node}, {"across_nodes", flat_bytes_across_nodes}}},
+      {"crossings_per_token",
+       {{"same_rank", crossings_same_rank},
+        {"in_node", crossings_in_node},
+        {"across_nodes", crossings_across_nodes}}},
+      {"memory_bytes", memory_bytes},
+      {"config_hash", hash_text(config_hash)}};
+  return out.dump(2);
+}
+
+std::string LayerBenchReport::to_text() const {
+  std::string out = str("one MoE layer on ", device, ", ", topology,
+                        emulated_links ? " (links emulated)" : "", ", schedule ", policy, ", exchange ",
+                        exchange, ", ", num_chunks, num_chunks == 1 ? " chunk\n" : " chunks\n");
+  TextTable table({"us, slowest rank", "forward", "backward"});
+  const auto both = [&](std::string name, auto&& get) {
+    table.add_row({std::move(name), get(forward), get(backward)});
+  };
+  const auto spread = [](const Sample& s) { return fixed(s.median_us, 1) + " +- " + fixed(s.mad_us, 1); };
+  both("scheduled", [&](const PassFigures& p) { return spread(p.scheduled); });
+  both("sequential", [&](const PassFigures& p) { return spread(p.sequential); });
+  table.add_rule();
+  both("floor: compute", [](const PassFigures& p) { return fixed(p.floor.compute_us, 1); });
+  both("floor: in node", [](const PassFigures& p) { return fixed(p.floor.in_node_us, 1); });
+  both("floor: across nodes", [](const PassFigures& p) { return fixed(p.floor.across_nodes_us, 1); });
+  both("dense GEMM of as many rows", [](const PassFigures& p) { return fixed(p.dense_gemm_us, 1); });
+  table.add_rule();
+  both("exposed communication", [](const PassFigures& p) { return fixed(p.exposed_comm_us, 1); });
+  both("overlap efficiency", [](const PassFigures& p) { return fixed(p.overlap_efficiency(), 3); });
+  out += table.to_string();
+  out += str("plan ", spread(plan), " us, memory ", bytes_text(memory_bytes), "\n");
+  TextTable traffic({"a forward, all ranks", "bytes", "flat, no de-duplication", "crossings a token"});
+  traffic.add_row({"same rank", "0", "0", fixed(crossings_same_rank, 3)});
+  traffic.add_row(
+      {"in node", grouped(bytes_in_node), grouped(flat_bytes_in_node), fixed(crossings_in_node, 3)});
+  traffic.add_row({"across nodes", grouped(bytes_across_nodes), grouped(flat_bytes_across_nodes),
+                   fixed(crossings_across_nodes, 3)});
+  return out + traffic.to_string();
+}
+
+}  // namespace sluice

@@ -1,0 +1,63 @@
+// One MoE layer, measured: the configured schedule beside the sequential one, interleaved in one run, with its floors.
+//
+// Figures (docs/benchmarks.md): a time is the slowest rank's, from a barrier to the return of the call; medians and
+// median absolute deviations over the iterations. The clock starts when the plan is ready; plan time is reported apart.
+// Both arms must give the same bits, or the run fails.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sluice/base/config.hpp"
+#include "sluice/runtime.hpp"
+
+namespace sluice {
+
+struct Sample {
+  double median_us = 0;
+  double mad_us = 0;
+};
+Sample sample_of(std::vector<double> values_us);
+
+// Busy time of one pass by resource, the largest over ranks.
+struct Floor {
+  double compute_us = 0;       // GEMMs, packing and reducing, as measured in the run
+  double in_node_us = 0;       // bytes at the declared speed, else time in the puts
+  double across_nodes_us = 0;  // likewise
+  double largest_us() const { return std::max(compute_us, std::max(in_node_us, across_nodes_us)); }
+};
+
+struct PassFigures {
+  Sample scheduled, sequential;
+  Floor floor;
+  double dense_gemm_us = 0;    // one large GEMM for each of the pass's, of as many rows, without the exchange
+  double exposed_comm_us = 0;  // scheduled median less the compute floor
+  // (sequential - scheduled) / (sequential - floor); NaN unless sequential exceeds the floor by 5% or more
+  double overlap_efficiency() const;
+};
+
+struct LayerBenchReport {
+  std::string device;
+  std::int32_t num_ranks = 0;
+  std::string topology;
+  bool emulated_links = false;
+  std::string policy, exchange;
+  std::int32_t num_chunks = 1;
+  Sample plan;
+  PassFigures forward, backward;
+  std::int64_t bytes_in_node = 0, bytes_across_nodes = 0;            // a forward, all ranks, both ways
+  std::int64_t flat_bytes_in_node = 0, flat_bytes_across_nodes = 0;  // one row a route, no de-duplication
+  double crossings_same_rank = 0, crossings_in_node = 0, crossings_across_nodes = 0;  // a token
+  std::int64_t memory_bytes = 0;  // of the layer, largest rank
+  std::uint64_t config_hash = 0;
+
+  std::string to_json() const;  // one JSON object, keys of docs/cli.md
+  std::string to_text() const;  // a table
+};
+
+// Collective. The report is complete on rank 0.
+LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& config);
+
+}  // namespace sluice

@@ -1,0 +1,53 @@
+#include "layer_config.hpp"
+
+namespace sluice {
+
+Placement placement_of(const Config& config, std::int32_t num_ranks) {
+  const auto& m = config.model;
+  std::vector<ExpertKind> kinds(static_cast<std::size_t>(m.num_ffn_experts()), ExpertKind::kFFN);
+  kinds.insert(kinds.end(), static_cast<std::size_t>(m.zero_experts), ExpertKind::kZero);
+  kinds.insert(kinds.end(), static_cast<std::size_t>(m.copy_experts), ExpertKind::kCopy);
+  kinds.insert(kinds.end(), static_cast<std::size_t>(m.constant_experts), ExpertKind::kConstant);
+  return contiguous_placement(m.num_experts, num_ranks, kinds, config.placement.slots_per_rank);
+}
+
+MoeLayerOptions layer_options(const Config& config) {
+  MoeLayerOptions out;
+  out.hidden = config.model.hidden;
+  out.ffn = config.model.ffn;
+  switch (config.model.activation) {
+    case Config::Model::Activation::kSwiGLU:
+      out.activation = ExpertActivation::kSwiGLU;
+      break;
+    case Config::Model::Activation::kGelu:
+      out.activation = ExpertActivation::kGelu;
+      break;
+    case Config::Model::Activation::kRelu:
+      out.activation = ExpertActivation::kRelu;
+      break;
+  }
+  out.dtype = config.model.dtype;
+  out.wire_dtype = wire_dtype_of(config.comm.wire_dtype, out.dtype);
+  out.combine_dtype = wire_dtype_of(config.comm.combine_dtype, out.dtype);
+  const bool chunked = config.schedule.policy == Config::Schedule::Policy::kChunked;
+  out.schedule.policy = chunked ? SchedulePolicy::kChunked : SchedulePolicy::kSequential;
+  out.schedule.num_chunks = chunked ? config.schedule.num_chunks : 1;
+  out.schedule.exchange = config.schedule.exchange == Config::Schedule::Exchange::kGateway
+                              ? Exchange::kGateway
+                              : Exchange::kDirect;
+  out.save = config.runtime.save == Config::Runtime::Save::kRows ? Save::kRows : Save::kActivations;
+  return out;
+}
+
+std::int64_t preactivation_cols(const MoeLayerOptions& options) {
+  return options.activation == ExpertActivation::kSwiGLU ? 2 * options.ffn : options.ffn;
+}
+
+std::string hash_text(std::uint64_t hash) {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string out(16, '0');
+  for (std::size_t i = 16; i-- > 0; hash >>= 4) out[i] = kDigits[hash & 15];
+  return out;
+}
+
+}  // namespace sluice

@@ -1,0 +1,18 @@
+// From configuration to the options of layers.
+#pragma once
+
+#include <string>
+
+#include "sluice/base/config.hpp"
+#include "sluice/moe_layer.hpp"
+
+namespace sluice {
+
+// Expert kinds in the order of the configuration: ffn, zero, copy, constant.
+Placement placement_of(const Config& config, std::int32_t num_ranks);
+MoeLayerOptions layer_options(const Config& config);
+std::int64_t preactivation_cols(const MoeLayerOptions& options);
+// As reports print hashes: 16 hexadecimal digits.
+std::string hash_text(std::uint64_t hash);
+
+}  // namespace sluice

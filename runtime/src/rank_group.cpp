@@ -1,0 +1,188 @@
+#include "rank_group.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <exception>
+#include <thread>
+
+#include "runtime_state.hpp"
+#include "sluice/base/log.hpp"
+
+namespace sluice {
+namespace {
+
+// Cores this process may use.
+std::vector<int> usable_cores() {
+  cpu_set_t set;
+  std::vector<int> cores;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int c = 0; c < CPU_SETSIZE; ++c)
+      if (CPU_ISSET(c, &set)) cores.push_back(c);
+  return cores;
+}
+
+// Gives the calling thread its share of the cores, so that ranks do not chase each other over them.
+void pin_to(const std::vector<int>& cores, std::size_t first, std::size_t count) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (std::size_t i = 0; i < count; ++i) CPU_SET(cores[first + i], &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // only a preference: failure changes speed alone
+}
+
+std::string pack(const std::vector<KeyValue>& values) {
+  std::string out;
+  for (const KeyValue& v : values) out += v.key + '\n' + v.value + '\n';
+  return out;
+}
+
+std::vector<KeyValue> unpack(std::string_view text) {
+  std::vector<KeyValue> out;
+  while (!text.empty()) {
+    KeyValue v;
+    for (std::string* part : {&v.key, &v.value}) {
+      const std::size_t end = text.find('\n');
+      if (end == std::string_view::npos) return out;
+      *part = text.substr(0, end);
+      text.remove_prefix(end + 1);
+    }
+    out.push_back(std::move(v));
+  }
+  return out;
+}
+
+// rank 0's text on all ranks. Collective.
+std::string from_rank0(Runtime& runtime, std::string text, std::string_view phase) {
+  std::int64_t size = static_cast<std::int64_t>(text.size());
+  runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), phase);
+  Require(size >= 0 && size <= static_cast<std::int64_t>(kMaxConfigFileBytes), ErrorCode::kDisagreement,
+          "rank 0 announces a configuration of ", size, " bytes");
+  text.resize(static_cast<std::size_t>(size));
+  runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), phase);
+  return text;
+}
+
+// Semantic keys must be equal; agreed keys become rank 0's. Collective.
+LoadedConfig agree_on(Runtime& runtime, const LoadedConfig& mine) {
+  constexpr std::string_view kPhase = "config agreement";
+  const auto own = semantic_values(mine.config);
+  const std::string reference = from_rank0(runtime, pack(own), kPhase);
+  const auto differing = differing_keys(unpack(reference), own);
+  const std::int64_t differs = differing.empty() ? 0 : 1;
+  const auto all = runtime.all_gather(std::span(&differs, 1), kPhase);
+  std::string ranks;
+  for (std::size_t r = 0; r < all.size(); ++r)
+    if (all[r] != 0) ranks += str(ranks.empty() ? "" : ", ", r);
+  if (!ranks.empty()) {
+    std::string keys;
+    for (const std::string& key : differing) keys += str(keys.empty() ? "" : ", ", key);
+    const std::string here =
+        differing.empty() ? std::string() : str("; here, on rank ", runtime.rank().value, ": ", keys);
+    throw Error(ErrorCode::kDisagreement,
+                str("rank(s) ", ranks, " were started with other semantic keys than rank 0", here,
+                    "; start all ranks with the same configuration"));
+  }
+  LoadedConfig out = mine;
+  for (const KeyValue& v : unpack(from_rank0(runtime, pack(agreed_values(mine.config)), kPhase)))
+    if (runtime.rank().value != 0) out.set(v.key, v.value, {ConfigSource::Kind::kCommandLine, "rank 0"});
+  validate(out);
+  return out;
+}
+
+RuntimeOptions runtime_options(const Config& config) {
+  RuntimeOptions out;
+  out.timeout = std::chrono::milliseconds(config.comm.timeout_ms);
+  out.threads_per_rank = config.runtime.threads_per_rank;
+  return out;
+}
+
+void run_local(const LoadedConfig& config, const GroupOptions& options) {
+  std::int32_t num_ranks = configured_ranks(config.config);
+  if (num_ranks == 0) num_ranks = options.default_ranks;
+  const Topology topology = configured_topology(config.config, num_ranks);
+  auto group = Runtime::create_local(topology, runtime_options(config.config));
+  const std::vector<int> cores = usable_cores();
+  const auto threads = static_cast<std::size_t>(config.config.runtime.threads_per_rank);
+  const bool pin = group.size() * threads <= cores.size();
+
+  std::vector<std::exception_ptr> errors(group.size());
+  std::vector<std::thread> ranks;
+  for (std::size_t r = 0; r < group.size(); ++r)
+    ranks.emplace_back([&, r] {
+      const LogRank log_rank(static_cast<std::int32_t>(r));
+      if (pin) pin_to(cores, r * threads, threads);
+      try {
+        options.body(*group[r], config);
+        group[r]->barrier("end");
+      } catch (...) {
+        errors[r] = std::current_exception();
+        const Status status = current_exception_status();
+        if (status.scope() != Scope::kGroup) group[r]->abort("job", status.message);
+      }
+    });
+  for (std::thread& t : ranks) t.join();
+
+  // The first cause: an error of a rank's own before one that only tells of the end of the group.
+  std::exception_ptr cause;
+  bool cause_is_own = false;
+  for (const std::exception_ptr& e : errors) {
+    if (!e) continue;
+    bool own = true;
+    try {
+      std::rethrow_exception(e);
+    } catch (const Error& error) {
+      own = error.scope() != Scope::kGroup;
+    } catch (...) {
+    }
+    if (!cause || (own && !cause_is_own)) {
+      cause = e;
+      cause_is_own = own;
+    }
+  }
+  if (cause) std::rethrow_exception(cause);
+}
+
+void run_launched(const LoadedConfig& config, const GroupOptions& options) {
+  std::optional<Topology> nodes;
+  const Config& c = config.config;
+  if (c.topology.nodes.declared()) {
+    std::int32_t num_ranks = configured_ranks(c);
+    Require(num_ranks > 0, ErrorCode::kInvalidConfig,
+            "topology.nodes does not say how many ranks there are; set "
+            "topology.ranks, list the ranks of each node, or leave topology.nodes away");
+    nodes = configured_topology(c, num_ranks);
+  }
+  auto runtime = Runtime::create(c.comm.transport, nodes ? &*nodes : nullptr, runtime_options(c));
+  set_process_log_rank(runtime->rank().value);
+  try {
+    const LoadedConfig agreed = agree_on(*runtime, config);
+    options.body(*runtime, agreed);
+    runtime->barrier("end");
+  } catch (...) {
+    const Status status = current_exception_status();
+    if (status.scope() != Scope::kGroup) runtime->abort("job", status.message);
+    // Say it before the transport goes: its end may take the process with it.
+    log_error(to_string(status.code), ": ", status.message);
+    runtime.reset();
+    throw;
+  }
+}
+
+}  // namespace
+
+void run_group(const LoadedConfig& config, const GroupOptions& options) {
+  set_log_level(config.config.runtime.log_level);
+  if (config.config.comm.transport == "local") {
+    run_local(config, options);
+  } else {
+    run_launched(config, options);
+  }
+}
+
+bool prints_results(const Runtime& runtime) {
+  return runtime.rank().value == 0;
+}
+
+}  // namespace sluice

@@ -1,0 +1,30 @@
+// Running a job's ranks as a configuration says: threads of this process (transport local) or this process as one rank
+// of a launched group. Before the job starts all ranks agree on the configuration.
+//
+// Thread-safety: run_group blocks until the job is over; the body runs once a local rank, each on its own thread.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "sluice/base/config.hpp"
+#include "sluice/runtime.hpp"
+
+namespace sluice {
+
+struct GroupOptions {
+  // Ranks when the configuration and the launcher leave it open (transport local only).
+  std::int32_t default_ranks = 1;
+  // Called after the group stands and agrees, once a rank.
+  std::function<void(Runtime& runtime, const LoadedConfig& config)> body;
+};
+
+// Throws the error of the rank that failed first; others' errors that only follow from it are dropped. Collective over
+// the launched group. Throws kDisagreement naming ranks and keys when semantic keys differ; agreed keys are rank 0's.
+void run_group(const LoadedConfig& config, const GroupOptions& options);
+
+// Whether this process prints results: rank 0 of a launched group, or the only process.
+bool prints_results(const Runtime& runtime);
+
+}  // namespace sluice
