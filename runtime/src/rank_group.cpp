@@ -4,8 +4,9 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <cstring>
+#include <algorithm>
 #include <exception>
+#include <optional>
 #include <thread>
 
 #include "runtime_state.hpp"
@@ -69,21 +70,23 @@ LoadedConfig agree_on(Runtime& runtime, const LoadedConfig& mine) {
   constexpr std::string_view kPhase = "config agreement";
   const auto own = semantic_values(mine.config);
   const std::string reference = from_rank0(runtime, pack(own), kPhase);
+  // One bit a key, so that every rank can name what any rank has different. All ranks run one program: the keys are the
+  // same and in the same order.
   const auto differing = differing_keys(unpack(reference), own);
-  const std::int64_t differs = differing.empty() ? 0 : 1;
-  const auto all = runtime.all_gather(std::span(&differs, 1), kPhase);
-  std::string ranks;
-  for (std::size_t r = 0; r < all.size(); ++r)
-    if (all[r] != 0) ranks += str(ranks.empty() ? "" : ", ", r);
-  if (!ranks.empty()) {
+  std::vector<std::int64_t> bits(own.size() / 63 + 1, 0);
+  for (std::size_t k = 0; k < own.size(); ++k)
+    if (std::find(differing.begin(), differing.end(), own[k].key) != differing.end())
+      bits[k / 63] |= std::int64_t{1} << (k % 63);
+  const auto all = runtime.all_gather(bits, kPhase);
+  std::string who;
+  for (std::size_t r = 0; r < all.size() / bits.size(); ++r) {
     std::string keys;
-    for (const std::string& key : differing) keys += str(keys.empty() ? "" : ", ", key);
-    const std::string here =
-        differing.empty() ? std::string() : str("; here, on rank ", runtime.rank().value, ": ", keys);
-    throw Error(ErrorCode::kDisagreement,
-                str("rank(s) ", ranks, " were started with other semantic keys than rank 0", here,
-                    "; start all ranks with the same configuration"));
+    for (std::size_t k = 0; k < own.size(); ++k)
+      if ((all[r * bits.size() + k / 63] >> (k % 63)) & 1) keys += str(keys.empty() ? "" : ", ", own[k].key);
+    if (!keys.empty()) who += str(who.empty() ? "" : "; ", "rank ", r, ": ", keys);
   }
+  Require(who.empty(), ErrorCode::kDisagreement, "semantic keys differ from rank 0's on ", who,
+          "; start all ranks with the same configuration");
   LoadedConfig out = mine;
   for (const KeyValue& v : unpack(from_rank0(runtime, pack(agreed_values(mine.config)), kPhase)))
     if (runtime.rank().value != 0) out.set(v.key, v.value, {ConfigSource::Kind::kCommandLine, "rank 0"});
