@@ -104,7 +104,8 @@ struct alignas(64) Endpoint {
 
   // Peers' puts
   std::atomic<const ChannelTable*> channels{nullptr};
-  std::atomic<std::int32_t> num_writers{0};
+  std::atomic<std::int32_t> num_writers{0};  // copies into this rank's windows under way
+  std::atomic<std::int32_t> num_readers{0};  // copies from its sources by other threads under way
   std::atomic<bool> closed{false};
   Event arrivals;
 
@@ -168,14 +169,32 @@ class Group {
     return landing;
   }
 
+  // Lands a booked or parked put, whose source's owner is not the caller.
+  Landing land_for_other(Transfer& t, std::int64_t limit_bytes, bool finish) {
+    Endpoint& from = *endpoints_[t.source];
+    from.num_readers.fetch_add(1, std::memory_order_seq_cst);
+    const Landing landing = land(t, limit_bytes, finish);
+    from.num_readers.fetch_sub(1, std::memory_order_seq_cst);
+    return landing;
+  }
+
+  // After an abort: returns when nobody reads the rank's sources or writes its windows any more. A copy that began
+  // before the abort goes on to its end; none begins afterwards.
+  void quiesce(std::size_t rank) {
+    const Endpoint& self = *endpoints_[rank];
+    while (self.num_writers.load(std::memory_order_seq_cst) != 0 ||
+           self.num_readers.load(std::memory_order_seq_cst) != 0)
+      sched_yield();
+  }
+
   // Lands a put now or, when its peer is not ready for it, leaves it with the peer.
   Landing land_or_park(Transfer& t) {
-    Landing landing = land(t, INT64_MAX, true);
+    Landing landing = land_for_other(t, INT64_MAX, true);
     if (landing != Landing::kNotReady) return landing;
     Endpoint& to = *endpoints_[t.peer];
     // Look again under the lock that unpark() takes after the peer became ready: one of the two lands it.
     const std::lock_guard lock(to.parked_mutex);
-    landing = land(t, INT64_MAX, true);
+    landing = land_for_other(t, INT64_MAX, true);
     if (landing == Landing::kNotReady) to.parked.push_back(t);
     return landing;
   }
@@ -185,7 +204,7 @@ class Group {
     Endpoint& to = *endpoints_[rank];
     const std::lock_guard lock(to.parked_mutex);
     std::erase_if(to.parked, [&](Transfer& t) {
-      const Landing landing = land(t, INT64_MAX, true);
+      const Landing landing = land_for_other(t, INT64_MAX, true);
       if (landing == Landing::kNotReady) return false;
       account_late(t, landing);
       return true;
@@ -367,7 +386,8 @@ class Group {
   }
 
   Landing land_announced(Endpoint& to, Transfer& t, std::int64_t limit_bytes, bool finish) {
-    if (to.closed.load(std::memory_order_seq_cst) || aborted()) return Landing::kClosed;
+    if (to.closed.load(std::memory_order_seq_cst) || aborted_.load(std::memory_order_seq_cst))
+      return Landing::kClosed;
     const Channel* channel = find_channel(to, t.channel);
     if (channel == nullptr) return Landing::kNotReady;
     const Channel::Table* table = channel->table.load(std::memory_order_acquire);
@@ -431,7 +451,7 @@ class Group {
         if (left_bytes > 0) {
           busy_ = next;
           lock.unlock();
-          const Landing landing = land(*next, kCopyPiece, false);
+          const Landing landing = land_for_other(*next, kCopyPiece, false);
           if (landing != Landing::kDone) sched_yield();
           lock.lock();
           busy_ = nullptr;
@@ -617,7 +637,11 @@ class LocalTransport final : public Transport {
     return ranks;
   }
 
-  bool abort(const AbortRecord& record) noexcept override { return group_->abort(record); }
+  bool abort(const AbortRecord& record) noexcept override {
+    const bool first = group_->abort(record);
+    group_->quiesce(rank_);
+    return first;
+  }
   bool aborted() const noexcept override { return group_->aborted(); }
   AbortRecord abort_record() const override { return group_->abort_record(); }
 
@@ -632,7 +656,7 @@ class LocalTransport final : public Transport {
     const Clock::time_point now = Clock::now();
     self_.heartbeat_ns.store(now.time_since_epoch().count(), std::memory_order_relaxed);
     const std::uint32_t ticket = self_.arrivals.ticket();  // before looking: what comes after ends the sleep
-    if (aborted()) return abort_record().status;
+    if (aborted()) return end();
     const WaitLook look = look_at(*this, pending, own_puts());
     if (look.there) return {};
     collect_missing(pending);
@@ -644,12 +668,12 @@ class LocalTransport final : public Transport {
       if (wait_bits_[gone.index() / 64] >> (gone.index() % 64) & 1) {
         patience_.step(now, look.key);
         group_->abort(peer_lost_record(failed_wait(pending, now), gone));
-        return abort_record().status;
+        return end();
       }
     }
     if (patience_.step(now, look.key) == Patience::Stage::kOver) {
       group_->abort(deadline_record(failed_wait(pending, now), group_->states()));
-      return abort_record().status;
+      return end();
     }
     const nanoseconds waited = patience_.elapsed(now);
     if (waited < kYieldSpan) {
@@ -687,6 +711,12 @@ class LocalTransport final : public Transport {
     Require(signal < c.signals.size(), ErrorCode::kInvalidArgument, "signal ", signal, " of channel ",
             channel, " does not exist on rank ", rank_, ", which opened ", c.signals.size());
     return *c.signals[signal];
+  }
+
+  // The group has ended: reports it, once this rank's memory is its own again.
+  Status end() {
+    group_->quiesce(rank_);
+    return abort_record().status;
   }
 
   // The rank does something other than waiting.

@@ -5,9 +5,10 @@ namespace sluice::comm {
 Status Transport::wait(const WaitSpec& spec) {
   advanced();
   while (true) {
-    if (aborted()) return abort_record().status;
-    if (signal(spec.channel, spec.signal) >= spec.value) break;
-    if (progress()) continue;
+    if (!aborted()) {
+      if (signal(spec.channel, spec.signal) >= spec.value) break;
+      if (progress()) continue;
+    }
     if (Status status = idle({&spec, 1}); !status.ok()) return status;
   }
   advanced();
@@ -16,8 +17,7 @@ Status Transport::wait(const WaitSpec& spec) {
 
 Status Transport::wait_for_puts(std::uint32_t channel, std::uint64_t num_puts) {
   while (puts_completed(channel) < num_puts) {
-    if (aborted()) return abort_record().status;
-    if (progress()) continue;
+    if (!aborted() && progress()) continue;
     if (Status status = idle({}); !status.ok()) return status;
   }
   return {};

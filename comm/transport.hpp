@@ -23,7 +23,8 @@
 // aborted(), which any thread may call.
 // Blocking: only wait(), wait_for_puts(), the collectives (collectives.hpp) and the destructor block. It lets
 // own puts land first, then tells the peers: whoever still waits for this rank gets kPeerLost. After an abort
-// nothing lands any more.
+// nothing lands any more: once idle(), wait() or the rank's own abort() has reported it, nobody reads the rank's
+// sources or writes its windows, so they may be freed. A rank that unwinds aborts before it frees them.
 // Errors: misuse throws (kInvalidArgument, kInvalidState); what depends on peers comes back as Status.
 #pragma once
 

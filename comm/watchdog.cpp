@@ -217,7 +217,7 @@ AbortRecord deadline_record(const FailedWait& wait, std::span<const RankState> s
     case RankState::Kind::kWaiting:
       text += str(
           "; ", who, " waits in ", where(state.phase, state.chunk),
-          " for something that no other rank is expected to send: its plan or its order of calls is wrong");
+          ", for something that no other rank is expected to send: its plan or its order of calls is wrong");
       break;
   }
   return record;
