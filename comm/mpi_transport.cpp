@@ -13,7 +13,8 @@
 // is gone. After an abort it does not happen at all, because MPI_Finalize waits for ranks that may be dead: the process
 // exits with its own error, and the launcher cleans up. For that reason the destructor lingers after an abort: a
 // launcher kills the job at the first improper exit, and the other ranks shall report before. Communicators are never
-// freed, since that is collective and a peer may be gone.
+// freed, since that is collective and a peer may be gone. A rank that has ended in order waits for the others' farewells
+// before it finalises MPI, and leaves without finalising when it hears of an abort instead.
 #include <mpi.h>
 #include <sched.h>
 
@@ -45,7 +46,7 @@ constexpr nanoseconds kSleep = microseconds(10);             // the kernel's tim
 constexpr nanoseconds kServicePeriod = milliseconds(10);
 constexpr nanoseconds kWaitingIsFresh = milliseconds(250);  // idle() repeats far more often than that
 constexpr nanoseconds kFarewellGrace = milliseconds(200);   // a farewell may overtake the data sent before it
-constexpr nanoseconds kFlush = milliseconds(200);           // to hand a verdict to MPI
+constexpr nanoseconds kFlush = milliseconds(100);           // to hand a verdict or a farewell to MPI
 constexpr nanoseconds kLinger = milliseconds(300);          // for the other ranks to report
 constexpr std::int32_t kMaxListedWaits = 64;
 
@@ -57,42 +58,6 @@ void check(int rc, std::string_view what) {
   throw Error(ErrorCode::kTransport,
               str(what, " failed: ", std::string_view(text, static_cast<std::size_t>(length))));
 }
-
-// The MPI library of this process.
-struct Library {
-  bool initialised_here = false;
-  int thread_level = MPI_THREAD_SINGLE;
-  std::atomic<int> num_transports{0};
-  std::atomic<bool> unclean{false};  // the group was aborted: no MPI call any more
-
-  static Library& instance() {
-    static Library library;
-    return library;
-  }
-
-  void require_initialised() {
-    int finalised = 0, initialised = 0;
-    MPI_Finalized(&finalised);
-    Require(finalised == 0, ErrorCode::kInvalidState,
-            "MPI was finalised already in this process; it cannot start again");
-    Require(
-        !unclean.load(), ErrorCode::kInvalidState,
-        "an earlier group of this process was aborted, and MPI does not survive that; start a new process");
-    MPI_Initialized(&initialised);
-    if (initialised != 0) {
-      MPI_Query_thread(&thread_level);
-      return;
-    }
-    check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &thread_level), "MPI_Init_thread");
-    initialised_here = true;
-    std::atexit([] {
-      Library& library = instance();
-      int done = 0;
-      MPI_Finalized(&done);
-      if (done == 0 && library.num_transports.load() == 0 && !library.unclean.load()) MPI_Finalize();
-    });
-  }
-};
 
 enum class Kind : std::int32_t {
   kQuestion = 1,  // what do you wait for?
@@ -131,6 +96,127 @@ std::string load_text(const std::array<char, N>& from) {
   return std::string(from.data(), strnlen(from.data(), N));
 }
 
+// Receives the watchdog's messages on one communicator, and knows who has said farewell.
+class Inbox {
+ public:
+  Inbox(MPI_Comm comm, std::int32_t rank, std::int32_t num_ranks)
+      : comm_(comm), gone_at_(static_cast<std::size_t>(num_ranks)), rank_(rank), num_left_(num_ranks - 1) {
+    post();
+  }
+
+  // Takes the next message, checked for its size, its version and its source; returns its source or -1.
+  std::int32_t take(Message& message) {
+    while (request_ != MPI_REQUEST_NULL) {
+      int done = 0;
+      MPI_Status status{};
+      if (MPI_Test(&request_, &done, &status) != MPI_SUCCESS) {
+        post();  // a peer broke the connection; the watchdog will find out which
+        return -1;
+      }
+      if (!done) return -1;
+      int count = 0;
+      MPI_Get_count(&status, MPI_BYTE, &count);
+      message = incoming_;
+      post();
+      if (count == static_cast<int>(sizeof(Message)) && message.magic == Message::kMagic &&
+          status.MPI_SOURCE >= 0 && status.MPI_SOURCE < static_cast<int>(gone_at_.size()) &&
+          status.MPI_SOURCE != rank_)
+        return status.MPI_SOURCE;
+    }
+    return -1;
+  }
+
+  void set_gone(std::int32_t rank) {
+    Clock::time_point& at = gone_at_[static_cast<std::size_t>(rank)];
+    if (at != Clock::time_point()) return;
+    at = Clock::now();
+    --num_left_;
+  }
+  // The epoch = still there.
+  Clock::time_point gone_at(std::int32_t rank) const { return gone_at_[static_cast<std::size_t>(rank)]; }
+  bool is_gone(std::int32_t rank) const { return gone_at(rank) != Clock::time_point(); }
+  bool all_gone() const { return num_left_ == 0; }
+
+  // No receive may be pending when its buffer goes.
+  void stop() {
+    if (request_ == MPI_REQUEST_NULL) return;
+    MPI_Cancel(&request_);
+    MPI_Wait(&request_, MPI_STATUS_IGNORE);
+  }
+
+ private:
+  void post() {
+    if (MPI_Irecv(&incoming_, sizeof(Message), MPI_BYTE, MPI_ANY_SOURCE, 0, comm_, &request_) != MPI_SUCCESS)
+      request_ = MPI_REQUEST_NULL;
+  }
+
+  MPI_Comm comm_;
+  std::vector<Clock::time_point> gone_at_;  // [num_ranks]
+  std::int32_t rank_;
+  std::int32_t num_left_;  // other ranks that have not said farewell
+  Message incoming_;
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
+
+// The MPI library of this process.
+struct Library {
+  bool initialised_here = false;
+  int thread_level = MPI_THREAD_SINGLE;
+  std::atomic<int> num_transports{0};
+  std::atomic<bool> unclean{false};  // a group was aborted: no MPI call any more
+  std::mutex closed_mutex;
+  std::vector<std::unique_ptr<Inbox>> closed;  // of transports that ended in order
+
+  static Library& instance() {
+    static Library library;
+    return library;
+  }
+
+  void require_initialised() {
+    int finalised = 0, initialised = 0;
+    MPI_Finalized(&finalised);
+    Require(finalised == 0, ErrorCode::kInvalidState,
+            "MPI was finalised already in this process; it cannot start again");
+    Require(
+        !unclean.load(), ErrorCode::kInvalidState,
+        "an earlier group of this process was aborted, and MPI does not survive that; start a new process");
+    MPI_Initialized(&initialised);
+    if (initialised != 0) {
+      MPI_Query_thread(&thread_level);
+      return;
+    }
+    check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &thread_level), "MPI_Init_thread");
+    initialised_here = true;
+    std::atexit([] { instance().finalise(); });
+  }
+
+  // MPI_Finalize waits for all ranks, so it must not begin before they have all ended in order. Waits as long as
+  // MPI_Finalize would, but leaves when the others have given up.
+  void finalise() {
+    int done = 0;
+    MPI_Finalized(&done);
+    if (done != 0 || num_transports.load() > 0) return;
+    const std::lock_guard lock(closed_mutex);
+    bool heard_abort = false;
+    for (const auto& inbox : closed) {
+      while (!unclean.load() && !inbox->all_gone()) {
+        Message message;
+        const std::int32_t from = inbox->take(message);
+        if (from < 0)
+          std::this_thread::sleep_for(milliseconds(1));
+        else if (message.kind == Kind::kFarewell)
+          inbox->set_gone(from);
+        else if (message.kind == Kind::kVerdict || message.kind == Kind::kProposal)
+          unclean.store(heard_abort = true);
+      }
+    }
+    if (heard_abort) std::this_thread::sleep_for(kLinger);
+    if (unclean.load()) return;
+    for (const auto& inbox : closed) inbox->stop();
+    MPI_Finalize();
+  }
+};
+
 struct Window {
   std::byte* data = nullptr;
   std::int64_t bytes = 0;
@@ -162,7 +248,7 @@ class MpiTransport final : public Transport {
     const auto n = static_cast<std::size_t>(num_ranks());
     outstanding_to_.assign(n, 0);
     answers_.resize(n);
-    farewell_at_.resize(n);
+    inbox_ = std::make_unique<Inbox>(control_, rank_, num_ranks());
     void* value = nullptr;
     int found = 0;
     check(MPI_Comm_get_attr(data_, MPI_TAG_UB, &value, &found), "MPI_Comm_get_attr(MPI_TAG_UB)");
@@ -171,7 +257,6 @@ class MpiTransport final : public Transport {
     while ((std::int64_t{2} << bits) <= tag_limit) ++bits;
     signal_bits_ = static_cast<std::uint32_t>(bits / 2 + 1);
     channel_bits_ = static_cast<std::uint32_t>(bits) - signal_bits_;
-    post_control();
     Library& library = Library::instance();
     ++library.num_transports;
     if (library.thread_level == MPI_THREAD_MULTIPLE ||
@@ -591,8 +676,7 @@ class MpiTransport final : public Transport {
 
   RankId lost_among_missing(Clock::time_point now) const {
     for (const RankId r : missing_) {
-      const Clock::time_point left = farewell_at_[r.index()];
-      if (left != Clock::time_point() && now - left >= kFarewellGrace) return r;
+      if (inbox_->is_gone(r.value) && now - inbox_->gone_at(r.value) >= kFarewellGrace) return r;
     }
     return RankId();
   }
@@ -638,7 +722,7 @@ class MpiTransport final : public Transport {
         states[r].waits_for = missing_;
         states[r].phase = phase_;
         states[r].chunk = chunk_;
-      } else if (farewell_at_[r] != Clock::time_point()) {
+      } else if (inbox_->is_gone(static_cast<std::int32_t>(r))) {
         states[r].kind = RankState::Kind::kGone;
       } else if (answers_[r].question >= first_question_) {
         states[r] = answers_[r].state;
@@ -656,8 +740,7 @@ class MpiTransport final : public Transport {
     std::int32_t coordinator = 0;
     for (; coordinator < rank_; ++coordinator) {
       const auto c = static_cast<std::size_t>(coordinator);
-      if (farewell_at_[c] == Clock::time_point() && (!asking_ || answers_[c].question >= first_question_))
-        break;
+      if (!inbox_->is_gone(coordinator) && (!asking_ || answers_[c].question >= first_question_)) break;
     }
     if (coordinator == rank_) {
       if (record_abort(record)) tell_verdict();
@@ -709,9 +792,10 @@ class MpiTransport final : public Transport {
     verdict_told_ = true;
     Library::instance().unclean.store(true);
     for (std::size_t i = 0; i < requests_.size(); ++i)
-      if (!operations_[of_request_[i].slot].is_send)
+      if (requests_[i] != MPI_REQUEST_NULL && !operations_[of_request_[i].slot].is_send)
         MPI_Cancel(&requests_[i]);  // nothing shall land any more
-    if (!heard_verdict_) send_to_all(verdict_message(Kind::kVerdict, abort_record()));
+    if (heard_verdict_) return;     // its author tells everyone
+    send_to_all(verdict_message(Kind::kVerdict, abort_record()));
     const Clock::time_point until = Clock::now() + kFlush;
     while (reclaim_sends() > 0 && Clock::now() < until) sched_yield();
   }
@@ -751,29 +835,11 @@ class MpiTransport final : public Transport {
     return sends_.size();
   }
 
-  void post_control() {
-    if (MPI_Irecv(&incoming_, sizeof(Message), MPI_BYTE, MPI_ANY_SOURCE, 0, control_, &incoming_request_) !=
-        MPI_SUCCESS)
-      incoming_request_ = MPI_REQUEST_NULL;
-  }
-
   // Handles what came. The mutex is held; the group is not aborted.
   void service_control() {
-    while (incoming_request_ != MPI_REQUEST_NULL) {
-      int done = 0;
-      MPI_Status status{};
-      if (MPI_Test(&incoming_request_, &done, &status) != MPI_SUCCESS) {
-        post_control();  // a peer broke the connection; the watchdog will find out which
-        return;
-      }
-      if (!done) return;
-      int count = 0;
-      MPI_Get_count(&status, MPI_BYTE, &count);
-      const Message message = incoming_;
-      post_control();
-      if (count == static_cast<int>(sizeof(Message)) && message.magic == Message::kMagic &&
-          status.MPI_SOURCE >= 0 && status.MPI_SOURCE < num_ranks())
-        handle(status.MPI_SOURCE, message);
+    Message message;
+    for (std::int32_t from = inbox_->take(message); from >= 0; from = inbox_->take(message)) {
+      handle(from, message);
       if (aborted()) return;
     }
   }
@@ -808,12 +874,12 @@ class MpiTransport final : public Transport {
         break;
       case Kind::kVerdict:
         if (record_abort(record_of(message))) {
-          heard_verdict_ = true;  // its author tells everyone
+          heard_verdict_ = true;
           tell_verdict();
         }
         break;
       case Kind::kFarewell:
-        farewell_at_[f] = now;
+        inbox_->set_gone(from);
         break;
     }
   }
@@ -845,16 +911,20 @@ class MpiTransport final : public Transport {
     const Clock::time_point flushed = Clock::now() + kFlush;
     while (reclaim_sends() > 0 && Clock::now() < flushed) sched_yield();
     // Receives that nobody will serve must not outlive their buffers.
-    requests_.push_back(incoming_request_);
     for (MPI_Request& request : requests_) {
-      if (request == MPI_REQUEST_NULL) continue;
       int done = 0;
       MPI_Cancel(&request);
       MPI_Test(&request, &done, MPI_STATUS_IGNORE);
       if (!done) MPI_Request_free(&request);
     }
-    if (num_outstanding_ > 0)
-      Library::instance().unclean.store(true);  // MPI_Finalize would wait for their receiver
+    Library& library = Library::instance();
+    if (num_outstanding_ > 0) library.unclean.store(true);  // MPI_Finalize would wait for their receiver
+    if (library.initialised_here) {
+      const std::lock_guard lock(library.closed_mutex);
+      library.closed.push_back(std::move(inbox_));
+    } else {
+      inbox_->stop();
+    }
   }
 
   struct Piece {
@@ -894,12 +964,10 @@ class MpiTransport final : public Transport {
   std::vector<int> finished_;
   std::vector<MPI_Status> statuses_;
 
-  Message incoming_;
-  MPI_Request incoming_request_ = MPI_REQUEST_NULL;
+  std::unique_ptr<Inbox> inbox_;
   std::vector<std::unique_ptr<ControlSend>> sends_;
   std::vector<std::unique_ptr<ControlSend>> spare_sends_;
-  std::vector<Answer> answers_;                 // [num_ranks]
-  std::vector<Clock::time_point> farewell_at_;  // [num_ranks]; the epoch = still there
+  std::vector<Answer> answers_;  // [num_ranks]
   std::vector<RankId> missing_;
   std::string_view phase_;
   std::int32_t chunk_ = -1;

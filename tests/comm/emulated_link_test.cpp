@@ -110,6 +110,9 @@ void expect_time(const Topology& topology, const std::vector<Message>& messages,
   ::testing::Test::RecordProperty("ideal_us", static_cast<int>(to_us(ideal)));
   ::testing::Test::RecordProperty("best_us", static_cast<int>(to_us(best)));
   std::printf("  declared %.1f us, measured %.1f us\n", to_us(ideal), to_us(best));
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "a sanitizer slows the copies: only that no link is too fast was checked";
+#endif
   EXPECT_TRUE(static_cast<double>(best.count()) <= 1.1 * static_cast<double>(ideal.count()))
       << "declared " << to_us(ideal) << " us, measured " << to_us(best) << " us";
 }
