@@ -1,6 +1,7 @@
 #include "sluice/kernels/cpu/grouped_gemm.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace sluice::kernels {
 
@@ -9,8 +10,24 @@ namespace {
 // Rows of a block at most: B is packed once a block, so more rows spread that cost; the tile of C (kBlockN
 // columns) and B's block should stay in L2 together.
 constexpr std::int64_t kBlockRows = 448;
+// Floats between two panels of packed B: two lines more than they hold, so that panels written side by side do not
+// share L1 sets.
+std::int64_t panel_stride_b(std::int64_t width) {
+  return kBlockK * width + 32;
+}
+// Columns of a forward task, which reads as many rows of W; the others read kBlockN columns of each row, where long
+// pieces matter.
+constexpr std::int64_t kForwardCols = 128;
 // Floats between two rows of a task's tile of C.
 constexpr std::int64_t kTileStride = kBlockN + 16;
+constexpr std::int64_t kCacheLine = 64;
+// Floats between two step-major A panels: one line more than they hold, so that panels written side by side do not
+// share L1 sets.
+constexpr std::int64_t kPanelStrideA = kBlockK * kStepStrideA + 16;
+// K blocks begin at multiples of it, so that packing works on whole vectors; none exceeds kBlockK because that is
+// such a multiple, too.
+constexpr std::int64_t kStepGrain = 16;
+static_assert(kBlockK % kStepGrain == 0);
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -21,15 +38,12 @@ std::int64_t part_begin(std::int64_t n, std::int64_t parts, std::int64_t i) {
   return n * i / parts;
 }
 
-// Block `i` of a reduction cut into n blocks starts here: at a multiple of 16 steps, so that packing works on
-// whole vectors; no block exceeds kBlockK because that is such a multiple, too.
-static_assert(kBlockK % 16 == 0);
-std::int64_t k_block_begin(std::int64_t length, std::int64_t n, std::int64_t i) {
-  return std::min(length, (part_begin(length, n, i) + 15) / 16 * 16);
-}
-
 const std::int32_t* at(const std::int32_t* index, std::int64_t i) {
   return index ? index + i : nullptr;
+}
+
+std::int64_t element_bytes(DType dtype) {
+  return static_cast<std::int64_t>(size_of(dtype));
 }
 
 }  // namespace
@@ -45,7 +59,7 @@ void GroupedGemm::forward(const Groups& groups, ConstMatrixView a, std::span<con
   call.kind = Kind::kForward;
   call.cols = out_cols;
   call.gated = act.data != nullptr && activation == Activation::kSwiGLU;
-  call.task_cols = call.gated ? kBlockN / 2 : kBlockN;
+  call.task_cols = call.gated ? kForwardCols / 2 : kForwardCols;
   call.num_tasks_a_block = ceil_div(call.gated ? out_cols / 2 : out_cols, call.task_cols);
   call.group_ptr = groups.group_ptr;
   call.rows_a = {a, a_index.empty() ? nullptr : a_index.data()};
@@ -88,19 +102,18 @@ void GroupedGemm::wgrad(std::span<const std::int64_t> group_ptr, ConstMatrixView
 }
 
 std::int64_t GroupedGemm::scratch_bytes() const {
-  std::int64_t bytes = static_cast<std::int64_t>(blocks_.capacity() * sizeof(Block));
-  for (const Worker& worker : workers_) bytes += worker.a.bytes() + worker.b.bytes() + worker.c.bytes();
+  auto bytes = static_cast<std::int64_t>(blocks_.capacity() * sizeof(Block));
+  for (const Worker& worker : workers_) bytes += worker.buffer.bytes();
   return bytes;
 }
 
-std::int64_t GroupedGemm::reduction_length(const Call& call, std::int64_t group) const {
-  if (call.kind != Kind::kWgrad) return call.rows_a.view.cols;
-  const auto g = static_cast<std::size_t>(group);
-  return call.group_ptr[g + 1] - call.group_ptr[g];
-}
-
-std::int64_t GroupedGemm::a_floats_a_k_block(const Call& call, std::int64_t rows) const {
-  return call.kind == Kind::kWgrad ? num_panels(rows) * kBlockK * kStepStrideA : rows * kRowStrideA;
+GroupedGemm::KRange GroupedGemm::k_range(const Block& block, std::int64_t k_block) const {
+  const auto border = [&](std::int64_t i) {
+    return std::min(block.length,
+                    ceil_div(part_begin(block.length, block.num_k_blocks, i), kStepGrain) * kStepGrain);
+  };
+  if (block.num_k_blocks == 1) return {0, block.length};
+  return {border(k_block), border(k_block + 1) - border(k_block)};
 }
 
 void GroupedGemm::run(const Call& call) {
@@ -113,21 +126,30 @@ void GroupedGemm::run(const Call& call) {
 
 void GroupedGemm::add_blocks(const Call& call) {
   blocks_.clear();
+  const bool wgrad = call.kind == Kind::kWgrad;
   for (std::size_t g = 0; g + 1 < call.group_ptr.size(); ++g) {
     const std::int64_t group_rows = call.group_ptr[g + 1] - call.group_ptr[g];
     if (group_rows == 0) continue;
-    const std::int64_t rows = call.kind == Kind::kWgrad ? call.rows_a.view.cols : group_rows;
+    const std::int64_t rows = wgrad ? call.rows_a.view.cols : group_rows;
     const std::int64_t parts = ceil_div(rows, kBlockRows);
     for (std::int64_t i = 0; i < parts; ++i) {
-      const std::int64_t begin = part_begin(rows, parts, i);
-      blocks_.push_back({static_cast<std::int64_t>(g), begin, part_begin(rows, parts, i + 1) - begin});
+      Block block;
+      block.group = static_cast<std::int64_t>(g);
+      block.row_begin = part_begin(rows, parts, i);
+      block.rows = part_begin(rows, parts, i + 1) - block.row_begin;
+      block.length = wgrad ? group_rows : call.rows_a.view.cols;
+      block.num_k_blocks = ceil_div(block.length, kBlockK);
+      block.num_panels = ceil_div(block.rows, ops_.tile_rows);
+      block.panel_rows = ceil_div(block.rows, block.num_panels);
+      block.num_panels = ceil_div(block.rows, block.panel_rows);
+      block.a_floats = wgrad ? block.num_panels * kPanelStrideA : block.rows * kRowStrideA;
+      blocks_.push_back(block);
     }
   }
   // Large blocks first, so that what is left at the end is small and the threads finish together.
   if (pool_.num_threads() > 1) {
-    std::sort(blocks_.begin(), blocks_.end(), [&](const Block& x, const Block& y) {
-      const std::int64_t work_x = x.rows * reduction_length(call, x.group);
-      const std::int64_t work_y = y.rows * reduction_length(call, y.group);
+    std::sort(blocks_.begin(), blocks_.end(), [](const Block& x, const Block& y) {
+      const std::int64_t work_x = x.rows * x.length, work_y = y.rows * y.length;
       if (work_x != work_y) return work_x > work_y;
       return x.group != y.group ? x.group < y.group : x.row_begin < y.row_begin;
     });
@@ -137,190 +159,286 @@ void GroupedGemm::add_blocks(const Call& call) {
 void GroupedGemm::reserve_scratch(const Call& call) {
   std::int64_t a_floats = 0, max_rows = 0;
   for (const Block& block : blocks_) {
-    const std::int64_t num_k_blocks = ceil_div(reduction_length(call, block.group), kBlockK);
-    a_floats = std::max(a_floats, num_k_blocks * a_floats_a_k_block(call, block.rows));
+    a_floats = std::max(a_floats, block.num_k_blocks * block.a_floats);
     max_rows = std::max(max_rows, block.rows);
   }
+  const std::int64_t b_floats = kBlockN / ops_.panel_width * panel_stride_b(ops_.panel_width);
+  const std::int64_t c_floats = (call.kind == Kind::kWgrad ? ops_.tile_rows : max_rows) * kTileStride;
   for (Worker& worker : workers_) {
     worker.block_in_a = -1;
-    worker.a.reserve(a_floats);
-    worker.b.reserve(kBlockK * kBlockN);
-    worker.c.reserve((call.kind == Kind::kWgrad ? ops_.tile_rows : max_rows) * kTileStride);
+    worker.b = worker.buffer.reserve(b_floats + c_floats + a_floats);
+    worker.c = worker.b + b_floats;
+    worker.a = worker.c + c_floats;
   }
 }
 
 void GroupedGemm::draw_tasks(const Call& call, Worker& worker) {
-  // A draw stays within one block, so that its packed A serves all of it, and leaves some for the other
-  // threads.
-  const std::int64_t draw = std::max<std::int64_t>(1, call.num_tasks_a_block / (2 * pool_.num_threads()));
-  const std::int64_t draws_a_block = ceil_div(call.num_tasks_a_block, draw);
-  const std::int64_t num_draws = static_cast<std::int64_t>(blocks_.size()) * draws_a_block;
-  for (std::int64_t i; (i = next_draw_.fetch_add(1, std::memory_order_relaxed)) < num_draws;) {
-    const std::int64_t block = i / draws_a_block;
-    const std::int64_t begin = i % draws_a_block * draw;
-    const std::int64_t end = std::min(begin + draw, call.num_tasks_a_block);
-    for (std::int64_t task = begin; task < end; ++task) run_task(call, worker, block, task);
+  Step step;
+  for (bool more = draw(call, worker, step); more;) {
+    // The next draw happens one step early, so that its weights can be asked for.
+    Step next = step;
+    more = advance(call, worker, next);
+    if (call.kind == Kind::kWgrad)
+      run_wgrad_step(call, worker, step, more ? &next : nullptr);
+    else
+      run_step(call, worker, step, more ? &next : nullptr);
+    step = next;
   }
 }
 
-void GroupedGemm::run_task(const Call& call, Worker& worker, std::int64_t block_number, std::int64_t task) {
-  const Block& block = blocks_[static_cast<std::size_t>(block_number)];
-  if (worker.block_in_a != block_number) {
-    pack_a(call, worker, block);
-    worker.block_in_a = block_number;
-  }
-  Segment segments[2];
-  std::size_t num_segments = 1;
+// Takes the next tasks that nobody has; false when there are none. A draw stays within one block, so that its
+// packed A serves all of it, and leaves some of the block to the other threads.
+bool GroupedGemm::draw(const Call& call, Worker& worker, Step& step) {
+  const std::int64_t size = std::max<std::int64_t>(1, call.num_tasks_a_block / (2 * pool_.num_threads()));
+  const std::int64_t draws_a_block = ceil_div(call.num_tasks_a_block, size);
+  const std::int64_t i = next_draw_.fetch_add(1, std::memory_order_relaxed);
+  if (i >= static_cast<std::int64_t>(blocks_.size()) * draws_a_block) return false;
+  step = {i / draws_a_block, i % draws_a_block * size, 0};
+  worker.tasks_end = std::min(step.task + size, call.num_tasks_a_block);
+  return true;
+}
+
+bool GroupedGemm::advance(const Call& call, Worker& worker, Step& step) {
+  if (++step.k_block < block_of(step).num_k_blocks) return true;
+  step.k_block = 0;
+  return ++step.task < worker.tasks_end || draw(call, worker, step);
+}
+
+GroupedGemm::Segments GroupedGemm::segments_of(const Call& call, std::int64_t task) const {
   const std::int64_t first = task * call.task_cols;
-  if (call.gated) {
-    const std::int64_t ffn = call.cols / 2;
-    const std::int64_t count = std::min(call.task_cols, ffn - first);
-    segments[0] = {first, count, 0};
-    segments[1] = {ffn + first, count, call.task_cols};
-    num_segments = 2;
-  } else {
-    segments[0] = {first, std::min(call.task_cols, call.cols - first), 0};
-  }
-  const std::span<const Segment> used(segments, num_segments);
+  if (!call.gated) return {{{first, std::min(call.task_cols, call.cols - first), 0}, {}}, 1};
+  const std::int64_t ffn = call.cols / 2;
+  const std::int64_t count = std::min(call.task_cols, ffn - first);
+  return {{{first, count, 0}, {ffn + first, count, call.task_cols}}, 2};
+}
 
-  const std::int64_t length = reduction_length(call, block.group);
-  const std::int64_t num_k_blocks = ceil_div(length, kBlockK);
-  const std::int64_t panels = num_panels(block.rows);
+// What pack_b reads for a segment of a step (forward, dgrad).
+Prefetch GroupedGemm::weights_of(const Call& call, const Step& step, const Segment& segment) const {
+  const Block& block = block_of(step);
+  const KRange k = k_range(block, step.k_block);
+  const std::int64_t element = element_bytes(call.weight_dtype);
+  const bool forward = call.kind == Kind::kForward;
+  Prefetch prefetch;
+  prefetch.row_bytes = (forward ? call.rows_a.view.cols : call.cols) * element;
+  prefetch.base = reinterpret_cast<const char*>(call.weights[static_cast<std::size_t>(block.group)]) +
+                  (forward ? segment.first : k.begin) * prefetch.row_bytes +
+                  (forward ? k.begin : segment.first) * element;
+  prefetch.lines_a_row = ceil_div((forward ? k.steps : segment.count) * element, kCacheLine);
+  prefetch.rows_left = forward ? segment.count : k.steps;
+  return prefetch;
+}
+
+// Columns first_col..first_col+cols-1 of rows first_row..first_row+rows-1 of the source.
+Prefetch GroupedGemm::rows_of(const RowSource& source, std::int64_t first_row, std::int64_t rows,
+                              std::int64_t first_col, std::int64_t cols) {
+  const std::int64_t element = element_bytes(source.view.dtype);
+  Prefetch prefetch;
+  prefetch.base =
+      reinterpret_cast<const char*>(source.index ? source.view.data : source.view.row(first_row)) +
+      first_col * element;
+  prefetch.index = at(source.index, first_row);
+  prefetch.row_bytes = source.view.row_bytes_stride();
+  prefetch.lines_a_row = ceil_div(cols * element, kCacheLine);
+  prefetch.rows_left = rows;
+  return prefetch;
+}
+
+// True when A's part for this step is to be packed now: the worker has just come to the block.
+bool GroupedGemm::begin_step(Worker& worker, const Step& step) {
+  if (worker.block_in_a != step.block) {
+    worker.block_in_a = step.block;
+    worker.packing_task = step.task;
+  }
+  return worker.packing_task == step.task;
+}
+
+void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, const Step* next) {
+  const Block& block = block_of(step);
+  const bool packing = begin_step(worker, step);
+  const Segments segments = segments_of(call, step.task);
+  const KRange k = k_range(block, step.k_block);
+  pack_b(call, worker, block, segments, k);
+
   const std::int64_t width = ops_.panel_width;
-  const bool wgrad = call.kind == Kind::kWgrad;
-  for (std::int64_t kb = 0; kb < num_k_blocks; ++kb) {
-    const std::int64_t k_begin = k_block_begin(length, num_k_blocks, kb);
-    const std::int64_t steps = k_block_begin(length, num_k_blocks, kb + 1) - k_begin;
-    pack_b(call, worker, block, used, k_begin, steps);
-    const float* a_block = worker.a.data() + kb * a_floats_a_k_block(call, block.rows);
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-      const std::int64_t row = part_begin(block.rows, panels, panel);
-      const std::int64_t rows = part_begin(block.rows, panels, panel + 1) - row;
-      if (wgrad) {
-        multiply_into_grads(call, worker, block, used, row, rows, a_block + panel * kBlockK * kStepStrideA,
-                            steps);
-        continue;
-      }
-      const TileFunction tile = ops_.tile_row_major[rows];
-      for (const Segment& segment : used) {
-        const std::int64_t end = segment.tile_col + segment.count;
-        for (std::int64_t col = segment.tile_col; col < end; col += width)
-          tile(steps, a_block + row * kRowStrideA, worker.b.data() + col * kBlockK,
-               worker.c.data() + row * kTileStride + col, kTileStride, kb == 0);
-      }
-      if (kb + 1 == num_k_blocks) store_rows(call, worker, block, used, row, rows);
-    }
+  // fp32 results rest where they belong; others, and those of a partial panel, in the tile of the task.
+  bool direct = call.out.data != nullptr && call.out.dtype == DType::kF32;
+  std::int64_t tiles_a_panel = 0;
+  for (const Segment& segment : segments) {
+    direct = direct && segment.count % width == 0;
+    tiles_a_panel += ceil_div(segment.count, width);
   }
-}
 
-void GroupedGemm::pack_a(const Call& call, Worker& worker, const Block& block) {
-  const std::int64_t group_begin = call.group_ptr[static_cast<std::size_t>(block.group)];
+  // Tiles ask for the weights of the next step; when packing, the first tiles of a panel ask for the rows of the next
+  // panel instead.
+  Prefetch weights, more_weights;
+  if (next) {
+    const Segments coming = segments_of(call, next->task);
+    weights = weights_of(call, *next, coming.list[0]);
+    if (coming.count == 2) more_weights = weights_of(call, *next, coming.list[1]);
+    const std::int64_t lines =
+        weights.rows_left * weights.lines_a_row + more_weights.rows_left * more_weights.lines_a_row;
+    const std::int64_t rounds =
+        (tiles_a_panel - (packing && tiles_a_panel > 1)) * block.num_panels * (k.steps / kStepsARound);
+    weights.lines_a_round = more_weights.lines_a_round = ceil_div(lines, std::max<std::int64_t>(1, rounds));
+  }
+
+  const std::int64_t first_row = call.group_ptr[static_cast<std::size_t>(block.group)] + block.row_begin;
+  const bool last = step.k_block + 1 == block.num_k_blocks, fresh = step.k_block == 0;
   const RowSource& source = call.rows_a;
-  const auto element = static_cast<std::int64_t>(size_of(source.view.dtype));
-  const std::int64_t row_bytes = source.view.row_bytes_stride();
-  const std::int64_t length = reduction_length(call, block.group);
-  const std::int64_t num_k_blocks = ceil_div(length, kBlockK);
-  for (std::int64_t kb = 0; kb < num_k_blocks; ++kb) {
-    const std::int64_t k_begin = k_block_begin(length, num_k_blocks, kb);
-    const std::int64_t steps = k_block_begin(length, num_k_blocks, kb + 1) - k_begin;
-    float* dst = worker.a.data() + kb * a_floats_a_k_block(call, block.rows);
-    if (call.kind != Kind::kWgrad) {
-      const std::int64_t first = group_begin + block.row_begin;
-      const std::byte* src = (source.index ? source.view.data : source.view.row(first)) + k_begin * element;
-      ops_.copy_rows(src, source.view.dtype, row_bytes, at(source.index, first), block.rows, steps, dst,
-                     kRowStrideA, steps);
-      continue;
+  float* const a = worker.a + step.k_block * block.a_floats;
+  const std::int64_t ldc = direct ? call.out.row_stride : kTileStride;
+  for (std::int64_t row = 0; row < block.rows; row += block.panel_rows) {
+    const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
+    Prefetch rows_ahead;
+    if (packing) {
+      // Each panel right before its first use, so that it is still in cache.
+      const std::byte* src = source.index ? source.view.data : source.view.row(first_row + row);
+      ops_.copy_rows(src + k.begin * element_bytes(source.view.dtype), source.view.dtype,
+                     source.view.row_bytes_stride(), at(source.index, first_row + row), rows, k.steps,
+                     a + row * kRowStrideA, kRowStrideA);
+      rows_ahead = rows_of(source, first_row + row + rows,
+                           std::min(block.panel_rows, block.rows - row - rows), k.begin, k.steps);
+      // All of them within one tile: a line holds at least kStepGrain steps of a row.
+      rows_ahead.lines_a_round = kStepsARound * kMaxTileRows / kStepGrain + 1;
     }
-    // Columns of dc become rows of A. Whole vectors are copied where the row has them; the tile ignores the
-    // excess.
-    const std::int64_t first = group_begin + k_begin;
+    const TileFunction tile = ops_.tile_row_major[rows];
+    for (const Segment& segment : segments) {
+      float* const c = direct ? call.out.row_as<float>(first_row + row) + segment.first
+                              : worker.c + row * kTileStride + segment.tile_col;
+      for (std::int64_t col = 0; col < segment.count; col += width) {
+        Prefetch& prefetch = rows_ahead.rows_left > 0 ? rows_ahead : weights;
+        tile(k.steps, a + row * kRowStrideA,
+             worker.b + (segment.tile_col + col) / width * panel_stride_b(width), c + col, ldc, fresh,
+             col + width < segment.count ? c + col + width : nullptr, prefetch);
+        if (weights.rows_left == 0 && more_weights.rows_left > 0) std::swap(weights, more_weights);
+      }
+    }
+    if (last) store_rows(call, worker, block, segments, direct, row, rows);
+  }
+}
+
+void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& step, const Step* next) {
+  const Block& block = block_of(step);
+  const bool packing = begin_step(worker, step);
+  const Segments segments = segments_of(call, step.task);
+  const Segment& segment = segments.list[0];
+  const KRange k = k_range(block, step.k_block);
+  float* const a = worker.a + step.k_block * block.a_floats;
+  if (packing) {
+    // Columns of dc become rows of A. Whole vectors are copied; the tile ignores the excess.
+    const RowSource& source = call.rows_a;
+    const std::int64_t first = call.group_ptr[static_cast<std::size_t>(block.group)] + k.begin;
     const std::byte* src = source.index ? source.view.data : source.view.row(first);
-    const std::int64_t panels = num_panels(block.rows);
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-      const std::int64_t col = block.row_begin + part_begin(block.rows, panels, panel);
-      const std::int64_t cols = std::min(kStepStrideA, source.view.cols - col);
-      ops_.copy_rows(src + col * element, source.view.dtype, row_bytes, at(source.index, first), steps, cols,
-                     dst + panel * kBlockK * kStepStrideA, kStepStrideA, cols);
+    ops_.copy_panels(src + block.row_begin * element_bytes(source.view.dtype), source.view.dtype,
+                     source.view.row_bytes_stride(), at(source.index, first), k.steps,
+                     source.view.cols - block.row_begin, block.num_panels, block.panel_rows, a, kPanelStrideA,
+                     kStepStrideA);
+  }
+  pack_b(call, worker, block, segments, k);
+
+  // Tiles ask for the tile of the gradient after them and for what the next step packs.
+  const std::int64_t width = ops_.panel_width;
+  Prefetch rows_ahead, more_rows;
+  if (next) {
+    const Block& next_block = block_of(*next);
+    const Segments coming = segments_of(call, next->task);
+    const KRange next_k = k_range(next_block, next->k_block);
+    const std::int64_t first = call.group_ptr[static_cast<std::size_t>(next_block.group)] + next_k.begin;
+    rows_ahead = rows_of(call.rows_b, first, next_k.steps, coming.list[0].first, coming.list[0].count);
+    if (next->block != step.block || (packing && next->task == step.task))
+      more_rows = rows_of(call.rows_a, first, next_k.steps, next_block.row_begin, next_block.rows);
+    const std::int64_t lines =
+        rows_ahead.rows_left * rows_ahead.lines_a_row + more_rows.rows_left * more_rows.lines_a_row;
+    const std::int64_t rounds = std::max<std::int64_t>(1, k.steps / kStepsARound - block.panel_rows);
+    rows_ahead.lines_a_round = more_rows.lines_a_round =
+        ceil_div(lines, rounds * block.num_panels * ceil_div(segment.count, width));
+  }
+
+  float* const grads =
+      call.grads[static_cast<std::size_t>(block.group)] + block.row_begin * call.cols + segment.first;
+  for (std::int64_t panel = 0; panel < block.num_panels; ++panel) {
+    const std::int64_t row = panel * block.panel_rows;
+    const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
+    const float* const a_panel = a + panel * kPanelStrideA;
+    const TileFunction tile = ops_.tile_step_major[rows];
+    for (std::int64_t col = 0; col < segment.count; col += width) {
+      float* const c = grads + row * call.cols + col;
+      const float* const b = worker.b + col / width * panel_stride_b(width);
+      // The tile to the right, or the first of the next rows.
+      const float* const next_c = col + width < segment.count    ? c + width
+                                  : panel + 1 < block.num_panels ? grads + (row + rows) * call.cols
+                                                                 : nullptr;
+      const std::int64_t cols = std::min(width, segment.count - col);
+      if (cols == width) {
+        tile(k.steps, a_panel, b, c, call.cols, false, next_c, rows_ahead);
+      } else {
+        float* const copy = worker.c;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          std::copy_n(c + r * call.cols, cols, copy + r * kTileStride);
+          std::fill_n(copy + r * kTileStride + cols, width - cols, 0.0f);
+        }
+        tile(k.steps, a_panel, b, copy, kTileStride, false, nullptr, rows_ahead);
+        for (std::int64_t r = 0; r < rows; ++r) std::copy_n(copy + r * kTileStride, cols, c + r * call.cols);
+      }
+      if (rows_ahead.rows_left == 0 && more_rows.rows_left > 0) std::swap(rows_ahead, more_rows);
     }
   }
 }
 
-void GroupedGemm::pack_b(const Call& call, Worker& worker, const Block& block,
-                         std::span<const Segment> segments, std::int64_t k_begin, std::int64_t steps) {
+void GroupedGemm::pack_b(const Call& call, Worker& worker, const Block& block, const Segments& segments,
+                         KRange k) {
   const std::int64_t width = ops_.panel_width;
   const auto group = static_cast<std::size_t>(block.group);
+  const std::int64_t element = element_bytes(call.weight_dtype);
   for (const Segment& segment : segments) {
-    for (std::int64_t done = 0; done < segment.count; done += width) {
-      const std::int64_t col = segment.first + done;
-      const std::int64_t cols = std::min(width, segment.count - done);
-      float* dst = worker.b.data() + (segment.tile_col + done) * kBlockK;
-      if (call.kind == Kind::kWgrad) {
-        const RowSource& source = call.rows_b;
-        const std::int64_t first = call.group_ptr[group] + k_begin;
-        const std::byte* src = source.index ? source.view.data : source.view.row(first);
-        ops_.copy_rows(src + col * static_cast<std::int64_t>(size_of(source.view.dtype)), source.view.dtype,
-                       source.view.row_bytes_stride(), at(source.index, first), steps, cols, dst, width,
+    float* const dst = worker.b + segment.tile_col / width * panel_stride_b(width);
+    const std::int64_t num_panels = ceil_div(segment.count, width), panel_stride = panel_stride_b(width);
+    if (call.kind == Kind::kForward) {
+      const std::int64_t row_bytes = call.rows_a.view.cols * element;
+      for (std::int64_t panel = 0; panel < num_panels; ++panel) {
+        const std::int64_t done = panel * width;
+        ops_.pack_transposed(call.weights[group] + (segment.first + done) * row_bytes + k.begin * element,
+                             call.weight_dtype, row_bytes, std::min(width, segment.count - done), k.steps,
+                             dst + panel * panel_stride);
+      }
+    } else if (call.kind == Kind::kDgrad) {
+      const std::int64_t row_bytes = call.cols * element;
+      ops_.copy_panels(call.weights[group] + k.begin * row_bytes + segment.first * element, call.weight_dtype,
+                       row_bytes, nullptr, k.steps, segment.count, num_panels, width, dst, panel_stride,
                        width);
-        continue;
-      }
-      const auto element = static_cast<std::int64_t>(size_of(call.weight_dtype));
-      if (call.kind == Kind::kForward) {
-        const std::int64_t row_bytes = call.rows_a.view.cols * element;
-        ops_.pack_transposed(call.weights[group] + col * row_bytes + k_begin * element, call.weight_dtype,
-                             row_bytes, cols, steps, dst);
-      } else {
-        const std::int64_t row_bytes = call.cols * element;
-        ops_.copy_rows(call.weights[group] + k_begin * row_bytes + col * element, call.weight_dtype,
-                       row_bytes, nullptr, steps, cols, dst, width, width);
-      }
+    } else {
+      const RowSource& source = call.rows_b;
+      const std::int64_t first = call.group_ptr[group] + k.begin;
+      const std::byte* src = source.index ? source.view.data : source.view.row(first);
+      ops_.copy_panels(src + segment.first * element_bytes(source.view.dtype), source.view.dtype,
+                       source.view.row_bytes_stride(), at(source.index, first), k.steps, segment.count,
+                       num_panels, width, dst, panel_stride, width);
     }
   }
 }
 
-void GroupedGemm::multiply_into_grads(const Call& call, Worker& worker, const Block& block,
-                                      std::span<const Segment> segments, std::int64_t row_begin,
-                                      std::int64_t rows, const float* a, std::int64_t steps) {
-  const TileFunction tile = ops_.tile_step_major[rows];
-  float* grads =
-      call.grads[static_cast<std::size_t>(block.group)] + (block.row_begin + row_begin) * call.cols;
-  for (const Segment& segment : segments) {
-    for (std::int64_t done = 0; done < segment.count; done += ops_.panel_width) {
-      float* c = grads + segment.first + done;
-      const float* b = worker.b.data() + (segment.tile_col + done) * kBlockK;
-      const std::int64_t cols = std::min(ops_.panel_width, segment.count - done);
-      if (cols == ops_.panel_width) {
-        tile(steps, a, b, c, call.cols, false);
-        continue;
-      }
-      float* copy = worker.c.data();
-      for (std::int64_t r = 0; r < rows; ++r) {
-        std::copy_n(c + r * call.cols, cols, copy + r * kTileStride);
-        std::fill_n(copy + r * kTileStride + cols, ops_.panel_width - cols, 0.0f);
-      }
-      tile(steps, a, b, copy, kTileStride, false);
-      for (std::int64_t r = 0; r < rows; ++r) std::copy_n(copy + r * kTileStride, cols, c + r * call.cols);
-    }
-  }
-}
-
-void GroupedGemm::store_rows(const Call& call, Worker& worker, const Block& block,
-                             std::span<const Segment> segments, std::int64_t row_begin, std::int64_t rows) {
+// Rows row_begin..row_begin+rows-1 of the block are complete; `direct`: they are in call.out already.
+void GroupedGemm::store_rows(const Call& call, Worker& worker, const Block& block, const Segments& segments,
+                             bool direct, std::int64_t row_begin, std::int64_t rows) {
   const std::int64_t first =
       call.group_ptr[static_cast<std::size_t>(block.group)] + block.row_begin + row_begin;
-  const auto out_element = static_cast<std::int64_t>(size_of(call.out.dtype));
-  const auto act_element = static_cast<std::int64_t>(size_of(call.act.dtype));
   for (std::int64_t r = 0; r < rows; ++r) {
-    float* c = worker.c.data() + (row_begin + r) * kTileStride;
-    if (call.out.data) {
+    float* const c = worker.c + (row_begin + r) * kTileStride;
+    if (call.out.data && !direct) {
       for (const Segment& segment : segments)
-        ops_.narrow(c + segment.tile_col, call.out.row(first + r) + segment.first * out_element,
-                    call.out.dtype, segment.count);
+        ops_.narrow(c + segment.tile_col,
+                    call.out.row(first + r) + segment.first * element_bytes(call.out.dtype), call.out.dtype,
+                    segment.count);
     }
-    if (call.act.data) {
-      const Segment& gate = segments.front();
-      ops_.activate(call.activation, c, call.gated ? c + segments.back().tile_col : nullptr, c, gate.count);
-      ops_.narrow(c, call.act.row(first + r) + gate.first * act_element, call.act.dtype, gate.count);
-    }
+    if (!call.act.data) continue;
+    const Segment &gate = segments.list[0], &up = segments.list[call.gated ? 1 : 0];
+    const float* const h = direct ? call.out.row_as<float>(first + r) : nullptr;
+    std::byte* const target = call.act.row(first + r) + gate.first * element_bytes(call.act.dtype);
+    const bool f32 = call.act.dtype == DType::kF32;
+    float* const act = f32 ? reinterpret_cast<float*>(target) : c;
+    ops_.activate(call.activation, h ? h + gate.first : c + gate.tile_col, h ? h + up.first : c + up.tile_col,
+                  act, gate.count);
+    if (!f32) ops_.narrow(act, target, call.act.dtype, gate.count);
   }
 }
 

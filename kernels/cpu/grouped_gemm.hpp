@@ -1,17 +1,17 @@
-// The grouped GEMM of the CPU kernels: blocking, packing and scheduling around the tiles of an instruction
-// set.
+// The grouped GEMM of the CPU kernels: blocking, packing and scheduling around the tiles of an instruction set.
 //
 // Every call is C[M, N] (+)= A[M, K] B[K, N] for each group, with the reduction over K in order:
 //   forward  M = rows of the group, K = in_cols,  N = out_cols, B = W^T (packed through a transpose)
 //   dgrad    M = rows of the group, K = out_cols, N = in_cols,  B = W
 //   wgrad    M = out_cols,          K = rows of the group, N = in_cols, A = dc^T, B = a, accumulating
 // A task is a block of rows of one group times kBlockN columns. Threads draw tasks from one counter, largest
-// blocks first, so one big group is shared by all of them. A thread keeps the packed A of the block it works
-// on. The K loop is cut into blocks of kBlockK; between them C rests in fp32, so the chain of each element is
-// unbroken.
+// blocks first, so one big group is shared by all of them. A thread keeps the packed A of the block it works on.
+// The K loop is cut into blocks of kBlockK, one step each; between them C rests in fp32, so the chain of each
+// element is unbroken. Weights are read once a block and usually from memory: while a thread computes, its tiles
+// ask for what its next step will pack (forward, dgrad) or for the next tile to accumulate into (wgrad).
 //
-// Ownership: holds scratch that grows to its high-water mark. Thread-safety: one call at a time. Arguments
-// are checked by the caller (cpu_kernels.cpp).
+// Ownership: holds scratch that grows to its high-water mark. Thread-safety: one call at a time. Arguments are
+// checked by the caller (cpu_kernels.cpp).
 #pragma once
 
 #include <atomic>
@@ -46,9 +46,13 @@ class GroupedGemm {
  private:
   enum class Kind : std::uint8_t { kForward, kDgrad, kWgrad };
 
-  // Rows row_begin..row_begin+rows-1 of group `group`'s C.
+  // Rows row_begin..row_begin+rows-1 of group `group`'s C, cut into panels (of A, tiles of C) of panel_rows rows; the
+  // last panel may have fewer, but at least one.
   struct Block {
     std::int64_t group, row_begin, rows;
+    std::int64_t length, num_k_blocks;  // of the reduction
+    std::int64_t num_panels, panel_rows;
+    std::int64_t a_floats;  // packed A of one k block
   };
   // Source of rows, gathered through `index` when it is not null: row i is view.row(index ? index[i] : i).
   struct RowSource {
@@ -75,28 +79,47 @@ class GroupedGemm {
   struct Segment {
     std::int64_t first, count, tile_col;
   };
+  struct Segments {
+    Segment list[2];
+    std::size_t count;
+    const Segment* begin() const { return list; }
+    const Segment* end() const { return list + count; }
+  };
+  // One k block of one task.
+  struct Step {
+    std::int64_t block, task, k_block;
+  };
+  // Reduction indices begin..begin+steps-1 of a k block.
+  struct KRange {
+    std::int64_t begin, steps;
+  };
   struct Worker {
-    AlignedBuffer a, b, c;
-    std::int64_t block_in_a;  // whose packed A `a` holds, or -1
+    AlignedBuffer buffer;
+    float *a, *b, *c;           // parts of `buffer`: packed A, packed B, tile of C
+    std::int64_t block_in_a;    // whose packed A `a` holds, or -1
+    std::int64_t packing_task;  // task of that block during which A is packed
+    std::int64_t tasks_end;     // of the draw that is being worked on
   };
 
   void run(const Call& call);
   void add_blocks(const Call& call);
   void reserve_scratch(const Call& call);
   void draw_tasks(const Call& call, Worker& worker);
-  void run_task(const Call& call, Worker& worker, std::int64_t block_number, std::int64_t task);
-  void pack_a(const Call& call, Worker& worker, const Block& block);
-  void pack_b(const Call& call, Worker& worker, const Block& block, std::span<const Segment> segments,
-              std::int64_t k_begin, std::int64_t steps);
-  void multiply_into_grads(const Call& call, Worker& worker, const Block& block,
-                           std::span<const Segment> segments, std::int64_t row_begin, std::int64_t rows,
-                           const float* a, std::int64_t steps);
-  void store_rows(const Call& call, Worker& worker, const Block& block, std::span<const Segment> segments,
+  bool draw(const Call& call, Worker& worker, Step& step);
+  bool advance(const Call& call, Worker& worker, Step& step);
+  void run_step(const Call& call, Worker& worker, const Step& step, const Step* next);
+  void run_wgrad_step(const Call& call, Worker& worker, const Step& step, const Step* next);
+  static bool begin_step(Worker& worker, const Step& step);
+  void pack_b(const Call& call, Worker& worker, const Block& block, const Segments& segments, KRange k);
+  void store_rows(const Call& call, Worker& worker, const Block& block, const Segments& segments, bool direct,
                   std::int64_t row_begin, std::int64_t rows);
 
-  std::int64_t reduction_length(const Call& call, std::int64_t group) const;
-  std::int64_t num_panels(std::int64_t rows) const { return (rows + ops_.tile_rows - 1) / ops_.tile_rows; }
-  std::int64_t a_floats_a_k_block(const Call& call, std::int64_t rows) const;
+  const Block& block_of(const Step& step) const { return blocks_[static_cast<std::size_t>(step.block)]; }
+  Segments segments_of(const Call& call, std::int64_t task) const;
+  Prefetch weights_of(const Call& call, const Step& step, const Segment& segment) const;
+  static Prefetch rows_of(const RowSource& source, std::int64_t first_row, std::int64_t rows,
+                          std::int64_t first_col, std::int64_t cols);
+  KRange k_range(const Block& block, std::int64_t k_block) const;
 
   const IsaOps& ops_;
   ThreadPool& pool_;

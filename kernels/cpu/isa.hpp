@@ -23,7 +23,7 @@ inline constexpr std::int64_t kBlockK = 384;      // reduction steps between two
 inline constexpr std::int64_t kRowStrideA = kBlockK + 16;
 inline constexpr std::int64_t kStepStrideA =
     16;                                       // floats between two reduction steps of a step-major A panel
-inline constexpr std::int64_t kBlockN = 128;  // columns of C a task works on; every panel width divides it
+inline constexpr std::int64_t kBlockN = 256;  // columns of C a task works on at most
 inline constexpr std::int64_t kLanes = 16;    // lanes of the dw sum (kernels.hpp, activation_backward)
 
 // One step of AdamW with the scalars that do not depend on the element worked out once.
@@ -35,11 +35,26 @@ struct AdamWStep {
   float epsilon;
 };
 
+// Rows of memory that tiles ask for while they compute, so that it is in cache when its turn comes: `lines_a_row`
+// cache lines of each of `rows_left` rows, `row_bytes` apart or named by an index. A cursor: tiles advance it.
+// Only a hint; nothing is dereferenced but the index.
+struct Prefetch {
+  const char* base = nullptr;           // row 0 (indexed), or the row that is being asked for
+  const std::int32_t* index = nullptr;  // of the row that is being asked for, or null
+  std::int64_t row_bytes = 0;
+  std::int64_t rows_left = 0;  // the one that is being asked for included; 0: nothing left
+  std::int64_t lines_a_row = 0;
+  std::int64_t line = 0;
+  std::int64_t lines_a_round = 1;  // lines to ask for every kStepsARound reduction steps
+};
+inline constexpr std::int64_t kStepsARound = 4;
+
 // C tile [rows, panel width] f32, row stride ldc floats: c = fma(a[k][row], b[k][col], c) for k ascending in
-// 0..steps-1, from 0 when `fresh`, else from the values in C. a: f32 panel, row-major (kRowStrideA between
-// rows) or step-major (kStepStrideA between steps); b: f32 [steps, panel width], contiguous.
+// 0..steps-1, from 0 when `fresh`, else from the values in C.
+// a: f32 panel, row-major (kRowStrideA between rows) or step-major (kStepStrideA between steps);
+// b: f32 [steps, panel width], contiguous; next_c: the tile that comes next, same stride, only asked for, or null.
 using TileFunction = void (*)(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc,
-                              bool fresh);
+                              bool fresh, const float* next_c, Prefetch& prefetch);
 
 struct IsaOps {
   const char* name;
@@ -53,12 +68,18 @@ struct IsaOps {
   void (*widen)(const std::byte* src, DType dtype, float* dst, std::int64_t n);
   // dst[i] = src[i] rounded to dtype.  src: f32 [n]; dst: dtype [n]
   void (*narrow)(const float* src, std::byte* dst, DType dtype, std::int64_t n);
-  // dst[r][c] = src[index ? index[r] : r][c], columns cols..padded_cols-1 zero.
-  // src: dtype [*, cols], row stride in bytes; index: int32 [rows] or null; dst: f32 [rows, padded_cols], row
-  // stride dst_stride floats
+  // dst[r][c] = src[index ? index[r] : r][c].
+  // src: dtype [*, cols], row stride in bytes; index: int32 [rows] or null; dst: f32 [rows, cols], row stride
+  // dst_stride floats
   void (*copy_rows)(const std::byte* src, DType dtype, std::int64_t row_bytes, const std::int32_t* index,
-                    std::int64_t rows, std::int64_t cols, float* dst, std::int64_t dst_stride,
-                    std::int64_t padded_cols);
+                    std::int64_t rows, std::int64_t cols, float* dst, std::int64_t dst_stride);
+  // Cuts rows into panels: dst[panel][r][c] = src[index ? index[r] : r][panel * panel_cols + c] for c in
+  // 0..width-1, zero where that is past the last column.
+  // src: dtype [*, cols], row stride in bytes; index: int32 [rows] or null;
+  // dst: f32 [num_panels][rows][width], panels panel_stride floats apart
+  void (*copy_panels)(const std::byte* src, DType dtype, std::int64_t row_bytes, const std::int32_t* index,
+                      std::int64_t rows, std::int64_t cols, std::int64_t num_panels, std::int64_t panel_cols,
+                      float* dst, std::int64_t panel_stride, std::int64_t width);
   // dst[k][c] = src[c][k], columns cols..panel_width-1 zero.
   // src: dtype [cols, steps], row stride in bytes; dst: f32 [steps, panel_width]
   void (*pack_transposed)(const std::byte* src, DType dtype, std::int64_t row_bytes, std::int64_t cols,

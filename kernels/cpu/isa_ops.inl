@@ -68,7 +68,8 @@ void narrow(const float* src, std::byte* dst, DType dtype, std::int64_t n) {
 
 // kRowStride and kStepStride: floats between rows and between reduction steps of the A panel.
 template <int kRows, std::int64_t kRowStride, std::int64_t kStepStride>
-void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc, bool fresh) {
+void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc, bool fresh,
+          const float* next_c, Prefetch& prefetch) {
   F acc[kRows][kPanelVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -76,7 +77,7 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
     for (int v = 0; v < kPanelVecs; ++v)
       acc[r][v] = fresh ? Vec::zero() : Vec::load(c + r * ldc + v * kWidth);
   }
-  for (std::int64_t k = 0; k < steps; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     F bk[kPanelVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kPanelVecs; ++v) bk[v] = Vec::load(b + v * kWidth);
@@ -88,7 +89,48 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
     }
     a += kStepStride;
     b += kPanelWidth;
+  };
+  // Not unrolled: with all accumulators in registers there is none left for a second step.
+  const auto round = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (std::int64_t i = 0; i < kStepsARound; ++i) step();
+  };
+
+  // One row of the next C a round, then the lines of the cursor.
+  std::int64_t rounds = steps / kStepsARound;
+  const std::int64_t rest = steps % kStepsARound;
+  if (next_c) {
+    const std::int64_t spread = rounds < kRows ? rounds : kRows;
+    for (std::int64_t r = spread; r < kRows; ++r)
+      for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + r * ldc + v * kWidth, 1, 3);
+    rounds -= spread;
+    for (std::int64_t r = 0; r < spread; ++r) {
+      for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + v * kWidth, 1, 3);
+      next_c += ldc;
+      round();
+    }
   }
+  if (prefetch.rows_left > 0) {
+    Prefetch p = prefetch;
+    const char* next = p.base + (p.index ? *p.index * p.row_bytes : 0) + p.line * 64;
+    for (; rounds > 0 && p.rows_left > 0; --rounds) {
+      for (std::int64_t i = 0; i < p.lines_a_round; ++i) {
+        __builtin_prefetch(next, 0, 2);
+        next += 64;
+        if (++p.line < p.lines_a_row) continue;
+        p.line = 0;
+        if (--p.rows_left == 0) break;
+        if (p.index)
+          next = p.base + *++p.index * p.row_bytes;
+        else
+          next = p.base += p.row_bytes;
+      }
+      round();
+    }
+    prefetch = p;
+  }
+  for (; rounds > 0; --rounds) round();
+  for (std::int64_t i = 0; i < rest; ++i) step();
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -96,28 +138,68 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
   }
 }
 
+// Indexed rows may lie anywhere: asks for one a few rows ahead, which the processor cannot guess.
+constexpr std::int64_t kRowsAhead = 4;
+inline void prefetch_row(const std::byte* src, std::int64_t row_bytes, const std::int32_t* index,
+                         std::int64_t r, std::int64_t rows, std::int64_t bytes) {
+  if (!index || r + kRowsAhead >= rows) return;
+  const std::byte* row = src + index[r + kRowsAhead] * row_bytes;
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
+}
+
 template <typename T>
 void copy_rows_as(const std::byte* src, std::int64_t row_bytes, const std::int32_t* index, std::int64_t rows,
-                  std::int64_t cols, float* dst, std::int64_t dst_stride, std::int64_t padded_cols) {
+                  std::int64_t cols, float* dst, std::int64_t dst_stride) {
+  constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename T::Element));
   for (std::int64_t r = 0; r < rows; ++r) {
     const auto* row = reinterpret_cast<const typename T::Element*>(src + (index ? index[r] : r) * row_bytes);
+    prefetch_row(src, row_bytes, index, r, rows, cols * kElement);
     float* out = dst + r * dst_stride;
     std::int64_t c = 0;
     for (; c + kWidth <= cols; c += kWidth) Vec::store(out + c, T::load(row + c));
-    if (c < cols) {
-      store_part<Float32>(out + c, load_part<T>(row + c, cols - c), cols - c);
-      c = cols;
-    }
-    for (; c < padded_cols; ++c) out[c] = 0.0f;
+    if (c < cols) store_part<Float32>(out + c, load_part<T>(row + c, cols - c), cols - c);
   }
 }
 void copy_rows(const std::byte* src, DType dtype, std::int64_t row_bytes, const std::int32_t* index,
-               std::int64_t rows, std::int64_t cols, float* dst, std::int64_t dst_stride,
-               std::int64_t padded_cols) {
+               std::int64_t rows, std::int64_t cols, float* dst, std::int64_t dst_stride) {
   if (dtype == DType::kF32)
-    copy_rows_as<Float32>(src, row_bytes, index, rows, cols, dst, dst_stride, padded_cols);
+    copy_rows_as<Float32>(src, row_bytes, index, rows, cols, dst, dst_stride);
   else
-    copy_rows_as<BFloat16>(src, row_bytes, index, rows, cols, dst, dst_stride, padded_cols);
+    copy_rows_as<BFloat16>(src, row_bytes, index, rows, cols, dst, dst_stride);
+}
+
+template <typename T>
+void copy_panels_as(const std::byte* src, std::int64_t row_bytes, const std::int32_t* index,
+                    std::int64_t rows, std::int64_t cols, std::int64_t num_panels, std::int64_t panel_cols,
+                    float* dst, std::int64_t panel_stride, std::int64_t width) {
+  constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename T::Element));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const auto* row = reinterpret_cast<const typename T::Element*>(src + (index ? index[r] : r) * row_bytes);
+    prefetch_row(src, row_bytes, index, r, rows, cols * kElement);
+    for (std::int64_t panel = 0; panel < num_panels; ++panel) {
+      float* out = dst + panel * panel_stride + r * width;
+      const typename T::Element* from = row + panel * panel_cols;
+      const std::int64_t left = cols - panel * panel_cols;
+      for (std::int64_t c = 0; c < width; c += kWidth) {
+        F x = Vec::zero();
+        if (c + kWidth <= left)
+          x = T::load(from + c);
+        else if (c < left)
+          x = load_part<T>(from + c, left - c);
+        Vec::store(out + c, x);
+      }
+    }
+  }
+}
+void copy_panels(const std::byte* src, DType dtype, std::int64_t row_bytes, const std::int32_t* index,
+                 std::int64_t rows, std::int64_t cols, std::int64_t num_panels, std::int64_t panel_cols,
+                 float* dst, std::int64_t panel_stride, std::int64_t width) {
+  if (dtype == DType::kF32)
+    copy_panels_as<Float32>(src, row_bytes, index, rows, cols, num_panels, panel_cols, dst, panel_stride,
+                            width);
+  else
+    copy_panels_as<BFloat16>(src, row_bytes, index, rows, cols, num_panels, panel_cols, dst, panel_stride,
+                             width);
 }
 
 void pack_transposed(const std::byte* src, DType dtype, std::int64_t row_bytes, std::int64_t cols,
@@ -418,6 +500,7 @@ constexpr IsaOps make_ops(const char* name) {
   ops.widen = &widen;
   ops.narrow = &narrow;
   ops.copy_rows = &copy_rows;
+  ops.copy_panels = &copy_panels;
   ops.pack_transposed = &pack_transposed;
   ops.activate = &activate;
   ops.activate_backward = &activate_backward;

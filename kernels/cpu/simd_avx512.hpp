@@ -59,23 +59,32 @@ struct Vec {
   }
 
   // dst[k * stride + c] = row c of src, element k, for c and k in 0..15; row stride `ld` floats.
+  // Every row is read by one load: rows are often 4 KiB apart, where L1 keeps only eight of them.
   static void transpose(const float* src, std::int64_t ld, float* dst, std::int64_t stride) {
-    for (int k = 0; k < 16; k += 4) {
-      // Lane q of r[j] holds row 4q + j, so that a 4x4 transpose within lanes puts rows in order.
-      F r[4];
-      for (int j = 0; j < 4; ++j) {
-        const float* p = src + j * ld + k;
-        F x = _mm512_castps128_ps512(_mm_loadu_ps(p));
-        x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(p + 4 * ld));
-        x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(p + 8 * ld));
-        r[j] = _mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(p + 12 * ld));
-      }
-      const F low01 = _mm512_unpacklo_ps(r[0], r[1]), high01 = _mm512_unpackhi_ps(r[0], r[1]);
-      const F low23 = _mm512_unpacklo_ps(r[2], r[3]), high23 = _mm512_unpackhi_ps(r[2], r[3]);
-      store(dst + (k + 0) * stride, _mm512_shuffle_ps(low01, low23, 0x44));
-      store(dst + (k + 1) * stride, _mm512_shuffle_ps(low01, low23, 0xee));
-      store(dst + (k + 2) * stride, _mm512_shuffle_ps(high01, high23, 0x44));
-      store(dst + (k + 3) * stride, _mm512_shuffle_ps(high01, high23, 0xee));
+    F r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = load(src + i * ld);
+      // 4x4 transposes within lanes: t[4q + j], lane l, holds elements 4l + j of rows 4q..4q+3.
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      const F low01 = _mm512_unpacklo_ps(r[i], r[i + 1]), high01 = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      const F low23 = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), high23 = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+      t[i] = _mm512_shuffle_ps(low01, low23, 0x44);
+      t[i + 1] = _mm512_shuffle_ps(low01, low23, 0xee);
+      t[i + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
+      t[i + 3] = _mm512_shuffle_ps(high01, high23, 0xee);
+    }
+    // A 4x4 transpose of lanes over q.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const F even01 = _mm512_shuffle_f32x4(t[j], t[4 + j], 0x88),
+              odd01 = _mm512_shuffle_f32x4(t[j], t[4 + j], 0xdd);
+      const F even23 = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0x88);
+      const F odd23 = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0xdd);
+      store(dst + j * stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
+      store(dst + (4 + j) * stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+      store(dst + (8 + j) * stride, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+      store(dst + (12 + j) * stride, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
     }
   }
 };
