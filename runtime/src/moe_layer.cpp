@@ -370,9 +370,34 @@ void MoeLayer::sync_replica_gradients() {
   }
 }
 
-std::int64_t MoeLayer::memory_bytes() const {
-  return state_->pool->capacity_bytes() + state_->plans.capacity_bytes() +
-         state_->runtime.kernels().scratch_bytes();
+MoeLayer::Memory MoeLayer::memory() const {
+  return {state_->pool->capacity_bytes(), state_->plans.capacity_bytes(),
+          state_->runtime.kernels().scratch_bytes()};
+}
+
+ContextBytes context_bytes(const Plan& plan, const MoeLayerOptions& options) {
+  const std::int64_t h = options.hidden;
+  const std::int64_t pre = kernels::preactivation_cols(kernel_activation(options.activation), options.ffn);
+  const auto row = static_cast<std::int64_t>(size_of(options.dtype));
+  const auto wire = static_cast<std::int64_t>(size_of(options.wire_dtype));
+  const auto combine = static_cast<std::int64_t>(size_of(options.combine_dtype));
+  const std::int64_t positions = plan.num_positions();
+  const std::int64_t sent = std::int64_t{plan.send1.num_rows()} + plan.send2.num_rows();
+  const std::int64_t received = std::int64_t{plan.recv1.num_rows()} + plan.recv2.num_rows();
+  const std::int64_t sums = std::int64_t{plan.recv2.num_rows()} + plan.send2.num_rows() +
+                            plan.recv1.num_rows() + plan.num_home_rows();
+  ContextBytes out;
+  out.forward = (sent + received) * h * wire + sums * h * combine + positions * (options.ffn + h) * row;
+  if (options.wire_dtype != options.dtype) out.forward += plan.num_tokens * h * wire;
+  if (options.save == Save::kActivations) out.forward += positions * pre * row;
+  out.peak = out.forward;
+  if (options.save != Save::kNone) {
+    if (options.save == Save::kRows) out.peak += positions * pre * row;
+    out.peak += plan.recv2.num_rows() * h * wire;  // dy
+    out.peak += 4 * (2 * positions + std::int64_t{plan.send2.num_routes()} + plan.recv1.num_routes() +
+                     plan.send1.num_routes());
+  }
+  return out;
 }
 
 }  // namespace sluice

@@ -275,10 +275,48 @@ TEST(MoeLayer, SteadyStateGrowsNoBuffer) {
     for (int step = 0; step < 6; ++step) {
       const Context c = layer.forward(layer.plan(routing), ConstMatrixView(p.x.data() + t0 * 16, 16, 16),
                                       MatrixView(y.data(), 16, 16));
-      if (step == 2) bytes = layer.memory_bytes();
+      if (step == 2) bytes = layer.memory().total();
     }
-    EXPECT_EQ(layer.memory_bytes(), bytes);
+    EXPECT_EQ(layer.memory().total(), bytes);
   });
+}
+
+// docs/memory.md's formula is what a fresh layer holds, to the byte; also when every token visits every expert.
+TEST(MoeLayer, MemoryIsWhatTheFormulaSays) {
+  std::mt19937_64 rng(kSeed + 9);
+  for (const Save save : {Save::kNone, Save::kRows, Save::kActivations})
+    for (const DType wire : {DType::kF32, DType::kBF16})
+      for (const bool dense : {false, true}) {
+        const Problem p = random_problem(rng, Shape{8, 16, 24}, 48, dense ? 8 : 0, dense ? 8 : 3);
+        auto group = Runtime::create_local(Topology({{0, 1}, {2, 3}}), {});
+        run_ranks(group, [&](Runtime& runtime) {
+          MoeLayerOptions options;
+          options.hidden = 16;
+          options.ffn = 24;
+          options.save = save;
+          options.wire_dtype = wire;
+          const Placement placement = contiguous(p, 4);
+          MoeLayer layer(runtime, placement, options);
+          std::vector<float> grads(2 * 24 * 16 + 16 * 24);
+          std::vector<ExpertWeights> weights;
+          for (const std::int32_t e : placement.experts_of(runtime.rank()))
+            weights.push_back({ConstMatrixView(p.w1[static_cast<std::size_t>(e)].data(), 48, 16),
+                               ConstMatrixView(p.w2[static_cast<std::size_t>(e)].data(), 16, 24),
+                               grads.data(), grads.data() + 768});
+          layer.set_weights(weights);
+          const std::int64_t t0 = 12 * runtime.rank().value;
+          const Routing routing = routing_slice(p.routing, t0, t0 + 12);
+          std::vector<float> y(12 * 16), dw(routing.expert.size());
+          const auto plan = layer.plan(routing);
+          const ConstMatrixView x(p.x.data() + t0 * 16, 12, 16);
+          Context c = layer.forward(plan, x, MatrixView(y.data(), 12, 16));
+          EXPECT_EQ(layer.memory().contexts, context_bytes(*plan, options).forward);
+          if (save != Save::kNone) {
+            layer.backward(c, x, MatrixView(y.data(), 12, 16), dw);
+            EXPECT_EQ(layer.memory().contexts, context_bytes(*plan, options).peak);
+          }
+        });
+      }
 }
 
 // ---- misuse ----------------------------------------------------------------------------------------------------------

@@ -66,6 +66,14 @@ struct ExpertWeights {
   float* grad_w2 = nullptr;  // f32 [hidden, ffn]
 };
 
+// Bytes of buffers that one context of this plan holds on its rank: after forward, and at most, with backward. Exact for
+// a fresh layer; buffers that were larger once keep their size. docs/memory.md explains the terms.
+struct ContextBytes {
+  std::int64_t forward = 0;
+  std::int64_t peak = 0;
+};
+ContextBytes context_bytes(const Plan& plan, const MoeLayerOptions& options);
+
 struct ContextStorage;
 class MoeLayer;
 
@@ -120,8 +128,12 @@ class MoeLayer {
   // the same sum. Without replicas it returns at once.
   void sync_replica_gradients();
 
-  // Bytes held by this layer's contexts and scratch at their high-water mark (docs/memory.md gives the formula).
-  std::int64_t memory_bytes() const;
+  // Bytes held at the high-water mark by this layer's contexts and plans, and by the rank's kernels as scratch.
+  struct Memory {
+    std::int64_t contexts = 0, plans = 0, scratch = 0;
+    std::int64_t total() const { return contexts + plans + scratch; }
+  };
+  Memory memory() const;
 
  private:
   struct State;

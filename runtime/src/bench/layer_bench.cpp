@@ -333,7 +333,7 @@ LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& loaded) {
   out.crossings_same_rank = static_cast<double>(total(runtime, t.rows_same_rank)) / all_tokens;
   out.crossings_in_node = static_cast<double>(total(runtime, t.rows_in_node)) / all_tokens;
   out.crossings_across_nodes = static_cast<double>(total(runtime, t.rows_across_nodes)) / all_tokens;
-  out.memory_bytes = std::llround(largest(runtime, static_cast<double>(arms[0].layer->memory_bytes())));
+  out.memory_bytes = std::llround(largest(runtime, static_cast<double>(arms[0].layer->memory().total())));
   return out;
 }
 

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""The program as a user runs it: results, --json documents, and one clear line with a non-zero exit for bad input."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+PROGRAM = sys.argv.pop(1)
+SOURCE = sys.argv.pop(1)
+TRACE = "sluice-trace 1 layers 2 experts 16\n0 0 1:0.5 9:0.5\n0 1 3:1\n0 0\n1 0 2:1\n"
+BENCH = ["bench", "--set", "bench.iterations=2", "--set", "bench.warmup=1", "--set", "bench.tokens_per_rank=64",
+         "--set", "model.hidden=32", "--set", "model.ffn=32"]
+
+
+def run(*args, env=None, **kwargs):
+    return subprocess.run([PROGRAM, *args], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, **(env or {})}, **kwargs)
+
+
+class Program(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.TemporaryDirectory()
+        self.addCleanup(self.dir.cleanup)
+
+    def file(self, name, content):
+        path = os.path.join(self.dir.name, name)
+        with open(path, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def document(self, *args):
+        done = run(*args)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def refused(self, words, *args, env=None, code=1):
+        done = run(*args, env=env)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        self.assertEqual(done.stdout, "")
+        lines = [line for line in done.stderr.splitlines() if line]
+        self.assertEqual(len(lines), 1, done.stderr)
+        for word in words:
+            self.assertIn(word, lines[0])
+
+    def test_info(self):
+        info = self.document("info", "--json")
+        self.assertEqual(info["transports"][0]["name"], "local")
+        self.assertTrue(info["transports"][0]["usable"])
+        for key in ("devices", "topology", "version"):
+            self.assertIn(key, info)
+        self.assertIn("transport local", run("info").stdout)
+
+    def test_config(self):
+        effective = self.document("config", "--json", "--set", "train.steps=7")
+        self.assertEqual(effective["train"]["steps"]["value"], 7)
+        self.assertIn("--set", effective["train"]["steps"]["source"])
+        self.assertEqual(self.document("config", "--json")["train"]["seed"]["source"], "default")
+        with open(os.path.join(SOURCE, "docs/config.md")) as f:
+            self.assertEqual(run("config", "--doc").stdout, f.read())
+        self.assertIn("properties", self.document("config", "--schema"))
+        for name in sorted(os.listdir(os.path.join(SOURCE, "configs"))):
+            with self.subTest(config=name):
+                done = run("config", "--check", os.path.join(SOURCE, "configs", name))
+                self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_bench(self):
+        for schedule in (["--set", "schedule.policy=sequential"], ["--set", "schedule.policy=chunked"]):
+            report = self.document(*BENCH, *schedule, "--set", "topology.nodes=2x2", "--json")
+            self.assertEqual(report["ranks"], 4)
+            for key in ("device", "forward_us", "backward_us", "sequential_forward_us", "sequential_backward_us",
+                        "floor_us", "dense_gemm_us", "predicted_forward_us", "overlap_efficiency", "exposed_comm_us",
+                        "bytes", "flat_bytes", "schedule", "config_hash"):
+                self.assertIn(key, report)
+            self.assertGreater(report["forward_us"]["median"], 0)
+            self.assertLessEqual(report["bytes"]["across_nodes"], report["flat_bytes"]["across_nodes"])
+        self.assertIn("overlap efficiency", run(*BENCH).stdout)
+
+    def test_bench_sweep(self):
+        runs = self.document(*BENCH, "--json", "--sweep")["runs"]
+        self.assertEqual(len({json.dumps(r["schedule"], sort_keys=True) for r in runs}), 8)
+
+    def test_plan(self):
+        trace = self.file("a.trace", TRACE)
+        plan = self.document("plan", "--trace", trace, "--set", "topology.nodes=2x1", "--json", "--explain")
+        self.assertEqual(plan["tokens"], 3)
+        self.assertEqual(plan["routes"], 3)
+        self.assertEqual(plan["total"]["rows"], {"same_rank": 1, "in_node": 0, "across_nodes": 2})
+        self.assertEqual(len(plan["templates"]), 2)
+        self.assertEqual(self.document("plan", "--trace", trace, "--layer", "1", "--json")["tokens"], 1)
+        text = run("plan", "--trace", trace, "--set", "topology.nodes=2x1", "--explain").stdout
+        for word in ("plan of rank 1", "expert_gemm1", "across nodes"):
+            self.assertIn(word, text)
+
+    def test_bad_configurations(self):
+        bad = self.file("bad.toml", "[model]\nhidden = 64\n\n[train]\nstepz = 3\n")
+        self.refused([bad + ":5:1", "stepz", "steps"], "config", "--check", bad)
+        self.refused([":1:", "bad2.toml"], "bench", "--config", self.file("bad2.toml", "[model\n"))
+        self.refused(["bad3.toml:2:10", "hidden"], "bench", "--config", self.file("bad3.toml", "[model]\nhidden = -4\n"))
+        self.refused(["binary.toml"], "bench", "--config", self.file("binary.toml", b"\x00\x01\x02\xff"))
+        self.refused(["nothing.toml"], "bench", "--config", os.path.join(self.dir.name, "nothing.toml"))
+        self.refused(["--set", "model.hidden"], "bench", "--set", "model.hidden=many")
+        self.refused(["SLUICE_MODEL_HIDDEN"], "bench", env={"SLUICE_MODEL_HIDDEN": "x"})
+        self.refused(["top_k", "num_experts"], "bench", "--set", "bench.top_k=99")
+        self.refused(["topology"], "bench", "--set", "topology.nodes=2x2", "--set", "topology.ranks=3")
+
+    def test_bad_traces(self):
+        self.refused(["bad.trace:2:", "0..15"], "plan", "--trace",
+                     self.file("bad.trace", "sluice-trace 1 layers 1 experts 16\n0 0 16:1\n"))
+        self.refused(["none.trace"], "plan", "--trace", os.path.join(self.dir.name, "none.trace"))
+        trace = self.file("a.trace", TRACE)
+        self.refused(["--layer", "0..1"], "plan", "--trace", trace, "--layer", "2")
+        self.refused(["16 experts", "model.num_experts"], "plan", "--trace", trace, "--set", "model.num_experts=8")
+        self.refused(["source rank 1", "1 ranks"], "plan", "--trace", trace, "--set", "topology.ranks=1")
+
+    def test_bad_command_lines(self):
+        self.refused(["--help"], code=2)
+        self.refused(["--help"], "trane", code=2)
+        self.refused(["--help"], "bench", "--nodes", "3", code=2)
+        self.refused(["--trace"], "plan", code=2)
+        self.refused(["--mpi"], "launch", "-n", "2", "--", "true")
+
+    def test_full_disk(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("no /dev/full")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([PROGRAM, "info"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("standard output", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
