@@ -53,8 +53,8 @@ std::unique_ptr<Transport> load_transport(std::string_view name, const Topology*
   void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (module == nullptr) {
     const char* why = dlerror();
-    throw Error(ErrorCode::kNotSupported, str("cannot load ", found, ": ",
-                                              why ? why : "unknown reason", "; install what it needs"));
+    throw Error(ErrorCode::kNotSupported,
+                str("cannot load ", found, ": ", why ? why : "unknown reason", "; install what it needs"));
   }
   auto* make = reinterpret_cast<MakeTransport*>(dlsym(module, kMakeTransportSymbol));
   Require(make != nullptr, ErrorCode::kNotSupported, found, " has no ", kMakeTransportSymbol,

@@ -498,16 +498,16 @@ class MpiTransport final : public Transport {
     return channels_[channel];
   }
   Window& own_window(std::uint32_t channel, std::uint32_t window) {
-    Require(window < own_channel(channel).windows.size(), ErrorCode::kInvalidArgument, "window ", window,
-            " of channel ", channel, " does not exist on rank ", rank_, ", which opened ",
-            channels_[channel].windows.size());
+    const Channel& c = own_channel(channel);
+    Require(window < c.windows.size(), ErrorCode::kInvalidArgument, "window ", window, " of channel ",
+            channel, " does not exist on rank ", rank_, ", which opened ", c.windows.size());
     return channels_[channel].windows[window];
   }
   const Signal& own_signal(std::uint32_t channel, std::uint32_t signal) const {
-    Require(signal < own_channel(channel).signals.size(), ErrorCode::kInvalidArgument, "signal ", signal,
-            " of channel ", channel, " does not exist on rank ", rank_, ", which opened ",
-            channels_[channel].signals.size());
-    return channels_[channel].signals[signal];
+    const Channel& c = own_channel(channel);
+    Require(signal < c.signals.size(), ErrorCode::kInvalidArgument, "signal ", signal, " of channel ",
+            channel, " does not exist on rank ", rank_, ", which opened ", c.signals.size());
+    return c.signals[signal];
   }
   Signal& own_signal(std::uint32_t channel, std::uint32_t signal) {
     return const_cast<Signal&>(std::as_const(*this).own_signal(channel, signal));

@@ -500,7 +500,8 @@ void check_sum(Rank r, std::size_t count) {
     for (std::int32_t s = 1; s < r.n(); ++s) want[i] = want[i] + term<T>(s, i);
   }
   SLUICE_EXPECT_OK(r.collectives.all_reduce_sum(std::span(data), "sum"));
-  EXPECT_EQ(std::memcmp(data.data(), want.data(), count * sizeof(T)), 0) << "all_reduce_sum of " << count;
+  EXPECT_TRUE(count == 0 || std::memcmp(data.data(), want.data(), count * sizeof(T)) == 0)
+      << "all_reduce_sum of " << count;
 }
 
 inline void collectives(Rank r) {
