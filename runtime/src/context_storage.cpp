@@ -59,13 +59,33 @@ std::int64_t ContextStorage::capacity_bytes() const {
   return bytes;
 }
 
+ContextPool::~ContextPool() {
+  comm::Transport& transport = runtime_.transport();
+  for (auto& storage : storages_) {
+    storage->open_pass.reset();
+    bool quiet = false;
+    try {
+      if (!storage->poisoned && transport.wait_for_puts(storage->channel, storage->num_puts).ok()) {
+        for (std::uint32_t w = 0; w < kNumWindows; ++w) transport.set_window(storage->channel, w, {});
+        quiet = true;
+      }
+    } catch (...) {
+      // Not quiet, then.
+    }
+    // Puts from or into these buffers may be on their way until the transport has closed.
+    if (!quiet) runtime_.state().retired.push_back(std::move(storage));
+  }
+}
+
 ContextStorage& ContextPool::acquire() {
   for (auto& storage : storages_)
     if (!storage->in_use) {
       storage->in_use = true;
       return *storage;
     }
-  auto storage = std::make_unique<ContextStorage>();
+  std::vector<std::shared_ptr<ContextStorage>>& retired = runtime_.state().retired;
+  if (retired.capacity() < runtime_.state().next_channel) retired.reserve(2 * runtime_.state().next_channel);
+  auto storage = std::make_shared<ContextStorage>();
   storage->channel = runtime_.state().next_channel++;
   storage->set_allocator(runtime_.options().allocator);
   storage->signal_base.assign(num_signals_, 0);

@@ -129,15 +129,19 @@ void run_in_flight(Runtime& runtime, ContextStorage& storage, std::string_view p
 class ContextPool {
  public:
   ContextPool(Runtime& runtime, std::uint32_t num_signals) : runtime_(runtime), num_signals_(num_signals) {}
+  // Waits for own puts to land, with the deadline. Storages that the transport may still use stay with the runtime.
+  ~ContextPool();
+  ContextPool(const ContextPool&) = delete;
+  ContextPool& operator=(const ContextPool&) = delete;
   ContextStorage& acquire();
   // Changes whenever acquire() would return another channel than before; part of the agreement check.
   std::uint64_t state_hash() const;
   std::int64_t capacity_bytes() const;
 
  private:
-  Runtime& runtime_;
+  Runtime& runtime_;  // its RuntimeState has room for all storages to retire
   std::uint32_t num_signals_;
-  std::vector<std::unique_ptr<ContextStorage>> storages_;
+  std::vector<std::shared_ptr<ContextStorage>> storages_;
 };
 
 }  // namespace sluice

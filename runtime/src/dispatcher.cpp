@@ -118,6 +118,13 @@ Dispatcher::Dispatcher(Runtime& runtime, Placement placement, const DispatcherOp
     : state_(std::make_unique<State>(runtime, std::move(placement), options)) {}
 Dispatcher::~Dispatcher() = default;
 
+const DispatcherOptions& Dispatcher::options() const {
+  return state_->options;
+}
+const Placement& Dispatcher::placement() const {
+  return state_->placement;
+}
+
 std::shared_ptr<const Plan> Dispatcher::plan(const RoutingView& routing) {
   State& s = *state_;
   std::shared_ptr<Plan> plan = s.plans.acquire();
@@ -141,9 +148,13 @@ void check_view(const ConstMatrixView& view, std::string_view what, std::int64_t
           to_string(dtype));
 }
 
+void require_own(bool valid, bool own, std::string_view call) {
+  Require(valid, ErrorCode::kInvalidState, call, " was given an empty context");
+  Require(own, ErrorCode::kInvalidState, call, " was given a context of another dispatcher or of a layer");
+}
+
 ContextStorage& require_open(ContextStorage* storage, bool open, bool backward, std::string_view call,
                              std::string_view needs) {
-  Require(storage != nullptr, ErrorCode::kInvalidState, call, " was given an empty context");
   const bool is_open = storage->open_pass != nullptr && storage->open_pass->is_backward() == backward;
   Require(is_open == open && (open || storage->open_pass == nullptr), ErrorCode::kInvalidState, call,
           " needs ", needs, " on this context before it");
@@ -155,6 +166,7 @@ ContextStorage& require_open(ContextStorage* storage, bool open, bool backward, 
 Context Dispatcher::dispatch(const std::shared_ptr<const Plan>& plan, ConstMatrixView x) {
   State& s = *state_;
   Require(plan != nullptr, ErrorCode::kInvalidArgument, "dispatch was given no plan");
+  s.exchange.require_own(*plan, "dispatch");
   check_view(x, "x", plan->num_tokens, s.options.hidden, s.options.dtype);
   Context context;
   context.plan_ = plan;
@@ -175,26 +187,28 @@ Context Dispatcher::dispatch(const std::shared_ptr<const Plan>& plan, ConstMatri
 }
 
 ConstMatrixView Dispatcher::rows(const Context& context) const {
-  Require(context.storage_ && context.storage_->open_pass, ErrorCode::kInvalidState,
+  require_own(context.valid(), context.pool_ == state_->pool, "rows");
+  Require(context.storage_->open_pass != nullptr, ErrorCode::kInvalidState,
           "there are rows only between dispatch and combine, or combine_backward and dispatch_backward");
   const ContextStorage& storage = *context.storage_;
   return state_->expert_layout() ? storage.expert_rows.rows.view() : storage.open_pass->received().view();
 }
 
 std::span<const std::int64_t> Dispatcher::slot_begin(const Context& context) const {
-  Require(context.storage_ && state_->expert_layout(), ErrorCode::kInvalidState,
-          "only expert rows have slot_begin");
+  require_own(context.valid(), context.pool_ == state_->pool, "slot_begin");
+  Require(state_->expert_layout(), ErrorCode::kInvalidState, "only expert rows have slot_begin");
   return context.storage_->expert_rows.slot_begin;
 }
 
 std::span<const std::int32_t> Dispatcher::row_of_route(const Context& context) const {
-  Require(context.storage_ && state_->expert_layout(), ErrorCode::kInvalidState,
-          "only expert rows have row_of_route");
+  require_own(context.valid(), context.pool_ == state_->pool, "row_of_route");
+  Require(state_->expert_layout(), ErrorCode::kInvalidState, "only expert rows have row_of_route");
   return context.storage_->expert_rows.row_of_route;
 }
 
 void Dispatcher::combine(Context& context, ConstMatrixView out, MatrixView y) {
   State& s = *state_;
+  require_own(context.valid(), context.pool_ == s.pool, "combine");
   ContextStorage& storage = require_open(context.storage_, true, false, "combine", "dispatch");
   const ConstMatrixView shape = rows(context);
   check_view(out, "out", shape.rows, shape.cols, s.options.combine_dtype);
@@ -209,6 +223,7 @@ void Dispatcher::combine(Context& context, ConstMatrixView out, MatrixView y) {
 
 void Dispatcher::combine_backward(Context& context, ConstMatrixView dy, ConstMatrixView out) {
   State& s = *state_;
+  require_own(context.valid(), context.pool_ == s.pool, "combine_backward");
   ContextStorage& storage = require_open(context.storage_, false, true, "combine_backward", "combine (once)");
   const Plan& plan = *context.plan_;
   check_view(dy, "dy", plan.num_tokens, s.options.hidden, s.options.dtype);
@@ -242,6 +257,7 @@ void Dispatcher::combine_backward(Context& context, ConstMatrixView dy, ConstMat
 void Dispatcher::dispatch_backward(Context& context, ConstMatrixView drows,
                                    std::span<const float> received_dw, MatrixView dx, std::span<float> dw) {
   State& s = *state_;
+  require_own(context.valid(), context.pool_ == s.pool, "dispatch_backward");
   ContextStorage& storage =
       require_open(context.storage_, true, true, "dispatch_backward", "combine_backward");
   const Plan& plan = *context.plan_;

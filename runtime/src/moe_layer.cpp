@@ -288,6 +288,7 @@ void MoeLayer::State::add_copies(const Plan& plan, ConstMatrixView x, MatrixView
 Context MoeLayer::forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y) {
   State& s = *state_;
   Require(plan != nullptr, ErrorCode::kInvalidArgument, "forward was given no plan");
+  s.exchange.require_own(*plan, "forward");
   Require(s.weights_set, ErrorCode::kInvalidState, "forward before set_weights");
   check_rows(x, "x", *plan, s.options.hidden, s.options.dtype);
   check_rows(y, "y", *plan, s.options.hidden, s.options.dtype);

@@ -9,7 +9,21 @@ constexpr std::string_view kPhase = "plan";
 }
 
 PlanExchange::PlanExchange(Runtime& runtime, const Placement& placement, PlanOptions options)
-    : runtime_(runtime), builder_(runtime.rank(), runtime.topology(), placement, options) {}
+    : runtime_(runtime),
+      placement_(placement),
+      options_(options),
+      builder_(runtime.rank(), runtime.topology(), placement, options) {}
+
+void PlanExchange::require_own(const Plan& plan, std::string_view call) const {
+  Require(plan.rank == runtime_.rank() && plan.num_experts == placement_.num_experts &&
+              plan.num_local_slots == placement_.num_slots_of(runtime_.rank()) &&
+              plan.placement_version == placement_.version &&
+              plan.options.num_chunks == options_.num_chunks && plan.options.exchange == options_.exchange,
+          ErrorCode::kInvalidArgument, call, " was given a plan of rank ", plan.rank.value, " for ",
+          plan.num_experts, " experts, ", plan.num_local_slots, " slots, placement version ",
+          plan.placement_version, ", in ", plan.options.num_chunks,
+          " chunks; it does not fit: plans belong to the layer or dispatcher that made them");
+}
 
 void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash) {
   comm::Collectives& all = runtime_.collectives();

@@ -16,10 +16,15 @@ class PlanExchange {
   // Collective, blocking. Builds into `plan`, whose memory is reused. extra_hash joins the agreement check.
   void build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash);
 
+  // Throws kInvalidArgument when the plan cannot be of this placement, rank and schedule.
+  void require_own(const Plan& plan, std::string_view call) const;
+
  private:
   void exchange_headers(const PlanBuilder::Headers& out, std::span<const PlanBuilder::Message> in);
 
   Runtime& runtime_;
+  const Placement& placement_;
+  PlanOptions options_;
   PlanBuilder builder_;
   std::vector<std::int64_t> received_;
   GrowArray<std::int32_t> words_;

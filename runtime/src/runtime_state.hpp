@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "sluice/comm/collectives.hpp"
 #include "sluice/comm/transport.hpp"
@@ -10,8 +11,13 @@
 
 namespace sluice {
 
+struct ContextStorage;
+
 struct RuntimeState {
   RuntimeOptions options;
+  // Buffers that a failed or abandoned pass left to the transport; freed after it, so declared before it.
+  // Room for every storage is made when it is made (ContextPool), since they retire in destructors.
+  std::vector<std::shared_ptr<ContextStorage>> retired;
   std::unique_ptr<comm::Transport> transport;
   std::unique_ptr<comm::Collectives> collectives;
   std::unique_ptr<kernels::Kernels> kernels;

@@ -41,6 +41,10 @@ class Dispatcher {
   Dispatcher(const Dispatcher&) = delete;
   Dispatcher& operator=(const Dispatcher&) = delete;
 
+  const DispatcherOptions& options() const;
+  const Placement& placement() const;
+
+  // Collective. routing: host CSR; read only during the call.
   std::shared_ptr<const Plan> plan(const RoutingView& routing);
 
   // Sends x to the experts' ranks. x: dtype [num_tokens, hidden]
