@@ -876,7 +876,7 @@ sluice_status sluice_layer_memory_bytes(sluice_layer* layer, int64_t* bytes) {
   return guarded([&] {
     const Visit visit(checked(layer).rank);
     require_argument(bytes != nullptr, "bytes is null");
-    *bytes = layer->layer->memory_bytes();
+    *bytes = layer->layer->memory().total();
   });
 }
 
