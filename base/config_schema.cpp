@@ -443,13 +443,15 @@ const Row kRows[] = {
      .range = above_to_below(0, 1),
      .default_text = "0.1",
      .kind = Kind::kSemantic,
-     .doc = "Share of the text, its end, that is never trained on and on which heldout_bpb is measured."},
+     .doc = "Share of the text, in blocks spread over it, that is never trained on and on which heldout_bpb "
+            "is measured."},
     {.key = "train.text",
      .member = SLUICE_MEMBER(train.text),
      .unit = "path",
      .default_text = "",
      .kind = Kind::kLocal,
-     .doc = "File with the text to train on; `--text FILE` is the same."},
+     .doc = "File with the text to train on, or a directory whose text files are taken; `--text` is the "
+            "same. Empty: the sources this program was built from, else the current directory."},
     {.key = "train.max_text_bytes",
      .member = SLUICE_MEMBER(train.max_text_bytes),
      .unit = "bytes",

@@ -1,0 +1,456 @@
+#include "sluice/runtime/src/train/trainer.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "sluice/base/progress.hpp"
+#include "sluice/base/telemetry.hpp"
+#include "sluice/base/text_table.hpp"
+#include "sluice/comm/collectives.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
+
+namespace sluice::train {
+namespace {
+
+// Held-out tokens are spread evenly when there are more than this.
+constexpr std::int64_t kMaxHeldoutTokens = 131072;
+// Spans a rank keeps for the timeline.
+constexpr std::size_t kTimelineSpans = 1 << 17;
+
+std::vector<std::int64_t> heldout_positions(const TextSplit& split) {
+  const std::int64_t count = std::min(split.num_heldout(), kMaxHeldoutTokens);
+  std::vector<std::int64_t> out(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i)
+    out[static_cast<std::size_t>(i)] = split.heldout_position(i * split.num_heldout() / count);
+  return out;
+}
+
+// Collective. Bits per byte over the tokens at `positions`.
+double evaluate(Runtime& runtime, Model& model, BatchReader& reader, std::span<const std::int64_t> positions,
+                std::int64_t tokens_per_batch) {
+  double sum = 0;
+  for (std::size_t i = 0; i < positions.size(); i += static_cast<std::size_t>(tokens_per_batch))
+    sum += model.evaluate(reader.at(
+        positions.subspan(i, std::min(static_cast<std::size_t>(tokens_per_batch), positions.size() - i))));
+  runtime.all_reduce_sum(std::span<double>(&sum, 1), "held-out loss");
+  const double bits = sum / static_cast<double>(positions.size()) / std::numbers::ln2;
+  Require(std::isfinite(bits), ErrorCode::kInvalidState,
+          "the loss on the held-out text is not finite; lower train.learning_rate");
+  return bits;
+}
+
+// Collective. Rank 0 gets the text of every rank, others an empty list.
+std::vector<std::string> gather_texts(Runtime& runtime, const std::string& mine) {
+  const auto num_ranks = static_cast<std::size_t>(runtime.num_ranks());
+  const bool root = runtime.rank() == RankId(0);
+  const auto size = static_cast<std::int64_t>(mine.size());
+  const std::vector<std::int64_t> sizes = runtime.all_gather(std::span(&size, 1), "report");
+  std::vector<std::string> out(root ? num_ranks : 0);
+  std::vector<std::span<const std::byte>> sends(num_ranks);
+  std::vector<std::span<std::byte>> receives(num_ranks);
+  if (!root) sends[0] = std::as_bytes(std::span<const char>(mine));
+  for (std::size_t r = 0; r < out.size(); ++r) {
+    if (r == 0) {
+      out[0] = mine;
+      continue;
+    }
+    out[r].resize(static_cast<std::size_t>(sizes[r]));
+    receives[r] = std::as_writable_bytes(std::span<char>(out[r]));
+  }
+  runtime.collectives().all_to_all_v(sends, receives, "report").throw_if_error();
+  return out;
+}
+
+void write_timeline(Runtime& runtime, const SpanRecorder& recorder, const std::string& file) {
+  const std::vector<SpanRecord> spans = recorder.spans();
+  const std::int64_t mine = spans.empty() ? SpanRecorder::now_ns() : spans.front().begin_ns;
+  const std::vector<std::int64_t> begins = runtime.all_gather(std::span(&mine, 1), "timeline");
+  const auto events =
+      gather_texts(runtime, chrome_trace_events(recorder, *std::min_element(begins.begin(), begins.end())));
+  if (runtime.rank() == RankId(0)) write_chrome_trace(file, events);
+}
+
+// Mean microseconds a step and rank, by name; on rank 0.
+std::map<std::string, double> gather_phases(Runtime& runtime, const SpanRecorder& recorder,
+                                            std::int64_t steps) {
+  nlohmann::json mine = nlohmann::json::array();
+  for (const PhaseTotals& phase : recorder.totals()) mine.push_back({phase.name, phase.total_ns});
+  std::map<std::string, double> out;
+  for (const std::string& text : gather_texts(runtime, mine.dump()))
+    for (const auto& entry : nlohmann::json::parse(text))
+      out[entry[0].get<std::string>()] += entry[1].get<double>() / 1000 / static_cast<double>(steps) /
+                                          static_cast<double>(runtime.num_ranks());
+  return out;
+}
+
+void gather_totals(Runtime& runtime, TrainReport& report, const Model& model) {
+  Traffic& rows = report.movement.rows;
+  Movement& bytes = report.movement;
+  std::int64_t* const fields[] = {&rows.rows_same_rank,         &rows.rows_in_node,
+                                  &rows.rows_across_nodes,      &rows.flat_rows_in_node,
+                                  &rows.flat_rows_across_nodes, &rows.routes_everywhere,
+                                  &bytes.in_node_bytes,         &bytes.across_nodes_bytes,
+                                  &bytes.flat_in_node_bytes,    &bytes.flat_across_nodes_bytes};
+  std::vector<std::int64_t> mine;
+  for (const std::int64_t* field : fields) mine.push_back(*field);
+  for (const std::int64_t value : {model.parameter_bytes(), model.activation_bytes(), model.layer_bytes()})
+    mine.push_back(value);
+  const std::vector<std::int64_t> all = runtime.all_gather(mine, "report");
+  for (std::int64_t* field : fields) *field = 0;
+  for (std::size_t begin = 0; begin < all.size(); begin += mine.size()) {
+    std::size_t i = begin;
+    for (std::int64_t* field : fields) *field += all[i++];
+    const TrainReport::Memory memory{all[i], all[i + 1], all[i + 2]};
+    if (memory.total() > report.memory_max.total()) report.memory_max = memory;
+    report.memory_sum.parameters += memory.parameters;
+    report.memory_sum.activations += memory.activations;
+    report.memory_sum.layers += memory.layers;
+  }
+}
+
+double mean_of(std::span<const double> values) {
+  double sum = 0;
+  for (const double v : values) sum += v;
+  return values.empty() ? 0 : sum / static_cast<double>(values.size());
+}
+
+// The last tenth of a series, at least one entry: where a run ended up, without the noise of one step.
+double mean_at_end(std::span<const double> values) {
+  const std::size_t count = std::max<std::size_t>(1, values.size() / 10);
+  return values.empty() ? 0 : mean_of(values.last(std::min(count, values.size())));
+}
+
+kernels::AdamW optimizer(const Config::Train& train, std::int64_t step) {
+  return {static_cast<float>(learning_rate(train, step)),
+          static_cast<float>(train.beta1),
+          static_cast<float>(train.beta2),
+          static_cast<float>(train.epsilon),
+          static_cast<float>(train.weight_decay),
+          step};
+}
+
+// Text of the progress line since the last one.
+class Meter {
+ public:
+  void add(const StepResult& result, const Movement& movement, std::int64_t tokens) {
+    loss_ += result.loss;
+    active_ += result.mean_active;
+    same_rank_ += movement.rows.rows_same_rank;
+    in_node_ += movement.rows.rows_in_node;
+    across_ += movement.rows.rows_across_nodes;
+    tokens_ += tokens;
+    ++steps_;
+  }
+  std::string take(std::int32_t num_experts) {
+    const auto now = Clock::now();
+    const double seconds = to_us(now - begin_) / 1e6, steps = std::max(1.0, double(steps_));
+    const double rows = std::max(1.0, double(same_rank_ + in_node_ + across_));
+    const auto percent = [&](std::int64_t part) { return fixed(100 * double(part) / rows, 0) + "%"; };
+    std::string out = str("bits/byte ", fixed(loss_ / steps / std::numbers::ln2, 3), " tokens/s ",
+                          grouped(std::llround(double(tokens_) / std::max(seconds, 1e-9))),
+                          " active experts ", fixed(active_ / steps, 2), " of ", num_experts,
+                          " rows kept on rank ", percent(same_rank_), " in node ", percent(in_node_));
+    *this = Meter();
+    begin_ = now;
+    return out;
+  }
+
+ private:
+  Clock::time_point begin_ = Clock::now();
+  double loss_ = 0, active_ = 0;
+  std::int64_t same_rank_ = 0, in_node_ = 0, across_ = 0, tokens_ = 0, steps_ = 0;
+};
+
+// The recorder of a Runtime while a job runs.
+class RecorderScope {
+ public:
+  RecorderScope(Runtime& runtime, SpanRecorder& recorder) : runtime_(runtime), before_(runtime.recorder()) {
+    runtime_.set_recorder(&recorder);
+  }
+  ~RecorderScope() { runtime_.set_recorder(before_); }
+  RecorderScope(const RecorderScope&) = delete;
+  RecorderScope& operator=(const RecorderScope&) = delete;
+
+ private:
+  Runtime& runtime_;
+  SpanRecorder* before_;
+};
+
+}  // namespace
+
+// ---- batches ---------------------------------------------------------------------------------------------------------
+
+BatchReader::BatchReader(const Text& text, const TextSplit& split, const Config& config, RankId rank,
+                         std::int32_t num_ranks)
+    : text_(text),
+      split_(split),
+      order_(static_cast<std::uint64_t>(config.train.seed), split.num_train()),
+      context_(config.model.context),
+      tokens_per_step_(config.train.tokens_per_step),
+      rank_(rank.value),
+      num_ranks_(num_ranks) {}
+
+Batch BatchReader::train(std::int64_t step) {
+  const std::int64_t begin = tokens_per_step_ * rank_ / num_ranks_,
+                     end = tokens_per_step_ * (rank_ + 1) / num_ranks_;
+  position_.clear();
+  for (std::int64_t i = begin; i < end; ++i)
+    position_.push_back(split_.train_position(order_.at((step - 1) * tokens_per_step_ + i)));
+  return fill(tokens_per_step_);
+}
+
+Batch BatchReader::at(std::span<const std::int64_t> positions) {
+  const auto n = static_cast<std::int64_t>(positions.size());
+  const auto begin = static_cast<std::size_t>(n * rank_ / num_ranks_),
+             end = static_cast<std::size_t>(n * (rank_ + 1) / num_ranks_);
+  position_.assign(positions.begin() + static_cast<std::ptrdiff_t>(begin),
+                   positions.begin() + static_cast<std::ptrdiff_t>(end));
+  return fill(n);
+}
+
+Batch BatchReader::fill(std::int64_t num_global) {
+  const auto byte_at = [&](std::int64_t p) {
+    return static_cast<std::int32_t>(static_cast<unsigned char>(text_.bytes[static_cast<std::size_t>(p)]));
+  };
+  bytes_.clear();
+  target_.clear();
+  for (const std::int64_t p : position_) {
+    for (std::int64_t i = context_; i >= 1; --i) bytes_.push_back(byte_at(p - i));
+    target_.push_back(byte_at(p));
+  }
+  return {bytes_, target_, num_global};
+}
+
+// ---- train -----------------------------------------------------------------------------------------------------------
+
+double learning_rate(const Config::Train& train, std::int64_t step) {
+  if (step <= train.warmup_steps)
+    return train.learning_rate * static_cast<double>(step) / static_cast<double>(train.warmup_steps);
+  const double done = static_cast<double>(step - train.warmup_steps) /
+                      static_cast<double>(std::max<std::int64_t>(1, train.steps - train.warmup_steps));
+  const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(done, 1.0)));
+  return train.learning_rate * (train.min_learning_rate_ratio + (1 - train.min_learning_rate_ratio) * cosine);
+}
+
+TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text,
+                  const TrainOptions& options) {
+  const Config& config = loaded.config;
+  const bool root = runtime.rank() == RankId(0);
+  const TextSplit split(static_cast<std::int64_t>(text.bytes.size()), config.model.context,
+                        config.train.heldout_fraction);
+  const std::vector<std::int64_t> heldout = heldout_positions(split);
+
+  TrainReport report;
+  report.text = text.description;
+  report.text_bytes = static_cast<std::int64_t>(text.bytes.size());
+  report.num_train_tokens = split.num_train();
+  report.num_heldout_tokens = static_cast<std::int64_t>(heldout.size());
+  report.seed = config.train.seed;
+  report.steps = config.train.steps;
+  report.tokens_per_step = config.train.tokens_per_step;
+  report.num_layers = config.model.num_layers;
+  report.num_experts = config.model.num_experts;
+  report.num_ranks = runtime.num_ranks();
+  report.num_nodes = runtime.topology().num_nodes();
+  report.topology = runtime.topology().describe();
+  report.transport = std::string(runtime.transport().name());
+  report.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
+  report.config_hash = semantic_hash(config);
+  const auto steps = static_cast<std::size_t>(config.train.steps);
+  for (auto* series :
+       {&report.losses, &report.auxiliary, &report.grad_norms, &report.active_mean, &report.sparsity,
+        &report.expert_balance, &report.rank_balance, &report.learning_rates})
+    series->reserve(steps);
+  report.active_min.reserve(steps);
+  report.active_max.reserve(steps);
+  const bool relu = config.routing.policy == Config::Routing::Policy::kRelu;
+  if (relu) report.lambda.reserve(steps);
+
+  const bool timeline = !config.runtime.timeline.empty();
+  SpanRecorder recorder(runtime.rank(), timeline ? kTimelineSpans : 0);
+  const RecorderScope scope(runtime, recorder);
+  Model model(runtime, config);
+  BatchReader reader(text, split, config, runtime.rank(), runtime.num_ranks());
+  {
+    std::optional<Progress> progress;
+    if (root && options.progress) progress.emplace("train", config.train.steps);
+    runtime.barrier("train");
+    Meter meter;
+    const auto begin = Clock::now();
+    for (std::int64_t step = 1; step <= config.train.steps; ++step) {
+      if (relu) report.lambda.push_back(model.adaptive(0).values[0]);
+      const StepResult result = model.compute_gradients(reader.train(step));
+      // Both are sums over all ranks, so all ranks stop here together.
+      Require(std::isfinite(result.loss), ErrorCode::kInvalidState, "training diverged: in step ", step,
+              " the loss is ", result.loss, "; lower train.learning_rate, or set train.grad_clip");
+      Require(std::isfinite(result.grad_norm), ErrorCode::kInvalidState, "training diverged: in step ", step,
+              " the norm of the gradient is ", result.grad_norm,
+              "; lower train.learning_rate, or set train.grad_clip");
+      const kernels::AdamW adamw = optimizer(config.train, step);
+      model.update(adamw, config.train.grad_clip, result.grad_norm);
+
+      report.losses.push_back(result.loss);
+      report.auxiliary.push_back(result.auxiliary);
+      report.grad_norms.push_back(result.grad_norm);
+      report.active_mean.push_back(result.mean_active);
+      report.active_min.push_back(result.min_active);
+      report.active_max.push_back(result.max_active);
+      report.sparsity.push_back(1 - result.mean_active / static_cast<double>(config.model.num_experts));
+      report.expert_balance.push_back(result.expert_balance);
+      report.rank_balance.push_back(result.rank_balance);
+      report.learning_rates.push_back(adamw.learning_rate);
+      report.movement += model.movement();
+      meter.add(result, model.movement(), config.train.tokens_per_step);
+      if (progress) progress->update(step, [&] { return meter.take(config.model.num_experts); });
+    }
+    report.seconds = to_us(Clock::now() - begin) / 1e6;
+  }
+  report.tokens_per_s = static_cast<double>(config.train.steps) *
+                        static_cast<double>(config.train.tokens_per_step) / report.seconds;
+  recorder.set_on(false);
+
+  report.heldout_bpb = evaluate(runtime, model, reader, heldout, config.train.tokens_per_step);
+  gather_totals(runtime, report, model);
+  report.phases_us = gather_phases(runtime, recorder, config.train.steps);
+  if (timeline) write_timeline(runtime, recorder, config.runtime.timeline);
+  if (root) report.baselines = byte_baselines(text.bytes, split, heldout);
+  runtime.barrier("report");
+  return report;
+}
+
+// ---- report ----------------------------------------------------------------------------------------------------------
+
+std::string to_json(const TrainReport& report) {
+  using nlohmann::json;
+  const auto range = [](const std::vector<double>& mean, const std::vector<std::int32_t>& min,
+                        const std::vector<std::int32_t>& max) {
+    return json{{"mean", mean_of(mean)},
+                {"min", min.empty() ? 0 : *std::min_element(min.begin(), min.end())},
+                {"max", max.empty() ? 0 : *std::max_element(max.begin(), max.end())},
+                {"start", mean.empty() ? 0 : mean.front()},
+                {"end", mean_at_end(mean)},
+                {"series", {{"mean", mean}, {"min", min}, {"max", max}}}};
+  };
+  const Traffic& rows = report.movement.rows;
+  const double visits = static_cast<double>(report.steps) * static_cast<double>(report.tokens_per_step) *
+                        static_cast<double>(report.num_layers);
+  const auto memory = [](const TrainReport::Memory& m) {
+    return json{{"parameters", m.parameters},
+                {"activations", m.activations},
+                {"layers", m.layers},
+                {"total", m.total()}};
+  };
+  const json out{
+      {"heldout_bpb", report.heldout_bpb},
+      {"order0_bpb", report.baselines.order0_bpb},
+      {"order1_bpb", report.baselines.order1_bpb},
+      {"order2_bpb", report.baselines.order2_bpb},
+      {"losses", report.losses},
+      {"auxiliary_losses", report.auxiliary},
+      {"grad_norms", report.grad_norms},
+      {"learning_rates", report.learning_rates},
+      {"tokens_per_s", report.tokens_per_s},
+      {"seconds", report.seconds},
+      {"active_experts", range(report.active_mean, report.active_min, report.active_max)},
+      {"sparsity", report.sparsity},
+      {"lambda", report.lambda},
+      {"balance", {{"experts", report.expert_balance}, {"ranks", report.rank_balance}}},
+      {"crossings_per_token",
+       {{"same_rank", static_cast<double>(rows.rows_same_rank) / visits},
+        {"in_node", static_cast<double>(rows.rows_in_node) / visits},
+        {"across_nodes", static_cast<double>(rows.rows_across_nodes) / visits}}},
+      {"bytes",
+       {{"in_node", report.movement.in_node_bytes}, {"across_nodes", report.movement.across_nodes_bytes}}},
+      {"flat_bytes",
+       {{"in_node", report.movement.flat_in_node_bytes},
+        {"across_nodes", report.movement.flat_across_nodes_bytes}}},
+      {"phases_us", report.phases_us},
+      {"overlap_efficiency", report.overlap_efficiency ? json(*report.overlap_efficiency) : json()},
+      {"overlap",
+       {{"scheduled_us", report.scheduled_us},
+        {"sequential_us", report.sequential_us},
+        {"floor_us", report.floor_us}}},
+      {"memory_bytes",
+       {{"largest_rank", memory(report.memory_max)}, {"all_ranks", memory(report.memory_sum)}}},
+      {"text",
+       {{"source", report.text},
+        {"bytes", report.text_bytes},
+        {"train_tokens", report.num_train_tokens},
+        {"heldout_tokens", report.num_heldout_tokens}}},
+      {"seed", report.seed},
+      {"steps", report.steps},
+      {"tokens_per_step", report.tokens_per_step},
+      {"world",
+       {{"ranks", report.num_ranks},
+        {"nodes", report.num_nodes},
+        {"topology", report.topology},
+        {"transport", report.transport},
+        {"emulated_links", report.emulated_links}}},
+      {"config_hash", hash_text(report.config_hash)}};
+  // Paths need not be UTF-8: what is not is replaced.
+  return out.dump(2, ' ', false, json::error_handler_t::replace);
+}
+
+std::string to_text(const TrainReport& report) {
+  std::string out =
+      str("trained on ", report.text, ", ", grouped(report.text_bytes), " bytes; ", report.topology,
+          ", transport ", report.transport, report.emulated_links ? " (links emulated)" : "", "\n");
+  TextTable quality({"held-out text", "bits per byte"});
+  quality.add_row({"this model", fixed(report.heldout_bpb, 4)});
+  quality.add_row({"order-2 statistics", fixed(report.baselines.order2_bpb, 4)});
+  quality.add_row({"order-1 statistics", fixed(report.baselines.order1_bpb, 4)});
+  quality.add_row({"order-0 statistics", fixed(report.baselines.order0_bpb, 4)});
+  out += quality.to_string() + "\n";
+
+  const auto at_start = [](const std::vector<double>& v) { return v.empty() ? 0 : v.front(); };
+  TextTable run({"step", "first", "last tenth", "mean"});
+  const auto series = [&](std::string name, const std::vector<double>& v, double scale, int decimals) {
+    if (!v.empty())
+      run.add_row({std::move(name), fixed(at_start(v) * scale, decimals),
+                   fixed(mean_at_end(v) * scale, decimals), fixed(mean_of(v) * scale, decimals)});
+  };
+  series("training bits per byte", report.losses, 1 / std::numbers::ln2, 4);
+  series(str("active experts of ", report.num_experts), report.active_mean, 1, 2);
+  series("sparsity, %", report.sparsity, 100, 1);
+  series("balance of experts, mean/max", report.expert_balance, 1, 3);
+  series("balance of ranks, mean/max", report.rank_balance, 1, 3);
+  series("norm of the gradient", report.grad_norms, 1, 3);
+  out += run.to_string() + "\n";
+
+  const Traffic& rows = report.movement.rows;
+  const double visits = static_cast<double>(report.steps * report.tokens_per_step * report.num_layers);
+  TextTable traffic({"all steps and ranks", "rows a token and layer", "bytes", "flat, no de-duplication"});
+  traffic.add_row({"same rank", fixed(double(rows.rows_same_rank) / visits, 3), "0 B", "0 B"});
+  traffic.add_row({"in node", fixed(double(rows.rows_in_node) / visits, 3),
+                   bytes_text(report.movement.in_node_bytes),
+                   bytes_text(report.movement.flat_in_node_bytes)});
+  traffic.add_row({"across nodes", fixed(double(rows.rows_across_nodes) / visits, 3),
+                   bytes_text(report.movement.across_nodes_bytes),
+                   bytes_text(report.movement.flat_across_nodes_bytes)});
+  out += traffic.to_string() + "\n";
+
+  TextTable phases({"phase", "us a step", "share, %"});
+  std::vector<std::pair<double, std::string>> order;
+  double sum = 0;
+  for (const auto& [name, us] : report.phases_us) {
+    order.push_back({us, name});
+    sum += us;
+  }
+  std::sort(order.rbegin(), order.rend());
+  for (const auto& [us, name] : order) phases.add_row({name, fixed(us, 1), fixed(100 * us / sum, 1)});
+  out += phases.to_string() + "\n";
+
+  out += str(grouped(std::llround(report.tokens_per_s)), " tokens/s, ", fixed(report.seconds, 1), " s, ",
+             report.steps, " steps; memory ", bytes_text(report.memory_max.total()), " on the largest rank, ",
+             bytes_text(report.memory_sum.total()), " in all\n");
+  if (report.scheduled_us > 0)
+    out += str("a step as scheduled ", fixed(report.scheduled_us, 0), " us, sequential ",
+               fixed(report.sequential_us, 0), " us, floor ", fixed(report.floor_us, 0),
+               " us: overlap efficiency ",
+               report.overlap_efficiency ? fixed(*report.overlap_efficiency, 3) : "not defined", "\n");
+  return out;
+}
+
+}  // namespace sluice::train

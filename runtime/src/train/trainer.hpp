@@ -1,0 +1,101 @@
+// The training job: steps of a Model on a Text over the ranks of a Runtime, what came of it, and its report.
+//
+// All calls are collective; every rank passes the same configuration and text (load_text()). train() blocks for the
+// whole job. Results are those of rank 0; `losses` and what follows from them are equal on all ranks, what only rank 0
+// knows is said at the member.
+// Errors: kInvalidState on all ranks alike, naming the step, when loss or gradient are not finite; group errors.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "sluice/base/config.hpp"
+#include "sluice/runtime.hpp"
+#include "sluice/runtime/src/train/model.hpp"
+#include "sluice/runtime/src/train/text.hpp"
+
+namespace sluice::train {
+
+struct TrainOptions {
+  bool progress = true;  // progress lines on standard error, by rank 0
+};
+
+struct TrainReport {
+  // Quality, bits per byte of the held-out tokens; the baselines on rank 0 only.
+  double heldout_bpb = 0;
+  Baselines baselines;
+  std::int64_t num_heldout_tokens = 0;
+
+  // One entry a step.
+  std::vector<double> losses;       // nats per byte, mean over the step's tokens
+  std::vector<double> auxiliary;    // auxiliary losses
+  std::vector<double> grad_norms;   // before clipping
+  std::vector<double> active_mean;  // experts per token, mean over tokens and layers
+  std::vector<std::int32_t> active_min, active_max;
+  std::vector<double> sparsity;        // 1 - active / num_experts
+  std::vector<double> lambda;          // of ReLU routing, as used in the step; empty for other policies
+  std::vector<double> expert_balance;  // mean / max of the tokens of an expert
+  std::vector<double> rank_balance;    // mean / max of the routes a rank works on
+  std::vector<double> learning_rates;
+
+  double seconds = 0;  // of all steps, without evaluation
+  double tokens_per_s = 0;
+
+  // Over the run and all ranks.
+  Movement movement;
+  std::map<std::string, double> phases_us;  // mean over steps and ranks; on rank 0 only
+  // Of whole steps without the optimizer, the slowest rank's; absent where it is not defined (measure_overlap()).
+  std::optional<double> overlap_efficiency;
+  double scheduled_us = 0, sequential_us = 0, floor_us = 0;  // what it comes from; 0: not measured
+
+  // Largest of any rank, and the sum over ranks.
+  struct Memory {
+    std::int64_t parameters = 0, activations = 0, layers = 0;
+    std::int64_t total() const { return parameters + activations + layers; }
+  } memory_max, memory_sum;
+
+  std::string text;  // where it came from
+  std::int64_t text_bytes = 0, num_train_tokens = 0;
+  std::int64_t seed = 0, steps = 0, tokens_per_step = 0, num_layers = 0;
+  std::int32_t num_experts = 0, num_ranks = 0, num_nodes = 0;
+  std::string topology, transport;
+  bool emulated_links = false;
+  std::uint64_t config_hash = 0;
+};
+
+TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text,
+                  const TrainOptions& options = {});
+
+// Learning rate of a step, 1-based: linear warm-up, then a cosine down to its end.
+double learning_rate(const Config::Train& train, std::int64_t step);
+
+// Fills the batches of one rank: tokens are dealt to ranks in contiguous parts.
+class BatchReader {
+ public:
+  BatchReader(const Text& text, const TextSplit& split, const Config& config, RankId rank,
+              std::int32_t num_ranks);
+  // The training batch of a step, 1-based. Valid until the next call of either.
+  Batch train(std::int64_t step);
+  // This rank's share of these tokens.
+  Batch at(std::span<const std::int64_t> positions);
+
+ private:
+  Batch fill(std::int64_t num_global);
+  const Text& text_;
+  const TextSplit& split_;
+  TokenOrder order_;
+  std::int64_t context_, tokens_per_step_;
+  std::int32_t rank_, num_ranks_;
+  std::vector<std::int64_t> position_;
+  std::vector<std::int32_t> bytes_, target_;
+};
+
+// The document of docs/design.md, section `train`, as one JSON object.
+std::string to_json(const TrainReport& report);
+// Tables for a terminal.
+std::string to_text(const TrainReport& report);
+
+}  // namespace sluice::train
