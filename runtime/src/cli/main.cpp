@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.set_version_flag("--version", SLUICE_VERSION);
   cli::Run run;
+  cli::add_train(app, run);
   cli::add_bench(app, run);
   cli::add_plan(app, run);
   cli::add_info(app, run);

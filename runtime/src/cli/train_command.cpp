@@ -1,0 +1,42 @@
+#include <CLI/CLI.hpp>
+
+#include "../rank_group.hpp"
+#include "../train/trainer.hpp"
+#include "commands.hpp"
+#include "sluice/base/log.hpp"
+
+namespace sluice::cli {
+
+void add_train(CLI::App& app, Run& run) {
+  struct Options {
+    ConfigOptions config;
+    std::string text;
+    bool json = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command =
+      app.add_subcommand("train", "train a byte-level MoE language model over ranks, on real text");
+  add_config_options(*command, o->config);
+  command->add_option("--text", o->text,
+                      "file or directory to learn (train.text); default: the program's own sources");
+  command->add_flag("--json", o->json, "print the report as JSON");
+  command->callback([o, &run] {
+    run = [o] {
+      LoadedConfig config = o->config.load();
+      if (!o->text.empty()) config.set("train.text", o->text, {ConfigSource::Kind::kCommandLine, "--text"});
+      GroupOptions group;
+      group.default_ranks = 4;
+      group.body = [&](Runtime& runtime, const LoadedConfig& agreed) {
+        const train::Text text = train::load_text(runtime, agreed.config);
+        if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
+        const train::TrainReport report = train::train(runtime, agreed, text);
+        if (!prints_results(runtime)) return;
+        print_document(o->json ? train::to_json(report) : train::to_text(report));
+      };
+      run_group(config, group);
+      return 0;
+    };
+  });
+}
+
+}  // namespace sluice::cli
