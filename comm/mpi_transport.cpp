@@ -41,7 +41,7 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
 constexpr std::int64_t kPieceBytes = std::int64_t{1} << 30;  // an MPI count is an int
-constexpr nanoseconds kYieldSpan = microseconds(40);         // a waiter yields this long before it sleeps
+constexpr nanoseconds kYieldSpan = microseconds(100);        // a waiter yields this long before it sleeps
 constexpr nanoseconds kSleep = microseconds(10);             // the kernel's timer slack makes it about 60
 constexpr nanoseconds kServicePeriod = milliseconds(10);
 constexpr nanoseconds kWaitingIsFresh = milliseconds(250);  // idle() repeats far more often than that
@@ -239,6 +239,7 @@ struct Operation {
   std::int32_t peer = -1;
   std::uint32_t channel = 0;
   std::uint32_t signal = 0;
+  std::int64_t bytes = 0;
   std::int32_t num_pieces_left = 0;
 };
 
@@ -344,6 +345,7 @@ class MpiTransport final : public Transport {
     if (aborted()) return;
     ++num_puts_;
     ++num_outstanding_;
+    outstanding_bytes_ += static_cast<std::int64_t>(put.source.size());
     ++outstanding_to_[put.peer.index()];
     // MPI reads a send buffer only, but takes it as a plain pointer in the receive's signature that start() shares.
     start({.is_send = true, .peer = put.peer.value, .channel = put.channel, .signal = put.signal},
@@ -437,7 +439,8 @@ class MpiTransport final : public Transport {
         return abort_record().status;
       }
     }
-    if (patience_.elapsed(now) < kYieldSpan)
+    // MPI moves the bytes of own puts inside our calls: a rank that sends is not idle.
+    if (patience_.elapsed(now) < kYieldSpan || outstanding_bytes_ > 0)
       sched_yield();
     else
       std::this_thread::sleep_for(kSleep);
@@ -527,6 +530,7 @@ class MpiTransport final : public Transport {
       slot = spare_.back();
       spare_.pop_back();
     }
+    operation.bytes = bytes;
     operation.num_pieces_left =
         static_cast<std::int32_t>(std::max<std::int64_t>(1, (bytes + kPieceBytes - 1) / kPieceBytes));
     operations_[slot] = operation;
@@ -598,6 +602,7 @@ class MpiTransport final : public Transport {
     if (operation.is_send) {
       ++channel.completed;
       --num_outstanding_;
+      outstanding_bytes_ -= operation.bytes;
       --outstanding_to_[static_cast<std::size_t>(operation.peer)];
     } else {
       Signal& signal = channel.signals[operation.signal];
@@ -955,7 +960,8 @@ class MpiTransport final : public Transport {
 
   // Guards every MPI call and all that follows up to the record.
   std::mutex mutex_;
-  std::uint64_t num_outstanding_ = 0;
+  std::uint64_t num_outstanding_ = 0;  // own puts
+  std::int64_t outstanding_bytes_ = 0;
   std::vector<std::int64_t> outstanding_to_;  // [num_ranks]
   std::vector<Operation> operations_;
   std::vector<std::size_t> spare_;
