@@ -212,6 +212,11 @@ const BatchStatistics& Model::statistics(std::int32_t layer) const {
   return layers_[static_cast<std::size_t>(layer)].state.statistics;
 }
 
+std::span<const float> Model::scores(std::int32_t layer) const {
+  const Rows& rows = layers_[static_cast<std::size_t>(layer)].scores;
+  return {rows.f32(), static_cast<std::size_t>(rows.rows * rows.cols)};
+}
+
 std::int64_t Model::parameter_bytes() const {
   return static_cast<std::int64_t>(values_.capacity_bytes() + gradients_.capacity_bytes() +
                                    m_.capacity_bytes() + v_.capacity_bytes() + copies_.capacity_bytes());

@@ -132,6 +132,8 @@ class Model {
   AdaptiveState& adaptive(std::int32_t layer);
   // Statistics of the last batch of compute_gradients(), over all ranks.
   const BatchStatistics& statistics(std::int32_t layer) const;
+  // Scores of this rank's tokens in the last batch. f32 [num_tokens, num_experts]
+  std::span<const float> scores(std::int32_t layer) const;
   // Of the last batch of compute_gradients(), over its layers.
   const Movement& movement() const { return movement_; }
 

@@ -8,8 +8,9 @@
 #include "sluice/base/progress.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/base/text_table.hpp"
-#include "sluice/comm/collectives.hpp"
+#include "sluice/comm/transport.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/train/gather.hpp"
 
 namespace sluice::train {
 namespace {
@@ -41,34 +42,12 @@ double evaluate(Runtime& runtime, Model& model, BatchReader& reader, std::span<c
   return bits;
 }
 
-// Collective. Rank 0 gets the text of every rank, others an empty list.
-std::vector<std::string> gather_texts(Runtime& runtime, const std::string& mine) {
-  const auto num_ranks = static_cast<std::size_t>(runtime.num_ranks());
-  const bool root = runtime.rank() == RankId(0);
-  const auto size = static_cast<std::int64_t>(mine.size());
-  const std::vector<std::int64_t> sizes = runtime.all_gather(std::span(&size, 1), "report");
-  std::vector<std::string> out(root ? num_ranks : 0);
-  std::vector<std::span<const std::byte>> sends(num_ranks);
-  std::vector<std::span<std::byte>> receives(num_ranks);
-  if (!root) sends[0] = std::as_bytes(std::span<const char>(mine));
-  for (std::size_t r = 0; r < out.size(); ++r) {
-    if (r == 0) {
-      out[0] = mine;
-      continue;
-    }
-    out[r].resize(static_cast<std::size_t>(sizes[r]));
-    receives[r] = std::as_writable_bytes(std::span<char>(out[r]));
-  }
-  runtime.collectives().all_to_all_v(sends, receives, "report").throw_if_error();
-  return out;
-}
-
 void write_timeline(Runtime& runtime, const SpanRecorder& recorder, const std::string& file) {
   const std::vector<SpanRecord> spans = recorder.spans();
   const std::int64_t mine = spans.empty() ? SpanRecorder::now_ns() : spans.front().begin_ns;
   const std::vector<std::int64_t> begins = runtime.all_gather(std::span(&mine, 1), "timeline");
-  const auto events =
-      gather_texts(runtime, chrome_trace_events(recorder, *std::min_element(begins.begin(), begins.end())));
+  const auto events = gather_to_root(
+      runtime, chrome_trace_events(recorder, *std::min_element(begins.begin(), begins.end())), "timeline");
   if (runtime.rank() == RankId(0)) write_chrome_trace(file, events);
 }
 
@@ -78,7 +57,7 @@ std::map<std::string, double> gather_phases(Runtime& runtime, const SpanRecorder
   nlohmann::json mine = nlohmann::json::array();
   for (const PhaseTotals& phase : recorder.totals()) mine.push_back({phase.name, phase.total_ns});
   std::map<std::string, double> out;
-  for (const std::string& text : gather_texts(runtime, mine.dump()))
+  for (const std::string& text : gather_to_root(runtime, mine.dump(), "report"))
     for (const auto& entry : nlohmann::json::parse(text))
       out[entry[0].get<std::string>()] += entry[1].get<double>() / 1000 / static_cast<double>(steps) /
                                           static_cast<double>(runtime.num_ranks());
@@ -120,15 +99,6 @@ double mean_of(std::span<const double> values) {
 double mean_at_end(std::span<const double> values) {
   const std::size_t count = std::max<std::size_t>(1, values.size() / 10);
   return values.empty() ? 0 : mean_of(values.last(std::min(count, values.size())));
-}
-
-kernels::AdamW optimizer(const Config::Train& train, std::int64_t step) {
-  return {static_cast<float>(learning_rate(train, step)),
-          static_cast<float>(train.beta1),
-          static_cast<float>(train.beta2),
-          static_cast<float>(train.epsilon),
-          static_cast<float>(train.weight_decay),
-          step};
 }
 
 // Text of the progress line since the last one.
@@ -232,6 +202,15 @@ double learning_rate(const Config::Train& train, std::int64_t step) {
                       static_cast<double>(std::max<std::int64_t>(1, train.steps - train.warmup_steps));
   const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(done, 1.0)));
   return train.learning_rate * (train.min_learning_rate_ratio + (1 - train.min_learning_rate_ratio) * cosine);
+}
+
+kernels::AdamW optimizer(const Config::Train& train, std::int64_t step) {
+  return {static_cast<float>(learning_rate(train, step)),
+          static_cast<float>(train.beta1),
+          static_cast<float>(train.beta2),
+          static_cast<float>(train.epsilon),
+          static_cast<float>(train.weight_decay),
+          step};
 }
 
 TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text,

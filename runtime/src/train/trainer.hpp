@@ -71,6 +71,8 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
 
 // Learning rate of a step, 1-based: linear warm-up, then a cosine down to its end.
 double learning_rate(const Config::Train& train, std::int64_t step);
+// AdamW of that step.
+kernels::AdamW optimizer(const Config::Train& train, std::int64_t step);
 
 // Fills the batches of one rank: tokens are dealt to ranks in contiguous parts.
 class BatchReader {

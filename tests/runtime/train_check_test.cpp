@@ -1,0 +1,75 @@
+// The check against the dense reference: it passes over policies, kinds of experts, topologies and dtypes, and it can
+// fail.
+#include <nlohmann/json.hpp>
+
+#include "sluice/runtime/src/train/check.hpp"
+#include "train_harness.hpp"
+
+namespace sluice::testing {
+namespace {
+
+struct CheckCase {
+  std::string name;
+  std::vector<std::string> sets;
+  std::int32_t num_ranks;
+};
+class TrainCheck : public ::testing::TestWithParam<CheckCase> {};
+
+TEST_P(TrainCheck, Agrees) {
+  const LoadedConfig loaded = tiny_config(GetParam().sets);
+  const train::Text text = word_text(6000);
+  run_job(loaded, GetParam().num_ranks, [&](Runtime& runtime) {
+    const train::CheckReport report = train::check(runtime, loaded, text);
+    if (runtime.rank() != RankId(0)) return;
+    // Something was compared: f32 never agrees with f64 to the last bit.
+    EXPECT_EQ(report.steps, 3);
+    for (const auto* figure : {&report.loss, &report.scores, &report.gradient, &report.grad_norm})
+      EXPECT_GT(figure->error, 0);
+    // Names: embedding, projection, head, gain; a gate and a gain a layer; two matrices an expert.
+    EXPECT_EQ(report.num_parameters, 4 + 2 * 2 + 2 * 2 * loaded.config.model.num_ffn_experts());
+    const auto json = nlohmann::json::parse(train::to_json(report));
+    EXPECT_TRUE(json["passed"].get<bool>());
+    EXPECT_LE(json["errors"]["gradient"]["error"], json["errors"]["gradient"]["limit"]);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Train, TrainCheck,
+    ::testing::Values(
+        CheckCase{"Relu1", {}, 1}, CheckCase{"Relu4", {"routing.relu_lambda0=0.1"}, 4},
+        CheckCase{"Nodes",
+                  {"topology.nodes=[[0,3],[1,2]]", "schedule.policy=chunked", "routing.relu_lambda0=0.1"},
+                  4},
+        CheckCase{
+            "Softmax", {"routing.policy=softmax_topk", "routing.aux_loss=0.01", "routing.z_loss=0.01"}, 3},
+        CheckCase{"SoftmaxNotRenormalized", {"routing.policy=softmax_topk", "routing.renormalize=false"}, 2},
+        CheckCase{"Sigmoid", {"routing.policy=sigmoid_topk", "routing.route_scale=2.5"}, 2},
+        CheckCase{"ZeroAndCopyExperts", {"model.zero_experts=1", "model.copy_experts=2"}, 3},
+        CheckCase{"RankWithoutExperts", {"placement.slots_per_rank=[4,0,2]"}, 3},
+        CheckCase{"Gelu", {"model.activation=gelu"}, 2},
+        CheckCase{"ReluExperts", {"model.activation=relu"}, 2},
+        CheckCase{"Clipped", {"train.grad_clip=0.05"}, 2}, CheckCase{"Bf16", {"model.dtype=bf16"}, 4},
+        CheckCase{"Bf16Wire", {"comm.wire_dtype=bf16"}, 4}),
+    [](const auto& info) { return info.param.name; });
+
+// The official variant of ReLU routing takes load factors from a rank's own tokens, so with a strong L1 term several
+// ranks are not one rank: the check must see that, on all ranks.
+TEST(TrainCheckFails, WhenTheModelIsAnother) {
+  const LoadedConfig loaded = tiny_config({"routing.relu_variant=official", "routing.relu_lambda0=1"});
+  const train::Text text = word_text(6000);
+  std::vector<std::string> messages(3);
+  run_job(loaded, 3, [&](Runtime& runtime) {
+    try {
+      train::check(runtime, loaded, text);
+    } catch (const Error& error) {
+      messages[runtime.rank().index()] = error.message();
+    }
+  });
+  for (const std::string& message : messages) {
+    EXPECT_NE(message.find("gradient differs by"), std::string::npos) << message;
+    EXPECT_EQ(message, messages[0]);
+  }
+}
+
+}  // namespace
+}  // namespace sluice::testing
