@@ -42,6 +42,11 @@ const std::int32_t* at(const std::int32_t* index, std::int64_t i) {
   return index ? index + i : nullptr;
 }
 
+// Floats between two rows of A that is not cut into k blocks.
+std::int64_t few_rows_stride(std::int64_t length) {
+  return length + 16;
+}
+
 std::int64_t element_bytes(DType dtype) {
   return static_cast<std::int64_t>(size_of(dtype));
 }
@@ -138,11 +143,14 @@ void GroupedGemm::add_blocks(const Call& call) {
       block.row_begin = part_begin(rows, parts, i);
       block.rows = part_begin(rows, parts, i + 1) - block.row_begin;
       block.length = wgrad ? group_rows : call.rows_a.view.cols;
-      block.num_k_blocks = ceil_div(block.length, kBlockK);
+      block.few = !wgrad && block.rows <= kFewRows;
+      block.num_k_blocks = block.few ? 1 : ceil_div(block.length, kBlockK);
       block.num_panels = ceil_div(block.rows, ops_.tile_rows);
       block.panel_rows = ceil_div(block.rows, block.num_panels);
       block.num_panels = ceil_div(block.rows, block.panel_rows);
-      block.a_floats = wgrad ? block.num_panels * kPanelStrideA : block.rows * kRowStrideA;
+      block.a_floats = wgrad       ? block.num_panels * kPanelStrideA
+                       : block.few ? block.rows * few_rows_stride(block.length)
+                                   : block.rows * kRowStrideA;
       blocks_.push_back(block);
     }
   }
@@ -180,6 +188,8 @@ void GroupedGemm::draw_tasks(const Call& call, Worker& worker) {
     more = advance(call, worker, next);
     if (call.kind == Kind::kWgrad)
       run_wgrad_step(call, worker, step, more ? &next : nullptr);
+    else if (block_of(step).few)
+      run_few_rows(call, worker, step);
     else
       run_step(call, worker, step, more ? &next : nullptr);
     step = next;
@@ -271,7 +281,7 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
   // Tiles ask for the weights of the next step; when packing, the first tiles of a panel ask for the rows of the next
   // panel instead.
   Prefetch weights, more_weights;
-  if (next) {
+  if (next && !block_of(*next).few) {
     const Segments coming = segments_of(call, next->task);
     weights = weights_of(call, *next, coming.list[0]);
     if (coming.count == 2) more_weights = weights_of(call, *next, coming.list[1]);
@@ -315,6 +325,32 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
     }
     if (last) store_rows(call, worker, block, segments, direct, row, rows);
   }
+}
+
+void GroupedGemm::run_few_rows(const Call& call, Worker& worker, const Step& step) {
+  const Block& block = block_of(step);
+  const std::int64_t first_row = call.group_ptr[static_cast<std::size_t>(block.group)] + block.row_begin;
+  const std::int64_t lda = few_rows_stride(block.length);
+  if (worker.block_in_a != step.block) {
+    const RowSource& source = call.rows_a;
+    ops_.copy_rows(source.index ? source.view.data : source.view.row(first_row), source.view.dtype,
+                   source.view.row_bytes_stride(), at(source.index, first_row), block.rows, block.length,
+                   worker.a, lda);
+    worker.block_in_a = step.block;
+  }
+  const Segments segments = segments_of(call, step.task);
+  const std::int64_t element = element_bytes(call.weight_dtype);
+  const bool forward = call.kind == Kind::kForward;
+  const std::int64_t row_bytes = (forward ? block.length : call.cols) * element;
+  const auto rows = static_cast<std::size_t>(block.rows);
+  for (const Segment& segment : segments) {
+    const std::byte* w =
+        call.weights[static_cast<std::size_t>(block.group)] + segment.first * (forward ? row_bytes : element);
+    const FewRowsFunction multiply = forward ? ops_.few_rows_transposed[rows] : ops_.few_rows_straight[rows];
+    multiply(block.length, worker.a, lda, w, call.weight_dtype, row_bytes, segment.count,
+             worker.c + segment.tile_col, kTileStride);
+  }
+  store_rows(call, worker, block, segments, false, 0, block.rows);
 }
 
 void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& step, const Step* next) {

@@ -9,6 +9,7 @@
 // The K loop is cut into blocks of kBlockK, one step each; between them C rests in fp32, so the chain of each
 // element is unbroken. Weights are read once a block and usually from memory: while a thread computes, its tiles
 // ask for what its next step will pack (forward, dgrad) or for the next tile to accumulate into (wgrad).
+// Groups of at most kFewRows rows are multiplied without packing B: there, reading the weights is the work.
 //
 // Ownership: holds scratch that grows to its high-water mark. Thread-safety: one call at a time. Arguments are
 // checked by the caller (cpu_kernels.cpp).
@@ -53,6 +54,7 @@ class GroupedGemm {
     std::int64_t length, num_k_blocks;  // of the reduction
     std::int64_t num_panels, panel_rows;
     std::int64_t a_floats;  // packed A of one k block
+    bool few;               // at most kFewRows rows: B is not packed and the reduction not cut
   };
   // Source of rows, gathered through `index` when it is not null: row i is view.row(index ? index[i] : i).
   struct RowSource {
@@ -108,6 +110,7 @@ class GroupedGemm {
   bool draw(const Call& call, Worker& worker, Step& step);
   bool advance(const Call& call, Worker& worker, Step& step);
   void run_step(const Call& call, Worker& worker, const Step& step, const Step* next);
+  void run_few_rows(const Call& call, Worker& worker, const Step& step);
   void run_wgrad_step(const Call& call, Worker& worker, const Step& step, const Step* next);
   static bool begin_step(Worker& worker, const Step& step);
   void pack_b(const Call& call, Worker& worker, const Block& block, const Segments& segments, KRange k);

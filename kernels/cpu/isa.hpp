@@ -24,7 +24,9 @@ inline constexpr std::int64_t kRowStrideA = kBlockK + 16;
 inline constexpr std::int64_t kStepStrideA =
     16;                                       // floats between two reduction steps of a step-major A panel
 inline constexpr std::int64_t kBlockN = 256;  // columns of C a task works on at most
-inline constexpr std::int64_t kLanes = 16;    // lanes of the dw sum (kernels.hpp, activation_backward)
+// A block of at most so many rows is multiplied without packing B: reading the weights once takes longer than the rest.
+inline constexpr std::int64_t kFewRows = 8;
+inline constexpr std::int64_t kLanes = 16;  // lanes of the dw sum (kernels.hpp, activation_backward)
 
 // One step of AdamW with the scalars that do not depend on the element worked out once.
 struct AdamWStep {
@@ -56,6 +58,12 @@ inline constexpr std::int64_t kStepsARound = 4;
 using TileFunction = void (*)(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc,
                               bool fresh, const float* next_c, Prefetch& prefetch);
 
+// C [rows, cols] f32, row stride ldc floats: the same chains from 0 for 1..kFewRows rows, with the weights read as they
+// lie. a: f32 [rows, steps], row stride lda floats; w: dtype, row stride in bytes.
+using FewRowsFunction = void (*)(std::int64_t steps, const float* a, std::int64_t lda, const std::byte* w,
+                                 DType w_dtype, std::int64_t row_bytes, std::int64_t cols, float* c,
+                                 std::int64_t ldc);
+
 struct IsaOps {
   const char* name;
   std::int64_t tile_rows;    // largest rows of a tile, at most kMaxTileRows
@@ -63,6 +71,9 @@ struct IsaOps {
 
   TileFunction tile_row_major[kMaxTileRows + 1];  // indexed by rows, 1..tile_rows
   TileFunction tile_step_major[kMaxTileRows + 1];
+
+  FewRowsFunction few_rows_transposed[kFewRows + 1];  // indexed by rows; w: [cols, steps]
+  FewRowsFunction few_rows_straight[kFewRows + 1];    // w: [steps, cols]
 
   // dst[i] = src[i] widened to f32.  src: dtype [n]; dst: f32 [n]
   void (*widen)(const std::byte* src, DType dtype, float* dst, std::int64_t n);

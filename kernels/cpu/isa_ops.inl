@@ -5,6 +5,8 @@
 // Loops over columns work on whole vectors; the last, partial one goes through a zero-padded buffer, so that
 // every element sees the same operations wherever it stands.
 
+#include <type_traits>
+
 #include "sluice/kernels/kernels.hpp"
 
 namespace sluice::kernels {
@@ -17,8 +19,7 @@ constexpr std::int64_t kPanelWidth = kPanelVecs * kWidth;
 static_assert(kLanes % kWidth == 0 && kBlockN % kPanelWidth == 0 && Vec::kTileRows <= kMaxTileRows);
 static_assert(kStepStrideA >= kMaxTileRows);
 
-// ---- elements of f32 and bf16
-// ------------------------------------------------------------------------------------------
+// ---- elements of f32 and bf16 -----------------------------------------------------------------------------
 
 struct Float32 {
   using Element = float;
@@ -63,8 +64,7 @@ void narrow(const float* src, std::byte* dst, DType dtype, std::int64_t n) {
   dtype == DType::kF32 ? convert<Float32, Float32>(s, dst, n) : convert<Float32, BFloat16>(s, dst, n);
 }
 
-// ---- GEMM
-// --------------------------------------------------------------------------------------------------------------
+// ---- GEMM -------------------------------------------------------------------------------------------------
 
 // kRowStride and kStepStride: floats between rows and between reduction steps of the A panel.
 template <int kRows, std::int64_t kRowStride, std::int64_t kStepStride>
@@ -202,45 +202,137 @@ void copy_panels(const std::byte* src, DType dtype, std::int64_t row_bytes, cons
                              width);
 }
 
+// dst[k * stride + c] = src[c][k] for k < num_steps and c < kWidth, zero for c >= num_cols.
+template <typename T>
+void transpose_block(const std::byte* src, std::int64_t row_bytes, std::int64_t num_cols,
+                     std::int64_t num_steps, float* dst, std::int64_t stride) {
+  if (std::is_same_v<T, Float32> && num_cols == kWidth && num_steps == kWidth)
+    return Vec::transpose(reinterpret_cast<const float*>(src), row_bytes / 4, dst, stride);
+  alignas(64) float rows[kWidth * kWidth], columns[kWidth * kWidth];
+  for (std::int64_t c = 0; c < kWidth; ++c) {
+    const auto* row = reinterpret_cast<const typename T::Element*>(src + c * row_bytes);
+    F x = Vec::zero();
+    if (c < num_cols) x = num_steps == kWidth ? T::load(row) : load_part<T>(row, num_steps);
+    Vec::store(rows + c * kWidth, x);
+  }
+  if (num_steps == kWidth) return Vec::transpose(rows, kWidth, dst, stride);
+  Vec::transpose(rows, kWidth, columns, kWidth);
+  for (std::int64_t k = 0; k < num_steps; ++k) Vec::store(dst + k * stride, Vec::load(columns + k * kWidth));
+}
+
+template <typename T>
+void pack_transposed_as(const std::byte* src, std::int64_t row_bytes, std::int64_t cols, std::int64_t steps,
+                        float* dst) {
+  constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename T::Element));
+  for (std::int64_t c = 0; c < kPanelWidth; c += kWidth) {
+    const std::int64_t num_cols = cols - c < kWidth ? (cols > c ? cols - c : 0) : kWidth;
+    for (std::int64_t k = 0; k < steps; k += kWidth)
+      transpose_block<T>(src + c * row_bytes + k * kElement, row_bytes, num_cols,
+                         steps - k < kWidth ? steps - k : kWidth, dst + k * kPanelWidth + c, kPanelWidth);
+  }
+}
 void pack_transposed(const std::byte* src, DType dtype, std::int64_t row_bytes, std::int64_t cols,
                      std::int64_t steps, float* dst) {
-  alignas(64) float buffer[kWidth * kWidth];
-  for (std::int64_t c = 0; c < kPanelWidth; c += kWidth) {
-    const std::int64_t num_rows = cols - c < kWidth ? (cols > c ? cols - c : 0) : kWidth;
+  if (dtype == DType::kF32)
+    pack_transposed_as<Float32>(src, row_bytes, cols, steps, dst);
+  else
+    pack_transposed_as<BFloat16>(src, row_bytes, cols, steps, dst);
+}
+
+// Columns of C are rows of w: blocks of w are transposed into a buffer that stays in L1.
+template <int kRows, typename T>
+void few_rows_transposed_as(std::int64_t steps, const float* a, std::int64_t lda, const std::byte* w,
+                            std::int64_t row_bytes, std::int64_t cols, float* c, std::int64_t ldc) {
+  constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename T::Element));
+  alignas(64) float block[kWidth * kWidth];
+  for (std::int64_t col = 0; col < cols; col += kWidth) {
+    const std::int64_t num_cols = cols - col < kWidth ? cols - col : kWidth;
+    F acc[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec::zero();
     for (std::int64_t k = 0; k < steps; k += kWidth) {
       const std::int64_t num_steps = steps - k < kWidth ? steps - k : kWidth;
-      const bool whole = num_rows == kWidth && num_steps == kWidth;
-      if (whole && dtype == DType::kF32) {
-        const auto* block = reinterpret_cast<const float*>(src + c * row_bytes) + k;
-        Vec::transpose(block, row_bytes / 4, dst + k * kPanelWidth + c, kPanelWidth);
-        continue;
+      const std::byte* from = w + col * row_bytes + k * kElement;
+      // The same place in the next kWidth rows, whose turn is next.
+      for (std::int64_t i = 0; i < kWidth; ++i) __builtin_prefetch(from + (kWidth + i) * row_bytes, 0, 2);
+      transpose_block<T>(from, row_bytes, num_cols, num_steps, block, kWidth);
+      for (std::int64_t i = 0; i < num_steps; ++i) {
+        const F b = Vec::load(block + i * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r] = Vec::fma(Vec::set1(a[r * lda + k + i]), b, acc[r]);
       }
-      for (std::int64_t r = 0; r < kWidth; ++r) {
-        const std::byte* row = src + (c + r) * row_bytes;
-        F x = Vec::zero();
-        if (r < num_rows) {
-          if (dtype == DType::kF32) {
-            x = load_part<Float32>(reinterpret_cast<const float*>(row) + k, num_steps);
-          } else {
-            const auto* p = reinterpret_cast<const std::uint16_t*>(row) + k;
-            x = num_steps == kWidth ? Vec::load_bf16(p) : load_part<BFloat16>(p, num_steps);
-          }
-        }
-        Vec::store(buffer + r * kWidth, x);
-      }
-      if (num_steps == kWidth) {
-        Vec::transpose(buffer, kWidth, dst + k * kPanelWidth + c, kPanelWidth);
-        continue;
-      }
-      for (std::int64_t step = 0; step < num_steps; ++step)
-        for (std::int64_t r = 0; r < kWidth; ++r)
-          dst[(k + step) * kPanelWidth + c + r] = buffer[r * kWidth + step];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      if (num_cols == kWidth)
+        Vec::store(c + r * ldc + col, acc[r]);
+      else
+        store_part<Float32>(c + r * ldc + col, acc[r], num_cols);
     }
   }
 }
+template <int kRows>
+void few_rows_transposed(std::int64_t steps, const float* a, std::int64_t lda, const std::byte* w,
+                         DType w_dtype, std::int64_t row_bytes, std::int64_t cols, float* c,
+                         std::int64_t ldc) {
+  if (w_dtype == DType::kF32)
+    few_rows_transposed_as<kRows, Float32>(steps, a, lda, w, row_bytes, cols, c, ldc);
+  else
+    few_rows_transposed_as<kRows, BFloat16>(steps, a, lda, w, row_bytes, cols, c, ldc);
+}
 
-// ---- activation
-// --------------------------------------------------------------------------------------------------------
+// kSteps reduction steps over all columns; C rests in L1 between two visits.
+template <int kRows, int kSteps, typename T>
+void few_rows_steps(const float* a, std::int64_t lda, const std::byte* w, std::int64_t row_bytes,
+                    std::int64_t cols, float* c, std::int64_t ldc, bool fresh) {
+  constexpr std::int64_t kRoundsAhead = 4;
+  const auto visit = [&](std::int64_t col, std::int64_t n) __attribute__((always_inline)) {
+    F b[kSteps];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSteps; ++k) {
+      const auto* p = reinterpret_cast<const typename T::Element*>(w + k * row_bytes) + col;
+      b[k] = n == kWidth ? T::load(p) : load_part<T>(p, n);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      float* at = c + r * ldc + col;
+      F acc = Vec::zero();
+      if (!fresh) acc = n == kWidth ? Vec::load(at) : load_part<Float32>(at, n);
+#pragma GCC unroll 4
+      for (int k = 0; k < kSteps; ++k) acc = Vec::fma(Vec::set1(a[r * lda + k]), b[k], acc);
+      if (n == kWidth)
+        Vec::store(at, acc);
+      else
+        store_part<Float32>(at, acc, n);
+    }
+  };
+  const std::int64_t bytes = cols * static_cast<std::int64_t>(sizeof(typename T::Element));
+  for (int k = 0; k < kSteps; ++k) {
+    const std::byte* ahead = w + (kRoundsAhead * kSteps + k) * row_bytes;
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+  }
+  std::int64_t col = 0;
+  for (; col + kWidth <= cols; col += kWidth) visit(col, kWidth);
+  if (col < cols) visit(col, cols - col);
+}
+template <int kRows, typename T>
+void few_rows_straight_as(std::int64_t steps, const float* a, std::int64_t lda, const std::byte* w,
+                          std::int64_t row_bytes, std::int64_t cols, float* c, std::int64_t ldc) {
+  constexpr int kSteps = 4;
+  std::int64_t k = 0;
+  for (; k + kSteps <= steps; k += kSteps)
+    few_rows_steps<kRows, kSteps, T>(a + k, lda, w + k * row_bytes, row_bytes, cols, c, ldc, k == 0);
+  for (; k < steps; ++k)
+    few_rows_steps<kRows, 1, T>(a + k, lda, w + k * row_bytes, row_bytes, cols, c, ldc, k == 0);
+}
+template <int kRows>
+void few_rows_straight(std::int64_t steps, const float* a, std::int64_t lda, const std::byte* w,
+                       DType w_dtype, std::int64_t row_bytes, std::int64_t cols, float* c, std::int64_t ldc) {
+  if (w_dtype == DType::kF32)
+    few_rows_straight_as<kRows, Float32>(steps, a, lda, w, row_bytes, cols, c, ldc);
+  else
+    few_rows_straight_as<kRows, BFloat16>(steps, a, lda, w, row_bytes, cols, c, ldc);
+}
+
+// ---- activation -------------------------------------------------------------------------------------------
 
 // e^x to about 1 ulp: n = rint(x / ln 2), r = x - n ln 2 in two FMAs (Cody & Waite), e^r = 1 + r + r^2 q(r)
 // with q the minimax polynomial of degree 4 on |r| <= ln(2)/2 (own fit, relative error 2^-28), times 2^n.
@@ -385,8 +477,7 @@ void activate_backward(Activation activation, const float* gate, const float* up
   }
 }
 
-// ---- rows
-// --------------------------------------------------------------------------------------------------------------
+// ---- rows -------------------------------------------------------------------------------------------------
 
 template <typename Source, typename Target>
 void reduce_row_as(const std::byte* src, std::int64_t row_bytes, const std::int32_t* position,
@@ -447,8 +538,7 @@ void add_scaled(const std::byte* x, DType x_dtype, float scale, std::byte* y, DT
   if (!x_f32 && !y_f32) add_scaled_as<BFloat16, BFloat16>(x, scale, y, n);
 }
 
-// ---- optimizer
-// ---------------------------------------------------------------------------------------------------------
+// ---- optimizer --------------------------------------------------------------------------------------------
 
 void adamw(const AdamWStep& s, float* master, const float* grad, float* m, float* v, std::byte* copy,
            DType copy_dtype, std::int64_t n) {
@@ -479,8 +569,7 @@ void adamw(const AdamWStep& s, float* master, const float* grad, float* m, float
   if (copy) narrow(master, copy, copy_dtype, n);
 }
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------------------
+// ---- the table --------------------------------------------------------------------------------------------
 
 template <int kRows>
 constexpr void add_tiles(IsaOps& ops) {
@@ -491,12 +580,20 @@ constexpr void add_tiles(IsaOps& ops) {
   }
 }
 
+template <int kRows>
+constexpr void add_few_rows(IsaOps& ops) {
+  ops.few_rows_transposed[kRows] = &few_rows_transposed<kRows>;
+  ops.few_rows_straight[kRows] = &few_rows_straight<kRows>;
+  if constexpr (kRows < kFewRows) add_few_rows<kRows + 1>(ops);
+}
+
 constexpr IsaOps make_ops(const char* name) {
   IsaOps ops{};
   ops.name = name;
   ops.tile_rows = Vec::kTileRows;
   ops.panel_width = kPanelWidth;
   add_tiles<1>(ops);
+  add_few_rows<1>(ops);
   ops.widen = &widen;
   ops.narrow = &narrow;
   ops.copy_rows = &copy_rows;

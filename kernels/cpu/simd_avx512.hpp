@@ -61,14 +61,16 @@ struct Vec {
   // dst[k * stride + c] = row c of src, element k, for c and k in 0..15; row stride `ld` floats.
   // Every row is read by one load: rows are often 4 KiB apart, where L1 keeps only eight of them.
   static void transpose(const float* src, std::int64_t ld, float* dst, std::int64_t stride) {
-    F r[16], t[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = load(src + i * ld);
-      // 4x4 transposes within lanes: t[4q + j], lane l, holds elements 4l + j of rows 4q..4q+3.
+    // 4x4 transposes within lanes: t[4q + j], lane l, holds elements 4l + j of rows 4q..4q+3.
+    F t[16];
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
-      const F low01 = _mm512_unpacklo_ps(r[i], r[i + 1]), high01 = _mm512_unpackhi_ps(r[i], r[i + 1]);
-      const F low23 = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), high23 = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+      const F r0 = load(src), r1 = load(src + ld), r2 = load(src + 2 * ld), r3 = load(src + 3 * ld);
+      src += 4 * ld;
+      // Keeps the compiler from holding all 16 row addresses, which do not fit in registers.
+      asm("" : "+r"(src));
+      const F low01 = _mm512_unpacklo_ps(r0, r1), high01 = _mm512_unpackhi_ps(r0, r1);
+      const F low23 = _mm512_unpacklo_ps(r2, r3), high23 = _mm512_unpackhi_ps(r2, r3);
       t[i] = _mm512_shuffle_ps(low01, low23, 0x44);
       t[i + 1] = _mm512_shuffle_ps(low01, low23, 0xee);
       t[i + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
