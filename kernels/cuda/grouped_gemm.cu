@@ -1,0 +1,228 @@
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "sluice/base/error.hpp"
+#include "sluice/kernels/cuda/grouped_gemm.hpp"
+#include "sluice/kernels/cuda/grouped_gemm_impl.cuh"
+
+namespace sluice::kernels::cuda {
+namespace {
+
+void require(bool condition, const char* what) {
+  Require(condition, ErrorCode::kInvalidArgument, "grouped GEMM: ", what);
+}
+
+void check(cudaError_t result, const char* call) {
+  if (result == cudaSuccess) return;
+  cudaGetLastError();
+  throw Error(ErrorCode::kInternal, std::string("grouped GEMM: ") + call + ": " + cudaGetErrorString(result));
+}
+
+// The driver's function, found at run time: the library is not needed where there is no GPU.
+PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult query{};
+    check(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &query),
+        "cudaGetDriverEntryPointByVersion");
+    Require(query == cudaDriverEntryPointSuccess && found != nullptr, ErrorCode::kNotSupported,
+            "grouped GEMM: the driver has no cuTensorMapEncodeTiled; CUDA 12 or newer is needed");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  return function;
+}
+
+struct MapDimension {
+  std::int64_t size;
+  std::int64_t stride;  // elements; the first one's is 1
+  int box;
+};
+
+template <std::size_t kRank>
+CUtensorMap make_map(const void* base, const MapDimension (&dimensions)[kRank], const char* what) {
+  cuuint64_t sizes[kRank], strides[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (std::size_t i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
+    boxes[i] = static_cast<cuuint32_t>(dimensions[i].box);
+    steps[i] = 1;
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(dimensions[i].stride) * 2;
+  }
+  CUtensorMap map;
+  const CUresult result =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(base), sizes,
+                        strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  Require(result == CUDA_SUCCESS, ErrorCode::kInvalidArgument, "grouped GEMM: no tensor map for ", what,
+          " (driver code ", static_cast<int>(result), "): see the alignment rules in grouped_gemm.hpp");
+  return map;
+}
+
+void check_rows(const void* data, std::int64_t stride, std::int64_t columns, const char* what) {
+  Require(data != nullptr, ErrorCode::kInvalidArgument, "grouped GEMM: ", what, " is null");
+  Require(reinterpret_cast<std::uintptr_t>(data) % 16 == 0, ErrorCode::kInvalidArgument,
+          "grouped GEMM: ", what, " is not 16-byte aligned");
+  Require(stride >= columns && stride % 8 == 0, ErrorCode::kInvalidArgument, "grouped GEMM: row stride ",
+          stride, " of ", what, " must be a multiple of 8 and at least ", columns);
+}
+
+void check_columns(std::int64_t columns, const char* what) {
+  Require(columns > 0 && columns % 8 == 0 && columns <= (1 << 24), ErrorCode::kInvalidArgument,
+          "grouped GEMM: ", what, " is ", columns, "; it must be a positive multiple of 8");
+}
+
+GemmParams group_params(const GemmGroups& groups) {
+  Require(groups.num_groups >= 1 && groups.num_groups <= kMaxGemmGroups, ErrorCode::kInvalidArgument,
+          "grouped GEMM: num_groups is ", groups.num_groups, "; 1..", kMaxGemmGroups,
+          " are possible in one call");
+  require(groups.group_ptr != nullptr, "group_ptr is null");
+  Require(groups.num_rows >= 0 && groups.num_rows < (std::int64_t{1} << 30), ErrorCode::kInvalidArgument,
+          "grouped GEMM: num_rows is ", groups.num_rows, "; at most 2^30 - 1 are possible");
+  Require(groups.max_sms >= 0 && groups.max_sms % 2 == 0, ErrorCode::kInvalidArgument,
+          "grouped GEMM: max_sms is ", groups.max_sms, "; it must be even (0: all)");
+  if (groups.arrival.flags != nullptr) {
+    require(groups.arrival.diagnosis != nullptr, "arrival flags need a diagnosis record");
+    require(groups.arrival.rows_per_flag > 0, "arrival.rows_per_flag must be positive");
+  }
+  GemmParams p{};
+  p.group_ptr = groups.group_ptr;
+  p.order = groups.order;
+  p.weight_index = groups.weight_index;
+  p.arrival = groups.arrival;
+  p.num_rows = groups.num_rows;
+  p.num_groups = groups.num_groups;
+  return p;
+}
+
+void check_weights(const GemmWeights& weights) {
+  check_columns(weights.out, "out");
+  check_columns(weights.in, "in");
+  check_rows(weights.base, weights.in, weights.in, "weights");
+  Require(weights.num_weights > 0 && weights.stride >= weights.out * weights.in && weights.stride % 8 == 0,
+          ErrorCode::kInvalidArgument, "grouped GEMM: ", weights.num_weights, " weights ", weights.stride,
+          " elements apart; at least one, and a stride of at least out * in and a multiple of 8");
+}
+
+// Processors of the current device; refuses devices the kernel is not for.
+int hopper_processors() {
+  int device = 0, major = 0, minor = 0, processors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  Require(major == 9 && minor == 0, ErrorCode::kNotSupported, "grouped GEMM: device ", device,
+          " has compute capability ", major, ".", minor, "; this kernel is for 9.0 (Hopper)");
+  return processors;
+}
+
+template <GemmOp kOp>
+void launch(const GemmGroups& groups, const GemmParams& params, const CUtensorMap& x, const CUtensorMap& y,
+            Stream stream) {
+  const int processors = hopper_processors();
+  // Per device: the attribute is part of its context.
+  check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kSharedBytes),
+        "cudaFuncSetAttribute");
+  const int sms = groups.max_sms > 0 ? std::min(groups.max_sms, processors) : processors;
+  grouped_gemm_kernel<kOp>
+      <<<sms / kClusterSize * kClusterSize, kThreads, kSharedBytes, stream>>>(x, y, params);
+  check(cudaGetLastError(), "launch");
+}
+
+}  // namespace
+
+void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h,
+                          GemmRows act, GemmActivation activation, Stream stream) {
+  GemmParams p = group_params(groups);
+  check_weights(weights);
+  const bool swiglu = activation == GemmActivation::kSwiGLU;
+  require(!swiglu || weights.out % 16 == 0, "SwiGLU: out = 2 * ffn must be a multiple of 16");
+  require((activation == GemmActivation::kNone) == (act.data == nullptr),
+          "act must be given with an activation, and only then");
+  require(h.data != nullptr || act.data != nullptr, "neither h nor act is wanted");
+  if (groups.num_rows == 0) return;
+  check_rows(a.data, a.stride, weights.in, "a");
+  if (h.data != nullptr) check_rows(h.data, h.stride, weights.out, "h");
+  if (act.data != nullptr) check_rows(act.data, act.stride, swiglu ? weights.out / 2 : weights.out, "act");
+  p.num_weights = weights.num_weights;
+  p.x_extent = static_cast<int>(weights.out);
+  p.k_extent = static_cast<int>(weights.in);
+  p.activation = activation;
+  p.c = static_cast<std::uint16_t*>(h.data);
+  p.c_stride = h.stride;
+  p.act = static_cast<std::uint16_t*>(act.data);
+  p.act_stride = act.stride;
+  const CUtensorMap y = make_map(a.data, {{weights.in, 1, kBlockK}, {groups.num_rows, a.stride, 64}}, "a");
+  if (swiglu) {
+    // Rows of W1 and W3 alternate in blocks of 8, so that one thread accumulates both factors of an element.
+    const std::int64_t ffn = weights.out / 2;
+    const CUtensorMap x = make_map(weights.base,
+                                   {{weights.in, 1, kBlockK},
+                                    {8, weights.in, 8},
+                                    {2, ffn * weights.in, 2},
+                                    {ffn / 8, 8 * weights.in, kBlockX / 16},
+                                    {weights.num_weights, weights.stride, 1}},
+                                   "weights");
+    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, stream);
+  } else {
+    const CUtensorMap x = make_map(weights.base,
+                                   {{weights.in, 1, kBlockK},
+                                    {weights.out, weights.in, kBlockX},
+                                    {weights.num_weights, weights.stride, 1}},
+                                   "weights");
+    launch<GemmOp::kForward>(groups, p, x, y, stream);
+  }
+}
+
+void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows dc, GemmRows da,
+                        Stream stream) {
+  GemmParams p = group_params(groups);
+  check_weights(weights);
+  if (groups.num_rows == 0) return;
+  check_rows(dc.data, dc.stride, weights.out, "dc");
+  check_rows(da.data, da.stride, weights.in, "da");
+  p.num_weights = weights.num_weights;
+  p.x_extent = static_cast<int>(weights.in);
+  p.k_extent = static_cast<int>(weights.out);
+  p.c = static_cast<std::uint16_t*>(da.data);
+  p.c_stride = da.stride;
+  const CUtensorMap x = make_map(
+      weights.base,
+      {{weights.in, 1, 64}, {weights.out, weights.in, kBlockK}, {weights.num_weights, weights.stride, 1}},
+      "weights");
+  const CUtensorMap y =
+      make_map(dc.data, {{weights.out, 1, kBlockK}, {groups.num_rows, dc.stride, 64}}, "dc");
+  launch<GemmOp::kDgrad>(groups, p, x, y, stream);
+}
+
+void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
+                        std::int64_t in, float* grads, std::int64_t grad_stride, Stream stream) {
+  GemmParams p = group_params(groups);
+  require(groups.weight_index == nullptr, "wgrad: weight_index must be null");
+  check_columns(out, "out");
+  check_columns(in, "in");
+  require(grads != nullptr && reinterpret_cast<std::uintptr_t>(grads) % 16 == 0,
+          "grads must be 16-byte aligned");
+  Require(grad_stride >= out * in && grad_stride % 4 == 0, ErrorCode::kInvalidArgument,
+          "grouped GEMM: grad_stride ", grad_stride, " must be a multiple of 4 and at least ", out * in);
+  if (groups.num_rows == 0) return;
+  check_rows(dc.data, dc.stride, out, "dc");
+  check_rows(a.data, a.stride, in, "a");
+  p.num_weights = groups.num_groups;
+  p.x_extent = static_cast<int>(out);
+  p.y_extent = static_cast<int>(in);
+  p.grads = grads;
+  p.grad_stride = grad_stride;
+  const CUtensorMap x = make_map(dc.data, {{out, 1, 64}, {groups.num_rows, dc.stride, kBlockK}}, "dc");
+  const CUtensorMap y = make_map(a.data, {{in, 1, 64}, {groups.num_rows, a.stride, kBlockK}}, "a");
+  launch<GemmOp::kWgrad>(groups, p, x, y, stream);
+}
+
+}  // namespace sluice::kernels::cuda

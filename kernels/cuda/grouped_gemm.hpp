@@ -1,0 +1,104 @@
+// Grouped GEMM of an MoE layer on an NVIDIA GPU of compute capability 9.0 (Hopper): bf16 operands, fp32 accumulation.
+// Group sizes are read from device memory, so no call waits for the device and every call can be captured in a CUDA
+// graph and replayed with other sizes.
+//
+// Ownership: every pointer is device memory of the current device, owned by the caller, valid until the stream passed
+// the call. No call allocates device memory or synchronises. Thread-safety: calls are independent of each other; on one
+// stream they run in order. Blocking: none on the host; on the device only where `arrival` says so, with a deadline.
+// Errors: shapes, alignment and pointers are checked before the launch (kInvalidArgument names the argument); a device
+// that is no Hopper gives kNotSupported; a failing launch kInternal with the runtime's text. What lies in device memory
+// is trusted, but rows outside 0..num_rows-1 are never touched.
+//
+// Result contract: an element of a forward or dgrad result is one fp32 sum in a fixed order over the reduction index
+// (blocks of 16 ascending, each added by one tensor-core instruction), rounded once. It depends on that row and the
+// weights alone: not on the number of rows, groups or tiles, on their order, or on the processors used. wgrad adds one
+// such sum over the rows of a group, in order, to the gradient with one fp32 addition. No split sums: same inputs, same
+// bits. (The tensor core's own order inside 16 terms is not an fma chain, so bits differ from the CPU's.)
+//
+// Alignment (TMA): bases 16 bytes; leading dimensions and group strides multiples of 8 bf16 elements; columns (in, out)
+// multiples of 8, and for SwiGLU ffn = out/2 a multiple of 8. Rows: any number, any group boundaries. Best speed: in and
+// out multiples of 256.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace sluice::kernels::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+inline constexpr int kMaxGemmGroups = 512;  // groups of one call
+
+// The first wait that passed its deadline; zero before the call. Device or pinned host memory.
+struct WaitDiagnosis {
+  std::uint32_t expired;     // 1: the fields below are set and the results of the call are undefined
+  std::uint32_t flag_index;  // the flag that did not arrive
+  std::uint32_t expected;
+  std::uint32_t observed;
+};
+
+// Rows that arrive while the kernel runs: flag i covers rows i*rows_per_flag .. (i+1)*rows_per_flag-1 of the operand.
+// A tile is loaded once every flag over its rows reached `value` (as a signed distance, so flags may wrap). The writer
+// stores the rows, then the flag with release semantics at system scope.
+struct Arrival {
+  const std::uint32_t* flags = nullptr;  // uint32 [ceil(num_rows / rows_per_flag)]; null: no waits
+  std::int32_t rows_per_flag = 64;
+  std::uint32_t value = 1;
+  std::uint64_t timeout_ns = 2'000'000'000;  // of one wait
+  WaitDiagnosis* diagnosis = nullptr;        // required with flags
+};
+
+// Which rows belong to which group, and in which order groups are worked on.
+struct GemmGroups {
+  const std::int64_t* group_ptr =
+      nullptr;  // int64 [num_groups + 1], ascending; group g: group_ptr[g]..group_ptr[g+1]-1
+  const std::int32_t* order =
+      nullptr;  // int32 [num_groups], a permutation: groups started first; null: 0, 1, ...
+  const std::int32_t* weight_index =
+      nullptr;                // int32 [num_groups]: which weight a group uses (several may use one: the
+                              // segments of one expert's rows by origin); null: its own number
+  int num_groups = 0;         // <= kMaxGemmGroups
+  std::int64_t num_rows = 0;  // rows the row buffers hold, >= group_ptr[num_groups]
+  Arrival arrival;
+  int max_sms = 0;  // processors used at most (even; 0: all), so that communication can have the others
+};
+
+// bf16 weights [num_weights][out, in], row-major: group w at base + w * stride elements.
+struct GemmWeights {
+  const void* base = nullptr;
+  std::int64_t num_weights = 0;
+  std::int64_t stride = 0;  // elements from one weight to the next, >= out * in
+  std::int64_t out = 0;
+  std::int64_t in = 0;
+};
+
+enum class GemmActivation : std::uint8_t { kNone, kSwiGLU, kGelu, kRelu };
+
+// A bf16 row-major matrix of num_rows rows; null data where a result is not wanted.
+struct GemmRows {
+  void* data = nullptr;
+  std::int64_t stride = 0;  // elements from one row to the next
+};
+struct ConstGemmRows {
+  const void* data = nullptr;
+  std::int64_t stride = 0;
+};
+
+// h[p] = W_g a[p];  act[p] = activation(h[p]) rounded from the unrounded fp32 h.
+// a: bf16 [num_rows, in]; h: bf16 [num_rows, out] or null; act: bf16 [num_rows, out, or out/2 for SwiGLU] or null. With kNone
+// only h is written. SwiGLU: weights hold W1 above W3 (out = 2*ffn), act = silu(W1 a) * (W3 a).
+void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h,
+                          GemmRows act, GemmActivation activation, Stream stream);
+
+// da[p] = W_g^T dc[p].  dc: bf16 [num_rows, out]; da: bf16 [num_rows, in].
+void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows dc, GemmRows da,
+                        Stream stream);
+
+// dW_g[o][i] += sum over rows p of group g, in order, of dc[p][o] * a[p][i].
+// dc: bf16 [num_rows, out]; a: bf16 [num_rows, in]; grads: f32 [num_groups][out, in], group g at base + g * grad_stride
+// elements, rows contiguous. groups.weight_index must be null (two groups must not add to one gradient).
+void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
+                        std::int64_t in, float* grads, std::int64_t grad_stride, Stream stream);
+
+}  // namespace sluice::kernels::cuda
