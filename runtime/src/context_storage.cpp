@@ -1,12 +1,12 @@
-#include "context_storage.hpp"
+#include "sluice/runtime/src/context_storage.hpp"
 
 #include <algorithm>
 #include <new>
 
-#include "pass_run.hpp"
-#include "runtime_state.hpp"
 #include "sluice/base/hash.hpp"
 #include "sluice/comm/transport.hpp"
+#include "sluice/runtime/src/pass_run.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

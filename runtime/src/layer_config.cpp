@@ -1,4 +1,4 @@
-#include "layer_config.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
 
 namespace sluice {
 

@@ -1,4 +1,4 @@
-#include "machine.hpp"
+#include "sluice/runtime/src/machine.hpp"
 
 #include <unistd.h>
 

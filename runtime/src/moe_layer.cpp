@@ -2,13 +2,13 @@
 
 #include <algorithm>
 
-#include "context_storage.hpp"
-#include "pass_run.hpp"
-#include "plan_exchange.hpp"
-#include "plan_pool.hpp"
-#include "runtime_state.hpp"
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
+#include "sluice/runtime/src/context_storage.hpp"
+#include "sluice/runtime/src/pass_run.hpp"
+#include "sluice/runtime/src/plan_exchange.hpp"
+#include "sluice/runtime/src/plan_pool.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

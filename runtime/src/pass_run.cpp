@@ -1,4 +1,4 @@
-#include "pass_run.hpp"
+#include "sluice/runtime/src/pass_run.hpp"
 
 #include <algorithm>
 #include <cstring>

@@ -6,10 +6,10 @@
 #include <span>
 #include <vector>
 
-#include "context_storage.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime.hpp"
+#include "sluice/runtime/src/context_storage.hpp"
 #include "sluice/scheduler/plan.hpp"
 #include "sluice/scheduler/template.hpp"
 

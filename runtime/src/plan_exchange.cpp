@@ -1,7 +1,7 @@
-#include "plan_exchange.hpp"
+#include "sluice/runtime/src/plan_exchange.hpp"
 
-#include "runtime_state.hpp"
 #include "sluice/base/telemetry.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

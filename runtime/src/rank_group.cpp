@@ -1,4 +1,4 @@
-#include "rank_group.hpp"
+#include "sluice/runtime/src/rank_group.hpp"
 
 #include <pthread.h>
 #include <sched.h>
@@ -9,8 +9,8 @@
 #include <optional>
 #include <thread>
 
-#include "runtime_state.hpp"
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

@@ -1,6 +1,6 @@
 #include "sluice/runtime.hpp"
 
-#include "runtime_state.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

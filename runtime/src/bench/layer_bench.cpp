@@ -1,4 +1,4 @@
-#include "layer_bench.hpp"
+#include "sluice/runtime/src/bench/layer_bench.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -6,14 +6,14 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
-#include "../layer_config.hpp"
-#include "../machine.hpp"
-#include "../runtime_state.hpp"
 #include "sluice/base/clock.hpp"
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/base/text_table.hpp"
 #include "sluice/moe_layer.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/machine.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {

@@ -1,10 +1,10 @@
 #include <CLI/CLI.hpp>
 #include <mutex>
 
-#include "../bench/layer_bench.hpp"
-#include "../rank_group.hpp"
-#include "commands.hpp"
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/bench/layer_bench.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
+#include "sluice/runtime/src/rank_group.hpp"
 
 namespace sluice::cli {
 namespace {

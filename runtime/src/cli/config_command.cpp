@@ -1,6 +1,6 @@
 #include <CLI/CLI.hpp>
 
-#include "commands.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
 
 namespace sluice::cli {
 

@@ -2,11 +2,11 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "../machine.hpp"
-#include "commands.hpp"
 #include "sluice/base/text_table.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/kernels/kernels.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
+#include "sluice/runtime/src/machine.hpp"
 
 namespace sluice::cli {
 namespace {

@@ -3,7 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <cstring>
 
-#include "commands.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
 
 namespace sluice::cli {
 

@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <iostream>
 
-#include "commands.hpp"
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
 
 namespace sluice::cli {
 

@@ -1,12 +1,12 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "../layer_config.hpp"
-#include "../plan_exchange.hpp"
-#include "../rank_group.hpp"
-#include "../trace/routing_trace.hpp"
-#include "commands.hpp"
 #include "sluice/base/text_table.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/plan_exchange.hpp"
+#include "sluice/runtime/src/rank_group.hpp"
+#include "sluice/runtime/src/trace/routing_trace.hpp"
 #include "sluice/scheduler/template.hpp"
 
 namespace sluice::cli {

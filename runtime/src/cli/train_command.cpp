@@ -1,9 +1,10 @@
 #include <CLI/CLI.hpp>
 
-#include "../rank_group.hpp"
-#include "../train/trainer.hpp"
-#include "commands.hpp"
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/cli/commands.hpp"
+#include "sluice/runtime/src/rank_group.hpp"
+#include "sluice/runtime/src/train/check.hpp"
+#include "sluice/runtime/src/train/trainer.hpp"
 
 namespace sluice::cli {
 
@@ -11,7 +12,7 @@ void add_train(CLI::App& app, Run& run) {
   struct Options {
     ConfigOptions config;
     std::string text;
-    bool json = false;
+    bool check = false, json = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command =
@@ -19,6 +20,8 @@ void add_train(CLI::App& app, Run& run) {
   add_config_options(*command, o->config);
   command->add_option("--text", o->text,
                       "file or directory to learn (train.text); default: the program's own sources");
+  command->add_flag("--check", o->check,
+                    "compare a few steps with a dense single-rank reference instead of training");
   command->add_flag("--json", o->json, "print the report as JSON");
   command->callback([o, &run] {
     run = [o] {
@@ -29,6 +32,12 @@ void add_train(CLI::App& app, Run& run) {
       group.body = [&](Runtime& runtime, const LoadedConfig& agreed) {
         const train::Text text = train::load_text(runtime, agreed.config);
         if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
+        if (o->check) {
+          const train::CheckReport report = train::check(runtime, agreed, text);
+          if (!prints_results(runtime)) return;
+          print_document(o->json ? train::to_json(report) : train::to_text(report));
+          return;
+        }
         const train::TrainReport report = train::train(runtime, agreed, text);
         if (!prints_results(runtime)) return;
         print_document(o->json ? train::to_json(report) : train::to_text(report));

@@ -1,4 +1,4 @@
-#include "routing_trace.hpp"
+#include "sluice/runtime/src/trace/routing_trace.hpp"
 
 #include <charconv>
 #include <cmath>
