@@ -13,8 +13,8 @@ import unittest
 PROGRAM = sys.argv.pop(1)
 SOURCE = sys.argv.pop(1)
 MPIRUN = ["mpirun", "--oversubscribe"] + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
-SMALL = ["--set", "train.steps=6", "--set", "train.tokens_per_step=256", "--set", "model.hidden=32",
-         "--set", "model.ffn=32", "--text", os.path.join(SOURCE, "docs")]
+TEXT = ["--set", "train.tokens_per_step=256", "--set", "model.ffn=32", "--text", os.path.join(SOURCE, "docs")]
+SMALL = ["--set", "train.steps=6", "--set", "model.hidden=32", *TEXT]
 # OpenMPI's shared memory uses process_vm_readv, which containers may forbid; it falls back with a warning.
 ENV = {**os.environ, "OMPI_MCA_btl_vader_single_copy_mechanism": "none"}
 
@@ -47,7 +47,7 @@ class Mpi(unittest.TestCase):
     def test_other_semantic_config_is_refused_on_every_rank(self):
         script = f'exec "{PROGRAM}" train "$@" --set model.hidden=$((32 + 16 * (OMPI_COMM_WORLD_RANK == 1)))'
         begin = time.time()
-        done = run([*MPIRUN, "-n", "2", "bash", "-c", script, "bash", *config("mpi.toml"), *SMALL,
+        done = run([*MPIRUN, "-n", "2", "bash", "-c", script, "bash", *config("mpi.toml"), *TEXT,
                     "--set", "topology.nodes=2x1"])
         self.assertNotEqual(done.returncode, 0)
         self.assertLess(time.time() - begin, 30)
@@ -64,7 +64,7 @@ class Mpi(unittest.TestCase):
     def test_a_stopped_rank_is_named(self):
         with tempfile.TemporaryDirectory() as folder:
             script = f'echo $$ > "{folder}/$OMPI_COMM_WORLD_RANK"; exec "{PROGRAM}" "$@"'
-            job = subprocess.Popen([*MPIRUN, "-n", "4", "bash", "-c", script, "bash", "train", *config("mpi.toml"), *SMALL,
+            job = subprocess.Popen([*MPIRUN, "-n", "4", "bash", "-c", script, "bash", "train", *config("mpi.toml"), *TEXT,
                                     "--set", "train.steps=100000", "--set", "comm.timeout_ms=1500"],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
             try:
@@ -75,12 +75,7 @@ class Mpi(unittest.TestCase):
                 with open(os.path.join(folder, "2")) as f:
                     victim = int(f.read())
                 os.kill(victim, signal.SIGSTOP)
-                begin = time.time()
-                # mpirun itself waits for the stopped process: it must be let go once the others have spoken.
-                time.sleep(6)
-                os.kill(victim, signal.SIGCONT)
-                _, err = job.communicate(timeout=60)
-                self.assertLess(time.time() - begin, 60)
+                _, err = job.communicate(timeout=30)
             finally:
                 if job.poll() is None:
                     job.kill()
