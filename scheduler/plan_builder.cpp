@@ -1,22 +1,24 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <optional>
+#include <utility>
 
 #include "sluice/base/hash.hpp"
 #include "sluice/scheduler/plan.hpp"
 
 // The inner loops run once per route and must not mispredict: "is this the first route of this token to that
-// destination?" is random, so it moves cursors by 0 or 1 instead of branching. Costs are O(routes + ranks + slots).
+// destination?" is random, so it moves an index by 0 or 1 instead of branching. Routes are sorted by destination in two
+// steps, a few hundred at a time so that both work in the nearest cache: first only their numbers, then each
+// destination's rows and routes one after the other with all state in registers. Costs are O(routes + ranks + slots).
 //
 // Header blocks (int32 words), one for each (hop, receiver, home rank):
 //   hop 1, home s to gateway g of node n:
 //     relay: for each rank d of n: rows(s,d), routes(s,d), row_begin(s,d) and route_begin(s,d) in d's receive list
 //     send-list row and route where the block starts (results come back there)
-//     token[rows], then (global slot | kFirstRoute, weight bits)[routes]
+//     (global slot | kFirstRoute, weight bits)[routes], then token[rows]
 //   hop 2, gateway g to rank d:
 //     g's send-list row and route where the block starts
-//     token[rows], then (local slot | kFirstRoute, weight bits)[routes]
+//     (local slot | kFirstRoute, weight bits)[routes], then token[rows]
 
 namespace sluice {
 namespace {
@@ -27,71 +29,102 @@ constexpr std::int64_t kRelayWords = 4;
 constexpr std::int64_t kReturnWords = 2;
 constexpr std::int64_t kMaxCount = std::int64_t{1} << 30;
 
-struct RoutePair {
-  std::int32_t slot_and_first;
-  float weight;
-};
-static_assert(sizeof(RoutePair) == 8);
-
 constexpr std::int64_t block_words(std::int64_t rows, std::int64_t routes) {
-  return rows + 2 * routes;
+  return 2 * routes + rows;
 }
 
-// One term of the order-free hash over a (source, destination) list.
-std::uint64_t pair_term(std::int32_t token, std::int32_t slot) {
-  const std::uint64_t x = ((static_cast<std::uint64_t>(static_cast<std::uint32_t>(token)) << 32) |
-                           static_cast<std::uint32_t>(slot)) *
-                          0x9e3779b97f4a7c15ull;
-  return x ^ (x >> 29);
+// The hash of a (source, destination) list: the sum over its routes of slot_factor(slot) * token_term(token). A sum
+// has no order, so the source adds up tokens by expert while it counts its demand and multiplies once an expert.
+constexpr std::uint64_t token_term(std::int32_t token) {
+  const std::uint64_t x =
+      (static_cast<std::uint64_t>(static_cast<std::uint32_t>(token)) + 1) * 0x9e3779b97f4a7c15ull;
+  return x ^ (x >> 32);
+}
+constexpr std::uint64_t slot_factor(std::int32_t slot) {
+  std::uint64_t x =
+      (static_cast<std::uint64_t>(static_cast<std::uint32_t>(slot)) + 1) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 29)) * 0x94d049bb133111ebull;
+  return (x ^ (x >> 32)) | 1;
 }
 
-// What is counted for each destination rank while its rows are found.
-struct alignas(32) RankCount {
-  std::int32_t last_token;
+// Own routes to one expert.
+struct Demand {
+  std::uint64_t routes;
+  std::uint64_t tokens_hash;  // sum of token_term
+};
+
+// Where routes to an expert go.
+struct Target {
+  std::int32_t key;   // list: a remote node, or num_nodes + member of this node, or behind them: everywhere
+  std::int32_t rank;  // num_ranks: everywhere
+};
+
+// What goes to each destination rank.
+struct RankCount {
   std::int32_t rows;
   std::int32_t routes;
   std::uint64_t hash;
 };
-struct NodeCount {
-  std::int32_t last_token;
+
+// Rows to a rank, while they are found.
+struct Seen {
+  std::int32_t last;  // token seen last
   std::int32_t rows;
 };
 
-// Where the next row and route of a destination go.
-struct alignas(32) Cursor {
-  std::int32_t last = -1;        // stage row seen last
-  std::int32_t row = 0;          // last row written, in the plan's send list
-  std::int32_t route = 0;        // next route to write, in the plan's send list
-  std::int32_t token_shift = 0;  // words[token_shift + row] is the row's token
-  std::int64_t route_shift = 0;  // words[route_shift + 2 * route] is the route's pair
-  std::int32_t first_row = 0, first_route = 0;
+// A destination's rows and routes while they are written.
+struct List {
+  std::int32_t* token;       // [rows] token at the source
+  std::int32_t* pair;        // [2 * routes]
+  std::int32_t* stage;       // [rows] stage row, in the send list; null where tokens are the stage rows
+  std::int32_t first_route;  // where its routes start in the list of routes
+  std::int32_t next_route;   // next route to write, in the list of routes
+  std::int32_t num_rows;     // rows written
+  std::int32_t last;         // row of the route written last
 
-  Cursor() = default;
-  // A block of `num_rows` whose tokens start at `token_begin` in the words.
-  Cursor(std::int64_t row_begin, std::int64_t route_begin, std::int64_t token_begin, std::int64_t num_rows)
-      : row(static_cast<std::int32_t>(row_begin - 1)),
-        route(static_cast<std::int32_t>(route_begin)),
-        token_shift(static_cast<std::int32_t>(token_begin - row_begin)),
-        route_shift(token_begin + num_rows - 2 * route_begin),
-        first_row(static_cast<std::int32_t>(row_begin)),
-        first_route(static_cast<std::int32_t>(route_begin)) {}
-  std::int32_t num_rows() const { return row + 1 - first_row; }
-  std::int32_t num_routes() const { return route - first_route; }
+  // A block with room for `num_routes` pairs before its tokens.
+  static List at(std::int32_t* block, std::int64_t num_routes, std::int32_t* stage,
+                 std::int64_t first_route) {
+    const auto first = static_cast<std::int32_t>(first_route);
+    return {block + 2 * num_routes, block, stage, first, first, 0, -1};
+  }
+  std::int32_t num_routes() const { return next_route - first_route; }
 };
 
-// Appends one route to a destination's block, and its row if the destination has not seen it yet.
-inline void append(Cursor& c, std::int32_t* words, std::int32_t* row_out, std::int32_t* route_out,
-                   std::int32_t stage_row, std::int32_t token, std::int32_t stage_route, std::int32_t slot,
-                   float weight) {
-  const std::int32_t first = c.last != stage_row;
-  c.last = stage_row;
-  c.row += first;
-  words[c.token_shift + c.row] = token;
-  row_out[c.row] = stage_row;
-  const RoutePair pair{slot | (first ? kFirstRoute : 0), weight};
-  std::memcpy(&words[c.route_shift + 2 * std::int64_t{c.route}], &pair, sizeof pair);
-  route_out[c.route] = stage_route;
-  ++c.route;
+inline void write_pair(std::int32_t* at, std::int32_t slot, std::int32_t first, float weight) {
+  at[0] = slot | (first << 30);
+  std::memcpy(at + 1, &weight, sizeof weight);
+}
+
+// Lists of a ragged array are written from their ends: end[of[i] - shift] falls by one for each i, and `first` + i goes
+// there. What was an end is a beginning when all is placed.
+inline void place_backwards(const std::int32_t* of, std::int64_t n, std::int64_t* end, std::int32_t shift,
+                            std::int32_t first, std::int32_t* out) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t to = --end[of[i] - shift];
+    out[to] = first + static_cast<std::int32_t>(i);
+  }
+}
+
+// How many routes are sorted at a time: few enough for the nearest cache, enough for every list to get some.
+constexpr std::int64_t sort_batch(std::int64_t num_lists) {
+  return std::max<std::int64_t>(1024, 32 * num_lists);
+}
+
+// Takes a block's pairs apart. Returns whether they hold `num_rows` rows, the first one at the start, and slots below
+// `num_slots` only: then walking the first-marks never leaves the rows. A straight loop that vectorises.
+inline bool unpack(const std::int32_t* __restrict pairs, std::int32_t num_routes, std::int32_t num_rows,
+                   std::int32_t num_slots, std::int32_t* __restrict slot_out, float* __restrict weight_out) {
+  std::int32_t marks = 0, out_of_range = 0;
+  for (std::int64_t q = 0; q < num_routes; ++q) {
+    const std::int32_t word = pairs[2 * q];
+    const std::int32_t slot = word & kSlotMask;
+    marks += (word >> 30) & 1;
+    out_of_range |= slot >= num_slots ? 1 : 0;
+    slot_out[q] = slot;
+    weight_out[q] = std::bit_cast<float>(pairs[2 * q + 1]);
+  }
+  return out_of_range == 0 && marks == num_rows && (num_routes == 0 || (pairs[0] & kFirstRoute) != 0);
 }
 
 }  // namespace
@@ -111,30 +144,51 @@ struct PlanBuilder::State {
 
   RoutingView routing;
   Plan* plan = nullptr;
+  std::uint64_t fixed_hash = 0;  // of what the builder was made with
   std::uint64_t prehash = 0;
 
-  // Per expert; everywhere experts point at the extra entry behind the last rank / key.
-  GrowArray<std::int32_t> slot_of_expert, rank_of_expert, key_of_expert;
   GrowArray<std::int32_t>
-      member_of_slot;  // [num_slots + 1] local index of the slot's rank in my node, or num_members
+      member_of_slot;  // [num_slots] local index of the slot's rank in my node, or num_members
+  GrowArray<std::uint64_t> factor_of_slot;  // [local slots] slot_factor
 
-  GrowArray<RankCount> rank_count;  // [num_ranks + 1]
-  GrowArray<NodeCount> node_count;  // [num_nodes + 1]
-  GrowArray<Cursor> cursors;
+  // Exchange 1.
+  GrowArray<Demand> demand;                         // [num_experts]
+  GrowArray<std::int64_t> summary, replica_demand;  // replica_demand: [num_ranks * num_experts]
+  GrowArray<std::uint64_t> totals;                  // [num_experts]
 
-  GrowArray<std::int64_t> summary, counts, offsets, received_counts;
-  GrowArray<std::int64_t> group_cursor, replica_demand;
-  std::vector<Message> out1, in1, out2, in2;
+  GrowArray<std::int32_t> slot_of_expert;  // [num_experts]
+  GrowArray<Target> target;                // [num_experts]
+  GrowArray<std::int32_t>
+      wire_slot;  // [num_experts] the slot as the list's receiver knows it: global in hop 1, local in hop 2
+
+  // Own routes, sorted into lists by key (see Target).
+  std::int32_t num_keys = 0;
+  GrowArray<std::int64_t> list_routes,
+      list_word;                         // [num_keys] routes of the list; word where its block starts
+  GrowArray<Seen> seen;                  // [num_ranks + 1]
+  GrowArray<RankCount> rank_count;       // [num_ranks + 1]
+  GrowArray<List> lists;                 // [num_keys]
+  GrowArray<std::int32_t> next_of_list;  // [lists] where the next route's number goes
+  GrowArray<std::int32_t> row_of_route;  // [routes at hand] own token, or row of a received segment
   GrowArray<std::int32_t> words1, words2;
-  // Own rows of hop 2 are found together with hop 1's; they wait here until hop 2's layout is known.
-  GrowArray<std::int32_t> own_words, own_row, own_route;
-  std::vector<Segment> own_segments;    // one per member, into own_*
-  std::vector<std::int64_t> own_block;  // word where the member's own block starts
-  struct BlockStart {
+  GrowArray<std::int32_t> own_route;  // routes of members and everywhere; hop 1's are in the plan
+
+  // Exchange 2.
+  GrowArray<std::int64_t> counts, offsets, received_counts;
+  std::vector<Message> out1, in1, out2, in2;
+  std::vector<Segment> own_segments;  // one per member, route_begin into own_route
+  struct BlockAt {
     std::int64_t word, row, route;
   };
-  GrowArray<BlockStart> own_at;          // where the member's own block goes in hop 2
-  GrowArray<std::int64_t> member_words;  // [num_members]
+  GrowArray<BlockAt>
+      relay_at;         // [recv1 segments, num_members] where in hop 2 a source's rows for a member go
+  BlockAt relay_end{};  // behind all of them
+  GrowArray<List> relay_lists;             // [num_members]
+  GrowArray<std::int64_t> own_word;        // [num_members] where the member's own block goes in hop 2
+  GrowArray<std::int64_t> member_words;    // [num_members]
+  GrowArray<std::int64_t> segment_word;    // [recv2 segments] where the segment's pairs start
+  GrowArray<std::int32_t> group_size;      // [groups] routes of each; then where the next one goes
+  GrowArray<std::int64_t> partial_cursor;  // [own partials]
   GrowArray<std::int32_t> segment_of_rank;
   GrowArray<std::int32_t> row_count, row_cursor, last_node;
 
@@ -157,12 +211,22 @@ struct PlanBuilder::State {
     num_nodes = exchange.num_nodes();
     num_members = static_cast<std::int32_t>(exchange.ranks_of(my_node).size());
 
-    member_of_slot.resize(static_cast<std::size_t>(p.num_slots()) + 1);
+    num_keys = num_nodes + num_members + 1;
+
+    std::int32_t* member_of = member_of_slot.resize(static_cast<std::size_t>(p.num_slots()));
     for (std::int32_t s = 0; s < p.num_slots(); ++s) {
       const RankId owner(p.slot_rank[static_cast<std::size_t>(s)]);
-      member_of_slot[s] = exchange.node_of(owner) == my_node ? exchange.local_index(owner) : num_members;
+      member_of[s] = exchange.node_of(owner) == my_node ? exchange.local_index(owner) : num_members;
     }
-    member_of_slot[p.num_slots()] = num_members;
+    const std::int32_t first_slot = p.slot_at(rank, 0).value, num_local = p.num_slots_of(rank);
+    std::uint64_t* factor = factor_of_slot.resize(static_cast<std::size_t>(num_local));
+    for (std::int32_t l = 0; l < num_local; ++l) factor[l] = slot_factor(first_slot + l);
+    fixed_hash = Hasher()
+                     .add(p.hash())
+                     .add(t.hash())
+                     .add_int(static_cast<int>(o.exchange))
+                     .add_int(o.num_chunks)
+                     .value();
   }
 
   const std::vector<std::int32_t>& members() const { return exchange.ranks_of(my_node); }
@@ -175,14 +239,28 @@ struct PlanBuilder::State {
                 str("rank ", peer, " sent rank ", rank.value, " a bad plan message: ", what));
   }
 
-  void choose_slots(std::span<const std::int64_t> demand);
-  void count_destinations();
-  void fill_own_lists();
-  void lay_out_messages1();
+  // A direct exchange over several real nodes: home adds up each node itself.
+  bool adds_nodes_itself() const { return options.exchange == Exchange::kDirect && topology.num_nodes() > 1; }
+
+  void count_demand();
+
+  void choose_slots(std::span<const std::int64_t> gathered);
+  void list_own_routes();
+  void write_own(List& list, std::int32_t end);
+  void finish_own_lists();
+  void write_counts();
   void lay_out_receive1();
+  void lay_out_messages1();
+  void start_partials();
+  void lay_out_send2(std::span<const std::int32_t> words);
+  void copy_own_blocks();
+  void write_relayed(List& list, std::int32_t end, SlotId first_slot);
+  void sort_relayed(const Segment& in, const std::int32_t* pairs);
   void hand_on(std::span<const std::int32_t> words);
+  void lay_out_receive2();
   void take_rows(std::span<const std::int32_t> words);
-  void build_partials();
+  void order_routes();
+  void order_weight_gradients();
   void build_partials_over_nodes();
   void build_home();
   void build_chunks();
@@ -216,19 +294,27 @@ void PlanBuilder::begin(const RoutingView& routing, Plan& plan, std::uint64_t ex
   plan.num_local_slots = s.placement.num_slots_of(s.rank);
   plan.placement_version = s.placement.version;
 
-  s.prehash = Hasher()
-                  .add(s.placement.hash())
-                  .add(s.topology.hash())
-                  .add_int(static_cast<int>(s.options.exchange))
-                  .add_int(s.options.num_chunks)
-                  .add(extra_hash)
-                  .value();
-  std::int64_t* summary = s.summary.resize(static_cast<std::size_t>(routing.num_experts) + 2);
-  summary[0] = routing.num_tokens();
-  summary[1] = std::bit_cast<std::int64_t>(s.prehash);
-  std::int64_t* demand = summary + 2;
-  std::fill_n(demand, routing.num_experts, 0);
-  for (const std::int32_t e : routing.expert) ++demand[e];
+  s.prehash = Hasher().add(s.fixed_hash).add(extra_hash).value();
+  s.count_demand();
+}
+
+void PlanBuilder::State::count_demand() {
+  const auto num_experts = static_cast<std::size_t>(plan->num_experts);
+  Demand* by_expert = demand.assign(num_experts, {0, 0});
+  const std::int64_t* row_ptr = routing.row_ptr.data();
+  const std::int32_t* expert = routing.expert.data();
+  for (std::int32_t t = 0; t < plan->num_tokens; ++t) {
+    const std::uint64_t term = token_term(t);
+    for (std::int64_t i = row_ptr[t], end = row_ptr[t + 1]; i < end; ++i) {
+      Demand& d = by_expert[expert[i]];
+      d.routes += 1;
+      d.tokens_hash += term;
+    }
+  }
+  std::int64_t* out = summary.resize(num_experts + 2);
+  out[0] = plan->num_tokens;
+  out[1] = std::bit_cast<std::int64_t>(prehash);
+  for (std::size_t e = 0; e < num_experts; ++e) out[e + 2] = static_cast<std::int64_t>(by_expert[e].routes);
 }
 
 std::span<const std::int64_t> PlanBuilder::summary() const {
@@ -256,92 +342,191 @@ void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
           " about placement, topology, schedule or the order of calls; all ranks must use the same and call "
           "in the "
           "same order");
-  GrowArray<std::int64_t>& totals = s.group_cursor;
-  totals.assign(static_cast<std::size_t>(plan.num_experts), 0);
+  std::uint64_t* totals = s.totals.assign(static_cast<std::size_t>(plan.num_experts), 0);
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* demand = &gathered[static_cast<std::size_t>(r) * stride + 2];
-    for (std::int32_t e = 0; e < plan.num_experts; ++e) totals[e] += demand[e];
+    for (std::int32_t e = 0; e < plan.num_experts; ++e) totals[e] += static_cast<std::uint64_t>(demand[e]);
   }
-  agreement.add_ints(std::span<const std::int64_t>(totals));
+  agreement.add_ints(std::span<const std::uint64_t>(s.totals));
   plan.agreement_hash = agreement.value();
 
   s.choose_slots(gathered);
-  s.count_destinations();
+  s.list_own_routes();
+  s.finish_own_lists();
+  s.write_counts();
 }
 
 void PlanBuilder::State::choose_slots(std::span<const std::int64_t> gathered) {
   const std::int32_t num_experts = plan->num_experts;
   slot_of_expert.resize(static_cast<std::size_t>(num_experts));
   const auto stride = static_cast<std::size_t>(num_experts) + 2;
-  std::span<const std::int64_t> demand;
+  std::span<const std::int64_t> dense;
   if (!placement.replicated.empty()) {
-    std::int64_t* dense = replica_demand.resize(static_cast<std::size_t>(num_ranks) * stride);
+    std::int64_t* out =
+        replica_demand.resize(static_cast<std::size_t>(num_ranks) * static_cast<std::size_t>(num_experts));
     for (std::int32_t r = 0; r < num_ranks; ++r)
       std::copy_n(&gathered[static_cast<std::size_t>(r) * stride + 2], num_experts,
-                  dense + std::int64_t{r} * num_experts);
-    demand =
-        replica_demand.span(0, static_cast<std::size_t>(num_ranks) * static_cast<std::size_t>(num_experts));
+                  out + std::int64_t{r} * num_experts);
+    dense = replica_demand;
   }
-  choose_replicas(placement, topology, demand, rank, slot_of_expert);
-  rank_of_expert.resize(static_cast<std::size_t>(num_experts));
-  key_of_expert.resize(static_cast<std::size_t>(num_experts));
+  choose_replicas(placement, topology, dense, rank, slot_of_expert);
+  target.resize(static_cast<std::size_t>(num_experts));
+  wire_slot.resize(static_cast<std::size_t>(num_experts));
   for (std::int32_t e = 0; e < num_experts; ++e) {
     const std::int32_t slot = slot_of_expert[e];
     if (slot < 0) {  // everywhere
-      rank_of_expert[e] = num_ranks;
-      key_of_expert[e] = num_nodes + num_members;
+      target[e] = {num_nodes + num_members, num_ranks};
+      wire_slot[e] = 0;
       continue;
     }
     const RankId owner(placement.slot_rank[static_cast<std::size_t>(slot)]);
     const NodeId node = exchange.node_of(owner);
-    rank_of_expert[e] = owner.value;
-    key_of_expert[e] = node == my_node ? num_nodes + exchange.local_index(owner) : node.value;
+    const bool near = node == my_node;
+    target[e] = {near ? num_nodes + exchange.local_index(owner) : node.value, owner.value};
+    wire_slot[e] = near ? placement.slot_local_index[static_cast<std::size_t>(slot)] : slot;
+  }
+}
+
+// ---- own routes ------------------------------------------------------------------------------------------------------
+
+// One pass sorts own routes into lists: by remote node, then by member of this node, then everywhere. How many routes a
+// list gets is known from the demand; how many rows comes out, so each block keeps room for a row a route, and a
+// message is as long as its rows turn out.
+void PlanBuilder::State::list_own_routes() {
+  RankCount* by_rank = rank_count.assign(static_cast<std::size_t>(num_ranks) + 1, {0, 0, 0});
+  std::int64_t* routes_of = list_routes.assign(static_cast<std::size_t>(num_keys), 0);
+  for (std::int32_t e = 0; e < plan->num_experts; ++e) {
+    const Demand& d = demand[e];
+    RankCount& c = by_rank[target[e].rank];
+    c.routes += static_cast<std::int32_t>(d.routes);
+    c.hash += slot_factor(slot_of_expert[e]) * d.tokens_hash;
+    routes_of[target[e].key] += static_cast<std::int64_t>(d.routes);
+  }
+
+  std::int64_t* word_of = list_word.resize(static_cast<std::size_t>(num_keys));
+  std::int64_t words = 0;
+  for (std::int32_t k = 0; k < num_keys; ++k) {
+    if (k < num_nodes && routes_of[k] > 0)
+      words += kRelayWords * std::ssize(exchange.ranks_of(NodeId(k))) + kReturnWords;
+    word_of[k] = words;
+    words += block_words(std::min<std::int64_t>(routes_of[k], plan->num_tokens), routes_of[k]);
+  }
+  Require(words < 2 * kMaxCount, ErrorCode::kInvalidRouting, "headers of rank ", rank.value, " need ", words,
+          " words; split the batch");
+  List* list = lists.resize(static_cast<std::size_t>(num_keys));
+  std::int32_t* next = next_of_list.resize(static_cast<std::size_t>(num_keys));
+  std::int32_t* block = words1.resize(static_cast<std::size_t>(words));
+  std::int64_t first_route = 0;
+  for (std::int32_t k = 0; k < num_keys; ++k) {
+    list[k] = List::at(block + word_of[k], routes_of[k], nullptr, first_route);
+    next[k] = list[k].first_route;
+    first_route += routes_of[k];
+  }
+
+  Seen* seen_by = seen.assign(static_cast<std::size_t>(num_ranks) + 1, {-1, 0});
+  std::int32_t* route = plan->send1.route.resize(static_cast<std::size_t>(plan->num_routes));
+  std::int32_t* token_of = row_of_route.resize(static_cast<std::size_t>(plan->num_routes));
+  const std::int64_t* row_ptr = routing.row_ptr.data();
+  const std::int32_t* expert = routing.expert.data();
+  const Target* target_of = target.data();
+  const std::int32_t num_tokens = plan->num_tokens;
+  for (std::int32_t t = 0; t < num_tokens;) {
+    const std::int64_t batch_end = row_ptr[t] + sort_batch(num_keys);
+    for (; t < num_tokens && row_ptr[t] < batch_end; ++t)
+      for (std::int64_t i = row_ptr[t], end = row_ptr[t + 1]; i < end; ++i) {
+        const Target to = target_of[expert[i]];
+        Seen& s = seen_by[to.rank];
+        s.rows += s.last != t;
+        s.last = t;
+        route[next[to.key]++] = static_cast<std::int32_t>(i);
+        token_of[i] = t;
+      }
+    for (std::int32_t k = 0; k < num_keys; ++k) write_own(list[k], next[k]);
+  }
+  for (std::int32_t r = 0; r <= num_ranks; ++r) by_rank[r].rows = seen_by[r].rows;
+}
+
+// Writes the rows and routes of a list up to `end` of the list of routes.
+void PlanBuilder::State::write_own(List& list, std::int32_t end) {
+  const std::int32_t* route = plan->send1.route.data();
+  const std::int32_t* token_of = row_of_route.data();
+  const std::int32_t* expert = routing.expert.data();
+  const float* weight = routing.weight.data();
+  const std::int32_t* slot_of = wire_slot.data();
+  std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()};
+  std::int32_t* token = list.token;
+  std::int64_t row = list.num_rows - 1;
+  std::int32_t last = list.last;
+  for (const std::int32_t *at = route + list.next_route, *to = route + end; at < to; ++at, pair += 2) {
+    const auto i = static_cast<std::uint32_t>(*at);
+    const std::int32_t t = token_of[i];
+    const std::int64_t first = t != last;
+    last = t;
+    row += first;
+    token[row] = t;
+    write_pair(pair, slot_of[static_cast<std::uint32_t>(expert[i])], static_cast<std::int32_t>(first),
+               weight[i]);
+  }
+  list.num_rows = static_cast<std::int32_t>(row + 1);
+  list.next_route = end;
+  list.last = last;
+}
+
+// Hop 1's lists go to the plan; the others wait for hop 2's layout.
+void PlanBuilder::State::finish_own_lists() {
+  SendList& send1 = plan->send1;
+  std::int64_t rows1 = 0, routes1 = 0;
+  for (std::int32_t n = 0; n < num_nodes; ++n) {
+    rows1 += lists[n].num_rows;
+    routes1 += list_routes[n];
+  }
+  const std::int32_t* route = send1.route.data();
+  std::copy(route + routes1, route + plan->num_routes,
+            own_route.resize(static_cast<std::size_t>(plan->num_routes - routes1)));
+  send1.route.resize(static_cast<std::size_t>(routes1));
+  std::int32_t* row = send1.row.resize(static_cast<std::size_t>(rows1));
+  for (std::int32_t n = 0; n < num_nodes; ++n) {
+    if (list_routes[n] == 0) continue;
+    row = std::copy_n(&words1[static_cast<std::size_t>(list_word[n] + 2 * list_routes[n])], lists[n].num_rows,
+                      row);
+  }
+
+  const std::int32_t key = num_keys - 1;
+  const auto num_everywhere = static_cast<std::size_t>(list_routes[key]);
+  EverywhereRoutes& everywhere = plan->everywhere;
+  everywhere.token.resize(num_everywhere);
+  everywhere.expert.resize(num_everywhere);
+  everywhere.route.resize(num_everywhere);
+  everywhere.weight.resize(num_everywhere);
+  if (num_everywhere == 0) return;
+  const std::int32_t* pairs = &words1[static_cast<std::size_t>(list_word[key])];
+  const std::int32_t* token = pairs + 2 * num_everywhere - 1;
+  const std::int32_t* everywhere_route = own_route.end() - num_everywhere;
+  for (std::size_t i = 0; i < num_everywhere; ++i) {
+    token += (pairs[2 * i] & kFirstRoute) != 0;
+    everywhere.token[i] = *token;
+    everywhere.route[i] = everywhere_route[i];
+    everywhere.expert[i] = routing.expert[static_cast<std::size_t>(everywhere_route[i])];
+    everywhere.weight[i] = std::bit_cast<float>(pairs[2 * i + 1]);
   }
 }
 
 // ---- exchange 2: row counts and offsets ------------------------------------------------------------------------------
 
-void PlanBuilder::State::count_destinations() {
-  RankCount* by_rank = rank_count.resize(static_cast<std::size_t>(num_ranks) + 1);
-  for (std::int32_t r = 0; r <= num_ranks; ++r) by_rank[r] = {-1, 0, 0, 0};
-  const std::int32_t num_keys = num_nodes + num_members + 1;
-  NodeCount* by_key = node_count.resize(static_cast<std::size_t>(num_keys));
-  for (std::int32_t k = 0; k < num_keys; ++k) by_key[k] = {-1, 0};
-
-  const std::int64_t* row_ptr = routing.row_ptr.data();
-  const std::int32_t* expert = routing.expert.data();
-  const std::int32_t* rank_of = rank_of_expert.data();
-  const std::int32_t* key_of = key_of_expert.data();
-  const std::int32_t* slot_of = slot_of_expert.data();
-  for (std::int32_t t = 0; t < plan->num_tokens; ++t) {
-    for (std::int64_t i = row_ptr[t]; i < row_ptr[t + 1]; ++i) {
-      const std::int32_t e = expert[i];
-      RankCount& c = by_rank[rank_of[e]];
-      c.rows += c.last_token != t;
-      c.last_token = t;
-      ++c.routes;
-      c.hash += pair_term(t, slot_of[e]);
-      NodeCount& n = by_key[key_of[e]];
-      n.rows += n.last_token != t;
-      n.last_token = t;
-    }
-  }
-
+void PlanBuilder::State::write_counts() {
   counts.assign(static_cast<std::size_t>(num_ranks * kCountsPerPeer), 0);
   for (std::int32_t r = 0; r < num_ranks; ++r) {
     std::int64_t* out = counts_for(r);
-    out[0] = by_rank[r].rows;
-    out[1] = by_rank[r].routes;
-    out[2] = std::bit_cast<std::int64_t>(by_rank[r].hash);
+    out[0] = rank_count[r].rows;
+    out[1] = rank_count[r].routes;
+    out[2] = std::bit_cast<std::int64_t>(rank_count[r].hash);
     out[5] = std::bit_cast<std::int64_t>(plan->agreement_hash);
   }
   for (std::int32_t n = 0; n < num_nodes; ++n) {
     if (n == my_node.value) continue;
-    std::int64_t routes = 0;
-    for (const std::int32_t d : exchange.ranks_of(NodeId(n))) routes += by_rank[d].routes;
     std::int64_t* out = counts_for(exchange.gateway(rank, NodeId(n)).value);
-    out[3] = by_key[n].rows;
-    out[4] = routes;
+    out[3] = lists[n].num_rows;
+    out[4] = list_routes[n];
   }
 }
 
@@ -372,6 +557,7 @@ void PlanBuilder::take_counts(std::span<const std::int64_t> received) {
           (in[k] == 0 && in[k + 1] != 0) || (gateway_only && in[k] != 0))
         s.blame(r, str(in[k], " rows with ", in[k + 1], " routes, from a source of ", tokens, " tokens"));
     }
+
     std::int64_t* out = &s.offsets[static_cast<std::size_t>(r * kOffsetsPerPeer)];
     out[0] = rows2;
     out[1] = routes2;
@@ -443,145 +629,60 @@ void PlanBuilder::take_offsets(std::span<const std::int64_t> received) {
     }
   std::copy(received.begin(), received.end(), s.offsets.resize(received.size()));
   s.lay_out_messages1();
-  s.fill_own_lists();
+  if (!s.adds_nodes_itself()) s.start_partials();
 }
 
 void PlanBuilder::State::lay_out_messages1() {
   SendList& send1 = plan->send1;
   send1.segments.clear();
   out1.clear();
-  cursors.resize(static_cast<std::size_t>(num_nodes + num_members) + 1);
+  const auto offset = [&](std::int32_t peer, std::int64_t k) {
+    return static_cast<std::int32_t>(offsets[static_cast<std::size_t>(peer * kOffsetsPerPeer + k)]);
+  };
+  const auto append_segment = [&](std::vector<Segment>& to, std::int32_t peer, std::int32_t rows,
+                                  std::int64_t routes, std::int64_t k) -> Segment& {
+    Segment seg;
+    seg.peer = peer;
+    seg.source = rank.value;
+    seg.num_rows = rows;
+    seg.num_routes = static_cast<std::int32_t>(routes);
+    seg.peer_row_begin = offset(peer, k);
+    seg.peer_route_begin = offset(peer, k + 1);
+    return to.emplace_back(seg);
+  };
 
   // Hop 1: one block a remote node, addressed to its gateway. Gateways of different nodes are different ranks, but
   // node order need not be rank order: messages are sorted below.
-  std::int64_t words = 0, rows = 0, routes = 0;
+  std::int32_t rows = 0, routes = 0;
   for (std::int32_t n = 0; n < num_nodes; ++n) {
-    if (n == my_node.value || node_count[n].rows == 0) continue;
+    if (list_routes[n] == 0) continue;
     const std::int32_t gateway = exchange.gateway(rank, NodeId(n)).value;
-    const std::int64_t* c = counts_for(gateway);
-    Segment seg;
-    seg.peer = gateway;
-    seg.source = rank.value;
-    seg.num_rows = static_cast<std::int32_t>(c[3]);
-    seg.num_routes = static_cast<std::int32_t>(c[4]);
-    seg.row_begin = static_cast<std::int32_t>(rows);
-    seg.route_begin = static_cast<std::int32_t>(routes);
-    seg.peer_row_begin =
-        static_cast<std::int32_t>(offsets[static_cast<std::size_t>(gateway * kOffsetsPerPeer + 2)]);
-    seg.peer_route_begin =
-        static_cast<std::int32_t>(offsets[static_cast<std::size_t>(gateway * kOffsetsPerPeer + 3)]);
-    const std::int64_t head =
-        kRelayWords * static_cast<std::int64_t>(exchange.ranks_of(NodeId(n)).size()) + kReturnWords;
-    out1.push_back({RankId(gateway), words, head + block_words(seg.num_rows, seg.num_routes)});
-    const std::int64_t token_begin = words + head;
-    cursors[n] = Cursor(seg.row_begin, seg.route_begin, token_begin, seg.num_rows);
-    words += out1.back().num_words;
+    Segment& seg = append_segment(send1.segments, gateway, lists[n].num_rows, list_routes[n], 2);
+    seg.row_begin = rows;
+    seg.route_begin = routes;
     rows += seg.num_rows;
     routes += seg.num_routes;
-    send1.segments.push_back(seg);
-  }
-  Require(words < 2 * kMaxCount, ErrorCode::kInvalidRouting, "hop-1 headers of rank ", rank.value, " need ",
-          words, " words; split the batch");
-  words1.resize(static_cast<std::size_t>(words));
-  send1.row.resize(static_cast<std::size_t>(rows));
-  send1.route.resize(static_cast<std::size_t>(routes));
 
-  for (std::size_t i = 0; i < out1.size(); ++i) {
-    std::int32_t* w = &words1[static_cast<std::size_t>(out1[i].word_begin)];
-    const NodeId node = exchange.node_of(out1[i].peer);
-    for (const std::int32_t d : exchange.ranks_of(node)) {
-      *w++ = static_cast<std::int32_t>(counts_for(d)[0]);
-      *w++ = static_cast<std::int32_t>(counts_for(d)[1]);
-      *w++ = static_cast<std::int32_t>(offsets[static_cast<std::size_t>(d * kOffsetsPerPeer)]);
-      *w++ = static_cast<std::int32_t>(offsets[static_cast<std::size_t>(d * kOffsetsPerPeer + 1)]);
+    const std::vector<std::int32_t>& ranks = exchange.ranks_of(NodeId(n));
+    const std::int64_t head = kRelayWords * std::ssize(ranks) + kReturnWords;
+    out1.push_back({RankId(gateway), list_word[n] - head, head + block_words(seg.num_rows, seg.num_routes)});
+    std::int32_t* w = &words1[static_cast<std::size_t>(list_word[n] - head)];
+    for (const std::int32_t d : ranks) {
+      *w++ = rank_count[d].rows;
+      *w++ = rank_count[d].routes;
+      *w++ = offset(d, 0);
+      *w++ = offset(d, 1);
     }
-    *w++ = send1.segments[i].row_begin;
-    *w++ = send1.segments[i].route_begin;
+    *w++ = seg.row_begin;
+    *w++ = seg.route_begin;
   }
   std::sort(out1.begin(), out1.end(), [](const Message& a, const Message& b) { return a.peer < b.peer; });
-}
 
-void PlanBuilder::State::fill_own_lists() {
-  // One pass finds hop-1 blocks, own hop-2 blocks and everywhere routes. All lie in one index space: hop-1 lists
-  // first, then own blocks by member, then everywhere; cursors carry the shifts.
-  SendList& send1 = plan->send1;
-  std::int64_t rows = send1.num_rows(), routes = send1.num_routes(),
-               words = static_cast<std::int64_t>(words1.size());
-  own_segments.assign(static_cast<std::size_t>(num_members), {});
-  own_block.assign(static_cast<std::size_t>(num_members), 0);
-  for (std::int32_t m = 0; m < num_members; ++m) {
-    const std::int32_t d = members()[static_cast<std::size_t>(m)];
-    Segment& seg = own_segments[static_cast<std::size_t>(m)];
-    seg.peer = d;
-    seg.source = rank.value;
-    seg.num_rows = rank_count[d].rows;
-    seg.num_routes = rank_count[d].routes;
-    seg.row_begin = static_cast<std::int32_t>(rows);
-    seg.route_begin = static_cast<std::int32_t>(routes);
-    seg.peer_row_begin = static_cast<std::int32_t>(offsets[static_cast<std::size_t>(d * kOffsetsPerPeer)]);
-    seg.peer_route_begin =
-        static_cast<std::int32_t>(offsets[static_cast<std::size_t>(d * kOffsetsPerPeer + 1)]);
-    own_block[static_cast<std::size_t>(m)] = words;
-    cursors[num_nodes + m] = Cursor(rows, routes, words, seg.num_rows);
-    rows += seg.num_rows;
-    routes += seg.num_routes;
-    words += block_words(seg.num_rows, seg.num_routes);
-  }
-  const std::int64_t everywhere_rows = rank_count[num_ranks].rows,
-                     everywhere_routes = rank_count[num_ranks].routes;
-  cursors[num_nodes + num_members] = Cursor(rows, routes, words, everywhere_rows);
-  const std::int64_t first_own_row = send1.num_rows(), first_own_route = send1.num_routes();
-  rows += everywhere_rows;
-  routes += everywhere_routes;
-  words += block_words(everywhere_rows, everywhere_routes);
-  Require(words < 2 * kMaxCount, ErrorCode::kInvalidRouting, "headers of rank ", rank.value, " need ", words,
-          " words; split the batch");
-
-  // The relay heads are already in words1: own_words takes over behind them through the same buffer.
-  const std::size_t head_words = words1.size();
-  own_words.resize(static_cast<std::size_t>(words));
-  std::copy_n(words1.data(), head_words, own_words.data());
-  own_row.resize(static_cast<std::size_t>(rows));
-  own_route.resize(static_cast<std::size_t>(routes));
-  words1.swap(own_words);
-
-  const std::int64_t* row_ptr = routing.row_ptr.data();
-  const std::int32_t* expert = routing.expert.data();
-  const float* weight = routing.weight.data();
-  const std::int32_t* key_of = key_of_expert.data();
-  const std::int32_t* slot_of = slot_of_expert.data();
-  const std::int32_t num_tokens = plan->num_tokens;
-  std::int32_t* out_words = words1.data();
-  std::int32_t* row_out = own_row.data();
-  std::int32_t* route_out = own_route.data();
-  Cursor* cur = cursors.data();
-  for (std::int32_t t = 0; t < num_tokens; ++t)
-    for (std::int64_t i = row_ptr[t]; i < row_ptr[t + 1]; ++i) {
-      const std::int32_t e = expert[i];
-      append(cur[key_of[e]], out_words, row_out, route_out, t, t, static_cast<std::int32_t>(i),
-             slot_of[e] & kSlotMask, weight[i]);
-    }
-
-  std::copy_n(own_row.data(), first_own_row, send1.row.data());
-  std::copy_n(own_route.data(), first_own_route, send1.route.data());
-
-  EverywhereRoutes& everywhere = plan->everywhere;
-  everywhere.token.resize(static_cast<std::size_t>(everywhere_routes));
-  everywhere.expert.resize(static_cast<std::size_t>(everywhere_routes));
-  everywhere.route.resize(static_cast<std::size_t>(everywhere_routes));
-  everywhere.weight.resize(static_cast<std::size_t>(everywhere_routes));
-  const std::int64_t first = routes - everywhere_routes;
-  std::int64_t row = rows - everywhere_rows - 1;
-  const std::int64_t pairs = words - 2 * everywhere_routes;
-  for (std::int64_t i = 0; i < everywhere_routes; ++i) {
-    RoutePair pair;
-    std::memcpy(&pair, &words1[static_cast<std::size_t>(pairs + 2 * i)], sizeof pair);
-    row += (pair.slot_and_first & kFirstRoute) != 0;
-    const std::int32_t route = own_route[static_cast<std::size_t>(first + i)];
-    everywhere.route[i] = route;
-    everywhere.expert[i] = routing.expert[static_cast<std::size_t>(route)];
-    everywhere.token[i] = own_row[static_cast<std::size_t>(row)];
-    everywhere.weight[i] = pair.weight;
+  own_segments.clear();
+  std::int32_t own_routes = 0;
+  for (const std::int32_t d : members()) {
+    append_segment(own_segments, d, rank_count[d].rows, rank_count[d].routes, 0).route_begin = own_routes;
+    own_routes += rank_count[d].routes;
   }
 }
 
@@ -595,48 +696,50 @@ std::span<const PlanBuilder::Message> PlanBuilder::expected_headers1() const {
 // ---- gateway: hop-1 rows become hop-2 rows ---------------------------------------------------------------------------
 
 void PlanBuilder::take_headers1(std::span<const std::int32_t> words) {
-  state_->hand_on(words);
-}
-
-void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
-  SendList& send2 = plan->send2;
-  ReceiveList& recv1 = plan->recv1;
-  const std::int64_t expected = in1.empty() ? 0 : in1.back().word_begin + in1.back().num_words;
+  State& s = *state_;
+  const std::int64_t expected = s.in1.empty() ? 0 : s.in1.back().word_begin + s.in1.back().num_words;
   Require(static_cast<std::int64_t>(words.size()) == expected, ErrorCode::kInvalidArgument,
           "hop-1 headers have ", words.size(), " words, must be ", expected);
+  s.lay_out_send2(words);
+  s.copy_own_blocks();
+  s.hand_on(words);
+  s.lay_out_receive2();
+}
 
-  // Segments of the send list: by member, then home rank (this rank among them, in rank order).
+// Segments of the send list: by member, then home rank (this rank among them, in rank order).
+void PlanBuilder::State::lay_out_send2(std::span<const std::int32_t> words) {
+  SendList& send2 = plan->send2;
+  const ReceiveList& recv1 = plan->recv1;
   send2.segments.clear();
   out2.clear();
-  const std::int64_t num_in = static_cast<std::int64_t>(recv1.segments.size());
+  const std::int64_t num_in = std::ssize(recv1.segments);
   std::int64_t rows = 0, routes = 0, at = 0;
-  // Cursors of the i-th received source: one a member, and one for routes that belong to none (only from a liar).
-  cursors.resize(static_cast<std::size_t>((num_in + 1) * (num_members + 1)));
-  const auto cursor_of = [&](std::int64_t i, std::int32_t m) -> Cursor& {
-    return cursors[static_cast<std::size_t>(i * (num_members + 1) + m)];
+  const auto append_segment = [&](Segment seg) {
+    seg.row_begin = static_cast<std::int32_t>(rows);
+    seg.route_begin = static_cast<std::int32_t>(routes);
+    send2.segments.push_back(seg);
+    at += kReturnWords + block_words(seg.num_rows, seg.num_routes);
+    rows += seg.num_rows;
+    routes += seg.num_routes;
   };
-  own_at.resize(static_cast<std::size_t>(num_members));
+  relay_at.resize(static_cast<std::size_t>(num_in * num_members));
+  own_word.resize(static_cast<std::size_t>(num_members));
   for (std::int32_t m = 0; m < num_members; ++m) {
     const std::int32_t d = members()[static_cast<std::size_t>(m)];
     Message message{RankId(d), at, 0};
+    const auto append_own = [&] {
+      Segment& own = own_segments[static_cast<std::size_t>(m)];
+      own.row_begin = static_cast<std::int32_t>(rows);
+      own_word[m] = at + kReturnWords;
+      if (own.num_rows > 0) append_segment(own);
+    };
     bool own_done = false;
-    for (std::int64_t i = 0; i <= num_in; ++i) {
-      const bool at_end = i == num_in;
-      if (!own_done && (at_end || recv1.segments[static_cast<std::size_t>(i)].source > rank.value)) {
-        own_done = true;
-        Segment seg = own_segments[static_cast<std::size_t>(m)];
-        own_at[m] = {at + kReturnWords, rows, routes};
-        if (seg.num_rows > 0) {
-          seg.row_begin = static_cast<std::int32_t>(rows);
-          seg.route_begin = static_cast<std::int32_t>(routes);
-          send2.segments.push_back(seg);
-          at += kReturnWords + block_words(seg.num_rows, seg.num_routes);
-          rows += seg.num_rows;
-          routes += seg.num_routes;
-        }
-      }
-      if (at_end) break;
+    for (std::int64_t i = 0; i < num_in; ++i) {
       const Segment& in = recv1.segments[static_cast<std::size_t>(i)];
+      if (!own_done && in.source > rank.value) {
+        own_done = true;
+        append_own();
+      }
       const std::int32_t* relay =
           &words[static_cast<std::size_t>(in1[static_cast<std::size_t>(i)].word_begin + kRelayWords * m)];
       Segment seg;
@@ -651,17 +754,10 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
           seg.peer_row_begin < 0 || seg.peer_route_begin < 0)
         blame(in.source, str("it hands ", seg.num_rows, " rows with ", seg.num_routes, " routes to rank ", d,
                              ", of ", in.num_rows, " and ", in.num_routes));
-      seg.row_begin = static_cast<std::int32_t>(rows);
-      seg.route_begin = static_cast<std::int32_t>(routes);
-      const std::int64_t token_begin = at + kReturnWords;
-      cursor_of(i, m) = Cursor(rows, routes, token_begin, seg.num_rows);
-      if (seg.num_rows > 0) {
-        send2.segments.push_back(seg);
-        at += kReturnWords + block_words(seg.num_rows, seg.num_routes);
-        rows += seg.num_rows;
-        routes += seg.num_routes;
-      }
+      relay_at[static_cast<std::size_t>(i * num_members + m)] = {at + kReturnWords, rows, routes};
+      if (seg.num_rows > 0) append_segment(seg);
     }
+    if (!own_done) append_own();
     message.num_words = at - message.word_begin;
     if (message.num_words > 0) out2.push_back(message);
   }
@@ -674,101 +770,184 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
     slack_rows = std::max<std::int64_t>(slack_rows, in.num_rows);
     slack_routes = std::max<std::int64_t>(slack_routes, in.num_routes);
   }
-  words2.resize(static_cast<std::size_t>(at + kReturnWords + block_words(slack_rows, slack_routes) + 2));
-  send2.row.resize(static_cast<std::size_t>(rows + slack_rows + 1));
-  send2.route.resize(static_cast<std::size_t>(routes + slack_routes + 1));
+  words2.resize(static_cast<std::size_t>(at + block_words(slack_rows, slack_routes)));
+  send2.row.resize(static_cast<std::size_t>(rows + slack_rows));
+  send2.route.resize(static_cast<std::size_t>(routes + slack_routes));
+  relay_end = {at, rows, routes};
   std::int64_t block_at = 0;
   for (const Segment& seg : send2.segments) {
     words2[static_cast<std::size_t>(block_at)] = seg.row_begin;
     words2[static_cast<std::size_t>(block_at + 1)] = seg.route_begin;
     block_at += kReturnWords + block_words(seg.num_rows, seg.num_routes);
   }
+  // From here on the lists have their sizes; the room behind them stays.
+  send2.row.resize(static_cast<std::size_t>(rows));
+  send2.route.resize(static_cast<std::size_t>(routes));
+  plan->partial_position.resize(static_cast<std::size_t>(rows));
+}
 
-  for (std::int32_t m = 0; m < num_members; ++m) {
+void PlanBuilder::State::copy_own_blocks() {
+  SendList& send2 = plan->send2;
+  for (std::int32_t m = num_members - 1; m >= 0; --m) {  // descending, see start_partials
     const Segment& seg = own_segments[static_cast<std::size_t>(m)];
-    const BlockStart& to = own_at[m];
     if (seg.num_rows == 0) continue;
-    std::copy_n(&words1[static_cast<std::size_t>(own_block[static_cast<std::size_t>(m)])],
-                block_words(seg.num_rows, seg.num_routes), &words2[static_cast<std::size_t>(to.word)]);
-    std::copy_n(&own_row[static_cast<std::size_t>(seg.row_begin)], seg.num_rows,
-                &send2.row[static_cast<std::size_t>(to.row)]);
+    const std::int32_t* block = &words1[static_cast<std::size_t>(list_word[num_nodes + m])];
+    const std::int32_t* token = block + 2 * std::int64_t{seg.num_routes};
+    std::copy_n(block, block_words(seg.num_rows, seg.num_routes),
+                &words2[static_cast<std::size_t>(own_word[m])]);
+    std::copy_n(token, seg.num_rows, &send2.row[static_cast<std::size_t>(seg.row_begin)]);
+    // Its routes lie behind those of the segments before it.
+    const auto after =
+        std::upper_bound(send2.segments.begin(), send2.segments.end(), seg.row_begin,
+                         [](std::int32_t row, const Segment& other) { return row < other.row_begin; });
     std::copy_n(&own_route[static_cast<std::size_t>(seg.route_begin)], seg.num_routes,
-                &send2.route[static_cast<std::size_t>(to.route)]);
-    // The block carries global slots; a receiver knows its slots by local index.
-    std::int32_t* pairs = &words2[static_cast<std::size_t>(to.word + seg.num_rows)];
-    for (std::int32_t q = 0; q < seg.num_routes; ++q) {
-      const std::int32_t word = pairs[2 * q];
-      pairs[2 * q] =
-          placement.slot_local_index[static_cast<std::size_t>(word & kSlotMask)] | (word & kFirstRoute);
-    }
+                &send2.route[static_cast<std::size_t>(std::prev(after)->route_begin)]);
+    if (adds_nodes_itself()) continue;
+    const std::int32_t* partial_of = plan->own_partial_ptr.data();
+    std::int64_t* end = plan->partial_ptr.data();
+    std::int32_t* position = plan->partial_position.data();
+    for (std::int32_t i = 0; i < seg.num_rows; ++i) position[--end[partial_of[token[i]]]] = seg.row_begin + i;
   }
+}
 
-  const std::int32_t num_slots = placement.num_slots();
+// Own tokens have at most one partial (this node); each hop-1 row has exactly one. partial_ptr first holds where each
+// partial ends; writing its rows backwards, from the last member to the first, leaves it where the partial begins.
+void PlanBuilder::State::start_partials() {
+  const std::int32_t num_tokens = plan->num_tokens;
+  std::int32_t* count = row_count.assign(static_cast<std::size_t>(num_tokens), 0);
+  for (std::int32_t k = num_nodes; k < num_nodes + num_members; ++k) {
+    if (list_routes[k] == 0) continue;
+    const std::int32_t* token = &words1[static_cast<std::size_t>(list_word[k] + 2 * list_routes[k])];
+    for (std::int32_t i = 0; i < lists[k].num_rows; ++i) ++count[token[i]];
+  }
+  std::int32_t* own_ptr = plan->own_partial_ptr.resize(static_cast<std::size_t>(num_tokens) + 1);
+  std::int64_t* end =
+      plan->partial_ptr.resize(static_cast<std::size_t>(num_tokens + plan->recv1.num_rows()) + 1);
+  std::int32_t own = 0, at = 0;
+  for (std::int32_t t = 0; t < num_tokens; ++t) {
+    own_ptr[t] = own;
+    at += count[t];
+    end[own] = at;  // overwritten by the next token when this one has no partial
+    own += count[t] > 0;
+  }
+  own_ptr[num_tokens] = own;
+  end[own] = at;
+  plan->num_own_partials = own;
+  plan->partial_ptr.resize(static_cast<std::size_t>(own + plan->recv1.num_rows()) + 1);
+}
+
+// Writes the rows and routes for a member up to `end` of the list of routes.
+void PlanBuilder::State::write_relayed(List& list, std::int32_t end, SlotId first_slot) {
+  const ReceiveList& recv1 = plan->recv1;
+  const std::int32_t* route = plan->send2.route.data();
+  const std::int32_t* row_of = row_of_route.data();
+  const std::int32_t* token_of = recv1.token.data();
+  const std::int32_t* slot_of = recv1.slot.data();
+  const float* weight_of = recv1.weight.data();
+  std::int64_t* num_members_of = plan->partial_ptr.data() + plan->num_own_partials;
+  const std::int32_t num_tokens = plan->num_tokens, num_routes = plan->num_routes,
+                     slot_begin = first_slot.value;
+  std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()};
+  std::int32_t* token = list.token;
+  std::int32_t* stage = list.stage;
+  std::int64_t row = list.num_rows - 1;
+  std::int64_t last = list.last;
+  for (const std::int32_t *at = route + list.next_route, *to = route + end; at < to; ++at, pair += 2) {
+    const auto q = static_cast<std::uint32_t>(*at - num_routes);
+    const std::int64_t r = row_of[q];
+    const std::int64_t first = r != last;
+    last = r;
+    row += first;
+    token[row] = token_of[r];
+    stage[row] = num_tokens + static_cast<std::int32_t>(r);
+    num_members_of[r] += first;
+    write_pair(pair, slot_of[q] - slot_begin, static_cast<std::int32_t>(first), weight_of[q]);
+  }
+  list.num_rows = static_cast<std::int32_t>(row + 1);
+  list.next_route = end;
+  list.last = static_cast<std::int32_t>(last);
+}
+
+// Sorts the routes of a received segment by member. Its rows and routes were checked by unpack().
+void PlanBuilder::State::sort_relayed(const Segment& in, const std::int32_t* pairs) {
+  const std::int32_t* slot = plan->recv1.slot.data();
   const std::int32_t* member_of = member_of_slot.data();
-  const std::int32_t* local_index = placement.slot_local_index.data();
-  const std::int32_t num_tokens = plan->num_tokens, num_routes = plan->num_routes;
-  for (std::int64_t i = 0; i < num_in; ++i) {
-    Segment& in = recv1.segments[static_cast<std::size_t>(i)];
-    const std::int32_t* head = &words[static_cast<std::size_t>(in1[static_cast<std::size_t>(i)].word_begin +
-                                                               kRelayWords * num_members)];
+  std::int64_t* route_end = plan->recv1.route_ptr.data() + 1;
+  std::int32_t* row_of = row_of_route.data();
+  std::int32_t* route = plan->send2.route.data();
+  std::int32_t* next = next_of_list.data();
+  const std::int32_t num_routes = plan->num_routes;
+  std::int64_t row = in.row_begin - 1;
+  const std::int64_t segment_end = in.route_begin + std::int64_t{in.num_routes};
+  for (std::int64_t q = in.route_begin; q < segment_end;) {
+    const std::int64_t batch_end = std::min(segment_end, q + sort_batch(num_members));
+    for (; q < batch_end; ++q, pairs += 2) {
+      row += (*pairs >> 30) & 1;
+      row_of[q] = static_cast<std::int32_t>(row);
+      route_end[row] = q + 1;
+      route[next[member_of[slot[q]]]++] = num_routes + static_cast<std::int32_t>(q);
+    }
+    for (std::int32_t m = 0; m < num_members; ++m)
+      write_relayed(relay_lists[m], next[m],
+                    placement.slot_at(RankId(members()[static_cast<std::size_t>(m)]), 0));
+  }
+}
+
+void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
+  SendList& send2 = plan->send2;
+  ReceiveList& recv1 = plan->recv1;
+  recv1.route_ptr[0] = 0;
+  if (recv1.segments.empty()) return;
+  const std::int32_t num_slots = placement.num_slots();
+  const std::int32_t num_tokens = plan->num_tokens;
+  List* list = relay_lists.resize(static_cast<std::size_t>(num_members));
+  std::int32_t* next = next_of_list.resize(static_cast<std::size_t>(num_members) + 1);
+  row_of_route.resize(recv1.slot.size());
+  std::int64_t* partial_end = plan->partial_ptr.data() + plan->num_own_partials;
+  std::int64_t at = *partial_end;
+  std::fill_n(partial_end, recv1.num_rows(), 0);  // counts members first
+  for (std::size_t i = 0; i < recv1.segments.size(); ++i) {
+    Segment& in = recv1.segments[i];
+    const std::int32_t* relay = &words[static_cast<std::size_t>(in1[i].word_begin)];
+    const std::int32_t* head = relay + kRelayWords * num_members;
     in.peer_row_begin = head[0];
     in.peer_route_begin = head[1];
     if (in.peer_row_begin < 0 || in.peer_route_begin < 0)
       blame(in.source, str("its send list starts at ", in.peer_row_begin, ", ", in.peer_route_begin));
-    const std::int32_t* token = head + kReturnWords;
-    const std::int32_t* pairs = token + in.num_rows;
-    cursor_of(i, num_members) = Cursor(rows, routes, at, slack_rows);
-    std::copy_n(token, in.num_rows, &recv1.token[static_cast<std::size_t>(in.row_begin)]);
-    std::int64_t* route_ptr = recv1.route_ptr.data() + in.row_begin;
-    std::int32_t* slot_out = recv1.slot.data() + in.route_begin;
-    float* weight_out = recv1.weight.data() + in.route_begin;
-    std::int32_t row = -1;
-    bool bad = false;
-    const std::int32_t last_row = in.num_rows - 1;
-    Cursor* cur = &cursor_of(i, 0);
-    std::int32_t* out_words = words2.data();
-    std::int32_t* row_out = send2.row.data();
-    std::int32_t* route_out = send2.route.data();
-    for (std::int32_t q = 0; q < in.num_routes; ++q) {
-      RoutePair pair;
-      std::memcpy(&pair, pairs + 2 * std::int64_t{q}, sizeof pair);
-      row += (pair.slot_and_first & kFirstRoute) != 0;
-      const std::int32_t row_safe = std::clamp(row, 0, last_row);
-      bad |= row_safe != row;
-      const std::int32_t slot = pair.slot_and_first & kSlotMask;
-      const std::int32_t slot_safe = std::min(slot, num_slots);
-      const std::int32_t key = member_of[slot_safe];
-      const std::int32_t stage_row = num_tokens + in.row_begin + row_safe;
-      append(cur[key], out_words, row_out, route_out, stage_row, token[row_safe],
-             num_routes + in.route_begin + q, local_index[slot_safe < num_slots ? slot_safe : 0],
-             pair.weight);
-      route_ptr[row_safe] = in.route_begin + q + 1;
-      slot_out[q] = slot;
-      weight_out[q] = pair.weight;
-    }
-    if (bad || row != last_row) blame(in.source, str(row + 1, " row heads for ", in.num_rows, " rows"));
-    for (std::int32_t m = 0; m < num_members; ++m) {
-      const std::int32_t* relay =
-          &words[static_cast<std::size_t>(in1[static_cast<std::size_t>(i)].word_begin + kRelayWords * m)];
-      const Cursor& c = cur[m];
-      if (c.num_rows() != relay[0] || c.num_routes() != relay[1])
-        blame(in.source,
-              str("rank ", members()[static_cast<std::size_t>(m)], " should get ", relay[0], " rows with ",
-                  relay[1], " routes, the list holds ", c.num_rows(), " and ", c.num_routes()));
-    }
-    if (cur[num_members].last != -1) blame(in.source, "a route to a slot that is not in this node");
-  }
-  // route_ptr held row ends, one place early.
-  {
-    std::int64_t* p = recv1.route_ptr.data();
-    const std::int64_t n = recv1.num_rows();
-    for (std::int64_t r = n; r > 0; --r) p[r] = p[r - 1];
-    p[0] = 0;
-  }
-  send2.row.resize(static_cast<std::size_t>(rows));
-  send2.route.resize(static_cast<std::size_t>(routes));
+    const std::int32_t* pairs = head + kReturnWords;
+    std::copy_n(pairs + 2 * std::int64_t{in.num_routes}, in.num_rows, recv1.token.data() + in.row_begin);
+    if (!unpack(pairs, in.num_routes, in.num_rows, num_slots, recv1.slot.data() + in.route_begin,
+                recv1.weight.data() + in.route_begin))
+      blame(in.source, str("row heads that are not ", in.num_rows, ", or a slot outside 0..", num_slots - 1));
 
-  // What will come over hop 2: from each gateway its sources' blocks in rank order.
+    // One list a member, and one for routes that belong to none (only from a liar): those are only counted.
+    const BlockAt* block_at = relay_at.data() + i * static_cast<std::size_t>(num_members);
+    for (std::int32_t m = 0; m < num_members; ++m) {
+      const BlockAt& to = block_at[m];
+      list[m] =
+          List::at(words2.data() + to.word, relay[kRelayWords * m + 1], send2.row.data() + to.row, to.route);
+      next[m] = list[m].first_route;
+    }
+    next[num_members] = static_cast<std::int32_t>(relay_end.route);
+    sort_relayed(in, pairs);
+    for (std::int32_t m = 0; m < num_members; ++m)
+      if (list[m].num_rows != relay[kRelayWords * m] || list[m].num_routes() != relay[kRelayWords * m + 1])
+        blame(in.source, str("rank ", members()[static_cast<std::size_t>(m)], " should get ",
+                             relay[kRelayWords * m], " rows with ", relay[kRelayWords * m + 1],
+                             " routes, the list holds ", list[m].num_rows, " and ", list[m].num_routes()));
+    if (next[num_members] != relay_end.route) blame(in.source, "a route to a slot that is not in this node");
+
+    for (std::int32_t r = in.row_begin, end = in.row_begin + in.num_rows; r < end; ++r)
+      partial_end[r] = at += partial_end[r];
+    for (std::int32_t m = num_members - 1; m >= 0; --m)
+      place_backwards(list[m].stage, list[m].num_rows, partial_end, num_tokens,
+                      static_cast<std::int32_t>(block_at[m].row), plan->partial_position.data());
+  }
+  partial_end[recv1.num_rows()] = at;
+}
+
+// What will come over hop 2: from each gateway its sources' blocks in rank order.
+void PlanBuilder::State::lay_out_receive2() {
   in2.clear();
   std::int64_t* by_member = member_words.assign(static_cast<std::size_t>(num_members), 0);
   for (const Segment& seg : plan->recv2.segments)
@@ -794,13 +973,11 @@ std::span<const PlanBuilder::Message> PlanBuilder::expected_headers2() const {
 void PlanBuilder::take_headers2(std::span<const std::int32_t> words) {
   State& s = *state_;
   s.take_rows(words);
-  if (s.options.exchange == Exchange::kDirect && s.topology.num_nodes() > 1) {
-    s.build_partials_over_nodes();
-  } else {
-    s.build_partials();
-  }
-  s.build_home();
   s.build_chunks();
+  s.order_routes();
+  s.order_weight_gradients();
+  if (s.adds_nodes_itself()) s.build_partials_over_nodes();
+  s.build_home();
   s.count_traffic();
 }
 
@@ -811,119 +988,112 @@ void PlanBuilder::State::take_rows(std::span<const std::int32_t> words) {
           "hop-2 headers have ", words.size(), " words, must be ", expected);
   std::int64_t* at = member_words.assign(static_cast<std::size_t>(num_members), 0);
   for (const Message& m : in2) at[exchange.local_index(m.peer)] = m.word_begin;
-
-  const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
-  const std::int64_t num_groups = std::int64_t{num_slots} * num_chunks;
-  // One group more than there are: routes to slots out of range are counted there, then refused.
-  std::int64_t* group = group_cursor.assign(static_cast<std::size_t>(num_groups) + 1, 0);
-  for (Segment& seg : recv2.segments) {
+  std::int64_t* word_of = segment_word.resize(recv2.segments.size());
+  for (std::size_t i = 0; i < recv2.segments.size(); ++i) {
+    Segment& seg = recv2.segments[i];
     std::int64_t& w = at[exchange.local_index(RankId(seg.peer))];
     seg.peer_row_begin = words[static_cast<std::size_t>(w)];
     seg.peer_route_begin = words[static_cast<std::size_t>(w + 1)];
-    const std::int32_t* token = &words[static_cast<std::size_t>(w + kReturnWords)];
-    const std::int32_t* pairs = token + seg.num_rows;
-    w += kReturnWords + block_words(seg.num_rows, seg.num_routes);
     if (seg.peer_row_begin < 0 || seg.peer_route_begin < 0)
       blame(seg.peer, str("its send list starts at ", seg.peer_row_begin, ", ", seg.peer_route_begin));
+    word_of[i] = w + kReturnWords;
+    w += kReturnWords + block_words(seg.num_rows, seg.num_routes);
+  }
 
+  // Read and check each source's block; count its routes by (chunk, local slot).
+  const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
+  std::int32_t* group =
+      group_size.assign(static_cast<std::size_t>(num_slots) * static_cast<std::size_t>(num_chunks), 0);
+  std::int32_t* row_of = row_of_route.resize(recv2.slot.size());
+  const std::uint64_t* factor = factor_of_slot.data();
+  const std::int32_t* token_of = recv2.token.data();
+  const std::int32_t* slot = recv2.slot.data();
+  std::int64_t* route_end = recv2.route_ptr.data() + 1;
+  recv2.route_ptr[0] = 0;
+  for (std::size_t i = 0; i < recv2.segments.size(); ++i) {
+    const Segment& seg = recv2.segments[i];
+    const std::int32_t num_rows = seg.num_rows, num_routes = seg.num_routes;
+    const std::int32_t* pairs = words.data() + word_of[i];
+    const std::int32_t* token = pairs + 2 * std::int64_t{num_routes};
     const std::int32_t source_tokens = plan->source_tokens[static_cast<std::size_t>(seg.source)];
-    std::int32_t* token_out = &recv2.token[static_cast<std::size_t>(seg.row_begin)];
-    bool bad = false;
-    std::int32_t before = -1;
-    for (std::int32_t r = 0; r < seg.num_rows; ++r) {
-      bad |= token[r] <= before;
-      before = token[r];
-      token_out[r] = token[r];
-    }
-    if (bad || before >= source_tokens)
+    std::copy_n(token, num_rows, recv2.token.data() + seg.row_begin);
+    std::int32_t bad = token[0] < 0 ? 1 : 0;
+    for (std::int32_t r = 1; r < num_rows; ++r) bad |= token[r] <= token[r - 1] ? 1 : 0;
+    if (bad != 0 || token[num_rows - 1] >= source_tokens)
       blame(seg.peer, str("tokens of source ", seg.source, " are not ascending below ", source_tokens));
+    if (!unpack(pairs, num_routes, num_rows, num_slots, recv2.slot.data() + seg.route_begin,
+                recv2.weight.data() + seg.route_begin))
+      blame(seg.peer, str("rows of source ", seg.source, ": row heads that are not ", num_rows,
+                          ", or a slot outside this rank's ", num_slots));
 
-    // Chunk boundaries as rows of this segment.
+    std::int32_t* count = group;
     std::int32_t chunk = 0;
-    std::int32_t chunk_end_row = seg.num_rows;
-    const auto end_row_of = [&](std::int32_t c) {
-      return static_cast<std::int32_t>(
-          std::lower_bound(token, token + seg.num_rows, chunk_begin(source_tokens, c + 1, num_chunks)) -
-          token);
+    const auto end_row_of_chunk = [&] {
+      return seg.row_begin +
+             (std::lower_bound(token, token + num_rows, chunk_begin(source_tokens, chunk + 1, num_chunks)) -
+              token);
     };
-    if (num_chunks > 1) chunk_end_row = end_row_of(0);
-
-    std::int64_t* route_ptr = &recv2.route_ptr[static_cast<std::size_t>(seg.row_begin)];
-    std::int32_t* slot_out = &recv2.slot[static_cast<std::size_t>(seg.route_begin)];
-    float* weight_out = &recv2.weight[static_cast<std::size_t>(seg.route_begin)];
+    std::int64_t end_row = end_row_of_chunk();
+    std::int64_t row = seg.row_begin - 1;
     std::uint64_t hash = 0;
-    std::int32_t row = -1;
-    const std::int32_t last_row = seg.num_rows - 1;
-    const std::int32_t first_slot = placement.rank_slot_ptr[rank.index()];
-    for (std::int32_t q = 0; q < seg.num_routes; ++q) {
-      RoutePair pair;
-      std::memcpy(&pair, pairs + 2 * std::int64_t{q}, sizeof pair);
-      row += (pair.slot_and_first & kFirstRoute) != 0;
-      const std::int32_t row_safe = std::clamp(row, 0, last_row);
-      bad |= row_safe != row;
-      const std::int32_t slot = pair.slot_and_first & kSlotMask;
-      const bool slot_ok = slot < num_slots;
-      bad |= !slot_ok;
-      while (row_safe >= chunk_end_row && chunk + 1 < num_chunks) chunk_end_row = end_row_of(++chunk);
-      ++group[slot_ok ? chunk * std::int64_t{num_slots} + slot : num_groups];
-      hash += pair_term(token[row_safe], first_slot + (slot_ok ? slot : 0));
-      route_ptr[row_safe] = seg.route_begin + q + 1;
-      slot_out[q] = slot;
-      weight_out[q] = pair.weight;
+    for (std::int64_t q = seg.route_begin, end = q + num_routes; q < end; ++q, pairs += 2) {
+      row += (*pairs >> 30) & 1;
+      while (row >= end_row) {
+        ++chunk;
+        end_row = end_row_of_chunk();
+        count += num_slots;
+      }
+      row_of[q] = static_cast<std::int32_t>(row);
+      route_end[row] = q + 1;
+      const auto l = static_cast<std::uint32_t>(slot[q]);
+      ++count[l];
+      hash += factor[l] * token_term(token_of[row]);
     }
-    if (bad || row != last_row)
-      blame(seg.peer, str("rows of source ", seg.source, ": ", row + 1, " row heads for ", seg.num_rows,
-                          " rows, or a slot outside this rank's ", num_slots));
     const auto promised = std::bit_cast<std::uint64_t>(
         received_counts[static_cast<std::size_t>(seg.source * kCountsPerPeer + 2)]);
     if (hash != promised)
       blame(seg.source, str("its list for rank ", rank.value, " differs from what it announced (pair hash)"));
   }
-  {
-    std::int64_t* p = recv2.route_ptr.data();
-    for (std::int64_t r = recv2.num_rows(); r > 0; --r) p[r] = p[r - 1];
-    p[0] = 0;
-  }
+}
 
-  // Counting sort into expert order.
-  plan->group_ptr.resize(static_cast<std::size_t>(num_groups) + 1);
-  std::int64_t total = 0;
+// Counting sort of the received routes by (chunk, local slot); within one in receive order.
+void PlanBuilder::State::order_routes() {
+  const ReceiveList& recv2 = plan->recv2;
+  const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
+  const std::int64_t num_groups = std::int64_t{num_slots} * num_chunks;
+  std::int64_t* group_ptr = plan->group_ptr.resize(static_cast<std::size_t>(num_groups) + 1);
+  std::int32_t* cursor = group_size.data();
+  std::int32_t total = 0;
   for (std::int64_t g = 0; g < num_groups; ++g) {
-    plan->group_ptr[static_cast<std::size_t>(g)] = total;
-    total += group[g];
-    group[g] = plan->group_ptr[static_cast<std::size_t>(g)];
+    group_ptr[g] = total;
+    total += std::exchange(cursor[g], total);
   }
-  plan->group_ptr[static_cast<std::size_t>(num_groups)] = total;
-  const auto num_positions = static_cast<std::size_t>(recv2.num_routes());
+  group_ptr[num_groups] = total;
+  const std::size_t num_positions = recv2.slot.size();
   std::int32_t* expert_row = plan->expert_row.resize(num_positions);
   float* expert_weight = plan->expert_weight.resize(num_positions);
-  std::int32_t* position_of_route = plan->position_of_route.resize(num_positions);
-  for (const Segment& seg : recv2.segments) {
-    const std::int32_t source_tokens = plan->source_tokens[static_cast<std::size_t>(seg.source)];
-    const std::int32_t* token = &recv2.token[static_cast<std::size_t>(seg.row_begin)];
-    std::int32_t r = 0;
-    for (std::int32_t chunk = 0; chunk < num_chunks; ++chunk) {
-      const std::int32_t end_row =
-          chunk + 1 == num_chunks ? seg.num_rows
-                                  : static_cast<std::int32_t>(
-                                        std::lower_bound(token, token + seg.num_rows,
-                                                         chunk_begin(source_tokens, chunk + 1, num_chunks)) -
-                                        token);
-      std::int64_t* cursor = group + chunk * std::int64_t{num_slots};
-      for (; r < end_row; ++r) {
-        const std::int64_t row = seg.row_begin + r;
-        for (std::int64_t q = recv2.route_ptr[static_cast<std::size_t>(row)];
-             q < recv2.route_ptr[static_cast<std::size_t>(row) + 1]; ++q) {
-          const std::int64_t p = cursor[recv2.slot[static_cast<std::size_t>(q)]]++;
-          expert_row[p] = static_cast<std::int32_t>(row);
-          expert_weight[p] = recv2.weight[static_cast<std::size_t>(q)];
-          position_of_route[q] = static_cast<std::int32_t>(p);
-        }
+  std::int32_t* position = plan->position_of_route.resize(num_positions);
+  const std::int32_t* slot = recv2.slot.data();
+  const float* weight = recv2.weight.data();
+  const std::int32_t* row_of = row_of_route.data();
+  for (std::size_t i = 0; i < recv2.segments.size(); ++i) {
+    const std::int32_t* bound = recv2.chunk_route.data() + i * (static_cast<std::size_t>(num_chunks) + 1);
+    for (std::int32_t c = 0; c < num_chunks; ++c) {
+      std::int32_t* next = cursor + std::int64_t{c} * num_slots;
+      for (std::int64_t q = bound[c], end = bound[c + 1]; q < end; ++q) {
+        const std::int32_t p = next[slot[q]]++;
+        position[q] = p;
+        expert_row[p] = row_of[q];
+        expert_weight[p] = weight[q];
       }
     }
   }
+}
 
-  // Weight gradients: a slot's routes in receive order.
+// Weight gradients: a slot's routes in receive order.
+void PlanBuilder::State::order_weight_gradients() {
+  const ReceiveList& recv2 = plan->recv2;
+  const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
   plan->slot_ptr.resize(static_cast<std::size_t>(num_slots) + 1);
   plan->slot_ptr[0] = 0;
   for (std::int32_t l = 0; l < num_slots; ++l) {
@@ -934,57 +1104,18 @@ void PlanBuilder::State::take_rows(std::span<const std::int32_t> words) {
     }
     plan->slot_ptr[static_cast<std::size_t>(l) + 1] = plan->slot_ptr[static_cast<std::size_t>(l)] + n;
   }
-  if (num_chunks == 1) {
-    plan->wgrad_position.resize(0);
-    plan->wgrad_row.resize(0);
-    return;
-  }
+  const std::size_t num_positions = num_chunks == 1 ? 0 : recv2.slot.size();
   plan->wgrad_position.resize(num_positions);
   plan->wgrad_row.resize(num_positions);
-  std::copy_n(plan->slot_ptr.data(), num_slots, group);
-  for (std::int32_t row = 0; row < recv2.num_rows(); ++row)
-    for (std::int64_t q = recv2.route_ptr[static_cast<std::size_t>(row)];
-         q < recv2.route_ptr[static_cast<std::size_t>(row) + 1]; ++q) {
-      const std::int64_t i = group[recv2.slot[static_cast<std::size_t>(q)]]++;
-      plan->wgrad_position[static_cast<std::size_t>(i)] = position_of_route[q];
-      plan->wgrad_row[static_cast<std::size_t>(i)] = row;
-    }
-}
-
-// Own tokens have at most one partial (this node); each hop-1 row has exactly one.
-void PlanBuilder::State::build_partials() {
-  const SendList& send2 = plan->send2;
-  const std::int32_t num_tokens = plan->num_tokens;
-  const std::int32_t num_stage = num_tokens + plan->recv1.num_rows();
-  std::int32_t* count = row_count.assign(static_cast<std::size_t>(num_stage), 0);
-  const std::int32_t num_sent = send2.num_rows();
-  for (std::int32_t i = 0; i < num_sent; ++i) ++count[send2.row[i]];
-
-  std::int32_t* own_ptr = plan->own_partial_ptr.resize(static_cast<std::size_t>(num_tokens) + 1);
-  std::int32_t own = 0;
-  for (std::int32_t t = 0; t < num_tokens; ++t) {
-    own_ptr[t] = own;
-    own += count[t] > 0;
+  if (num_chunks == 1) return;
+  std::int32_t* cursor = group_size.data();
+  for (std::int32_t l = 0; l < num_slots; ++l) cursor[l] = static_cast<std::int32_t>(plan->slot_ptr[l]);
+  for (std::size_t q = 0; q < num_positions; ++q) {
+    const std::int32_t i = cursor[recv2.slot[q]]++;
+    const std::int32_t p = plan->position_of_route[q];
+    plan->wgrad_position[i] = p;
+    plan->wgrad_row[i] = plan->expert_row[p];
   }
-  own_ptr[num_tokens] = own;
-  plan->num_own_partials = own;
-  const std::int32_t num_partials = own + plan->recv1.num_rows();
-  std::int64_t* ptr = plan->partial_ptr.resize(static_cast<std::size_t>(num_partials) + 1);
-  std::int32_t* cursor = row_cursor.resize(static_cast<std::size_t>(num_stage));
-  std::int32_t at = 0;
-  for (std::int32_t t = 0; t < num_tokens; ++t) {
-    cursor[t] = at;
-    ptr[own_ptr[t]] = at;  // overwritten by the next token when this one has no partial
-    at += count[t];
-  }
-  for (std::int32_t r = num_tokens; r < num_stage; ++r) {
-    cursor[r] = at;
-    ptr[own + r - num_tokens] = at;
-    at += count[r];
-  }
-  ptr[num_partials] = at;
-  std::int32_t* position = plan->partial_position.resize(static_cast<std::size_t>(num_sent));
-  for (std::int32_t i = 0; i < num_sent; ++i) position[cursor[send2.row[i]]++] = i;
 }
 
 // A direct exchange: own tokens have one partial for each real node that holds one of their experts.
@@ -1030,57 +1161,57 @@ void PlanBuilder::State::build_partials_over_nodes() {
     ++ptr[partial[t] + 1];
   });
   for (std::int32_t p = 0; p < plan->num_own_partials; ++p) ptr[p + 1] += ptr[p];
-  group_cursor.resize(static_cast<std::size_t>(plan->num_own_partials));
-  std::copy_n(ptr, plan->num_own_partials, group_cursor.data());
+  std::copy_n(ptr, plan->num_own_partials,
+              partial_cursor.resize(static_cast<std::size_t>(plan->num_own_partials)));
   std::int32_t* position = plan->partial_position.resize(static_cast<std::size_t>(send2.num_rows()));
   restart();
   for_each_sent([&](std::int32_t n, std::int32_t t, std::int32_t i) {
     partial[t] += last[t] != n;
     last[t] = n;
-    position[group_cursor[static_cast<std::size_t>(partial[t])]++] = i;
+    position[partial_cursor[static_cast<std::size_t>(partial[t])]++] = i;
   });
 }
 
+// home_ptr first holds where each token's rows end; writing them backwards, from the last node to the first, leaves it
+// where they begin.
 void PlanBuilder::State::build_home() {
   const std::int32_t num_tokens = plan->num_tokens;
   const SendList& send1 = plan->send1;
   const std::int32_t* own_ptr = plan->own_partial_ptr.data();
-  std::int32_t* cursor = row_cursor.resize(static_cast<std::size_t>(num_tokens));
-  for (std::int32_t t = 0; t < num_tokens; ++t) cursor[t] = own_ptr[t + 1] - own_ptr[t];
-  for (std::int32_t i = 0; i < send1.num_rows(); ++i) ++cursor[send1.row[static_cast<std::size_t>(i)]];
-  std::int64_t* ptr = plan->home_ptr.resize(static_cast<std::size_t>(num_tokens) + 1);
-  std::int32_t at = 0;
-  for (std::int32_t t = 0; t < num_tokens; ++t) {
-    ptr[t] = at;
-    const std::int32_t n = cursor[t];
-    cursor[t] = at;
-    at += n;
-  }
-  ptr[num_tokens] = at;
-  std::int32_t* position =
-      plan->home_position.resize(static_cast<std::size_t>(at) + 1);  // one spare, see below
+  std::int32_t* count = row_count.resize(static_cast<std::size_t>(num_tokens));
+  for (std::int32_t t = 0; t < num_tokens; ++t) count[t] = own_ptr[t + 1] - own_ptr[t];
+  for (const std::int32_t t : send1.row) ++count[t];
+  std::int64_t* end = plan->home_ptr.resize(static_cast<std::size_t>(num_tokens) + 1);
+  std::int32_t total = 0;
+  for (std::int32_t t = 0; t < num_tokens; ++t) end[t] = total += count[t];
+  end[num_tokens] = total;
+
   const std::int32_t own = plan->num_own_partials;
-  std::size_t next = 0;
-  for (std::int32_t n = 0; n < num_nodes; ++n) {
-    if (n == my_node.value) {
-      if (options.exchange == Exchange::kDirect) {
-        for (std::int32_t t = 0; t < num_tokens; ++t)
-          for (std::int32_t p = own_ptr[t]; p < own_ptr[t + 1]; ++p) position[cursor[t]++] = p;
-      } else {
-        for (std::int32_t t = 0; t < num_tokens; ++t) {  // 0 or 1: without one the write goes to the spare
-          const bool has = own_ptr[t + 1] != own_ptr[t];
-          position[has ? cursor[t] : at] = own_ptr[t];
-          cursor[t] += has;
-        }
+  std::int32_t* position =
+      plan->home_position.resize(static_cast<std::size_t>(total) + 1);  // one spare, see below
+  const auto place_own = [&] {
+    if (adds_nodes_itself()) {
+      for (std::int32_t t = 0; t < num_tokens; ++t)
+        for (std::int32_t p = own_ptr[t + 1] - 1; p >= own_ptr[t]; --p) position[--end[t]] = p;
+    } else {
+      for (std::int32_t t = 0; t < num_tokens; ++t) {  // 0 or 1: without one the write goes to the spare
+        const std::int32_t has = own_ptr[t + 1] - own_ptr[t];
+        end[t] -= has;
+        position[has != 0 ? end[t] : total] = own_ptr[t];
       }
-    } else if (next < send1.segments.size() &&
-               exchange.node_of(RankId(send1.segments[next].peer)).value == n) {
-      const Segment& seg = send1.segments[next++];
-      for (std::int32_t i = seg.row_begin; i < seg.row_begin + seg.num_rows; ++i)
-        position[cursor[send1.row[static_cast<std::size_t>(i)]]++] = own + i;
     }
+  };
+  bool own_placed = false;
+  for (auto seg = send1.segments.rbegin(); seg != send1.segments.rend(); ++seg) {
+    if (!own_placed && exchange.node_of(RankId(seg->peer)) < my_node) {
+      place_own();
+      own_placed = true;
+    }
+    const std::int32_t* row = send1.row.data() + seg->row_begin;
+    place_backwards(row, seg->num_rows, end, 0, own + seg->row_begin, position);
   }
-  plan->home_position.resize(static_cast<std::size_t>(at));
+  if (!own_placed) place_own();
+  plan->home_position.resize(static_cast<std::size_t>(total));
 }
 
 void PlanBuilder::State::build_chunks() {

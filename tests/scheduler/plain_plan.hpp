@@ -373,11 +373,11 @@ class PlainPlanner {
     list_route_.insert(list_route_.end(), block.route.begin(), block.route.end());
     list_routes_of_row_.insert(list_routes_of_row_.end(), block.routes.begin(), block.routes.end());
     words.insert(words.end(), {seg.row_begin, seg.route_begin});
-    words.insert(words.end(), block.token.begin(), block.token.end());
     for (std::int32_t i = 0; i < block.num_routes(); ++i) {
       words.push_back(block.slot[i] | (block.first[i] ? kFirst : 0));
       words.push_back(std::bit_cast<std::int32_t>(block.weight[i]));
     }
+    words.insert(words.end(), block.token.begin(), block.token.end());
   }
   void finish_list(SendList& list) {
     fill(list.row, list_row_);
@@ -397,8 +397,8 @@ class PlainPlanner {
                                              Visit&& visit) {
     seg.peer_row_begin = words[0];
     seg.peer_route_begin = words[1];
-    const auto token = words.subspan(2, seg.num_rows);
-    const auto pairs = words.subspan(2 + seg.num_rows, 2 * std::size_t(seg.num_routes));
+    const auto pairs = words.subspan(2, 2 * std::size_t(seg.num_routes));
+    const auto token = words.subspan(2 + pairs.size(), seg.num_rows);
     std::int32_t row = -1;
     for (std::int32_t q = 0; q < seg.num_routes; ++q) {
       if (pairs[2 * q] & kFirst) {
