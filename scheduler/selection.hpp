@@ -70,6 +70,10 @@ struct PolicyState {
   Routing routing;           // valid once routing_ready
   std::vector<float> saved;  // what backward needs (policy's own layout)
   BatchStatistics statistics;
+  BatchStatistics own_statistics;  // of this rank alone, in training
+
+  // Memory of a call in progress, kept so that steps allocate nothing once sizes have settled.
+  mutable std::vector<double> scratch;
 
   // Auxiliary loss of this batch (already multiplied by its coefficients), this rank's share. Valid once done.
   double auxiliary_loss = 0;

@@ -27,6 +27,10 @@ PassRun::PassRun(Runtime& runtime, const Template& shape, const Plan& plan, cons
       expects_(storage.tables.expects),
       pending_(storage.tables.pending) {
   done_.assign(pass_.ops.size(), 0);
+  // How many waits are open at once is a matter of timing; room for all of them is not.
+  std::size_t num_waits = 0;
+  for (const Op& op : pass_.ops) num_waits += op.waits.size();
+  pending_.reserve(num_waits);
 }
 
 template <typename List>

@@ -63,7 +63,8 @@ double ReluPolicy::auxiliary(const Scores& scores, const AdaptiveState& adaptive
   const auto tokens = static_cast<double>(state.statistics.num_tokens);
   const double layers = official ? 1 : options_.num_layers;
   // saved: f32 [num_experts], d(loss)/dR of a route to the expert
-  std::vector<double> coefficient(static_cast<std::size_t>(scores.num_experts), 0);
+  std::vector<double>& coefficient = state.scratch;
+  coefficient.assign(static_cast<std::size_t>(scores.num_experts), 0);
   if (scores.num_tokens > 0) {  // then both T are above 0
     for (std::size_t e = 0; e < coefficient.size(); ++e) {
       const double f = options_.load_balanced

@@ -59,8 +59,9 @@ void SigmoidTopKPolicy::select(const Scores& scores, const AdaptiveState& adapti
   routing.weight.resize(num_tokens * top_k);
   routing.row_ptr.resize(num_tokens + 1);
   for (std::size_t t = 0; t <= num_tokens; ++t) routing.row_ptr[t] = static_cast<std::int64_t>(t * top_k);
-  std::vector<double> preference(biased ? num_experts : 0);
-  std::vector<double> log_score(top_k);
+  state.scratch.resize(top_k + num_experts);
+  const std::span<double> log_score(state.scratch.data(), top_k);
+  const std::span<double> preference(state.scratch.data() + top_k, num_experts);
 
   for (std::size_t t = 0; t < num_tokens; ++t) {
     const float* z = scores.logits.data() + t * num_experts;

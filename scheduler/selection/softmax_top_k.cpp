@@ -36,8 +36,8 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
   routing.row_ptr.resize(num_tokens + 1);
   for (std::size_t t = 0; t <= num_tokens; ++t) routing.row_ptr[t] = static_cast<std::int64_t>(t * top_k);
   const bool need_all = state.training || !over_selected();
-  if (state.training) state.saved.resize(num_tokens * (num_experts + 1));
-  std::vector<float> scratch(state.training ? 0 : num_experts);
+  // Without training one token's p at a time.
+  state.saved.resize(state.training ? num_tokens * (num_experts + 1) : num_experts);
 
   for (std::size_t t = 0; t < num_tokens; ++t) {
     const float* z = scores.logits.data() + t * num_experts;
@@ -46,7 +46,7 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
     select_top_k(
         scores.num_experts, options_.top_k, [z](std::int32_t a, std::int32_t b) { return z[a] > z[b]; },
         chosen);
-    float* p = state.training ? state.saved.data() + t * num_experts : scratch.data();
+    float* p = state.saved.data() + (state.training ? t * num_experts : 0);
     if (need_all) {
       const float top = *std::max_element(z, z + num_experts);
       double sum = 0;
@@ -83,7 +83,8 @@ double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, 
   const auto num_experts = static_cast<std::size_t>(scores.num_experts);
   double loss = 0;
   if (options_.aux_loss > 0) {
-    std::vector<double> sum(num_experts, 0);
+    std::vector<double>& sum = state.scratch;
+    sum.assign(num_experts, 0);
     for (std::size_t t = 0; t < num_tokens; ++t)
       for (std::size_t e = 0; e < num_experts; ++e)
         sum[e] += static_cast<double>(state.saved[t * num_experts + e]);
@@ -111,11 +112,12 @@ void SoftmaxTopKPolicy::gradient(const Scores& scores, const AdaptiveState&, con
   if (num_tokens == 0) return;
   const double scale = options_.route_scale;
   const double z_factor = 2 * options_.z_loss / static_cast<double>(state.statistics.num_tokens);
-  std::vector<double> of_loss(num_experts);  // g_e
+  state.scratch.resize(2 * num_experts);
+  const std::span<double> of_loss(state.scratch.data(), num_experts);                 // g_e
+  const std::span<double> upstream(state.scratch.data() + num_experts, num_experts);  // on p
   for (std::size_t e = 0; e < num_experts; ++e)
     of_loss[e] =
         aux_factor(scores.num_experts, state) * static_cast<double>(state.statistics.tokens_of_expert[e]);
-  std::vector<double> upstream(num_experts);  // on p
 
   for (std::size_t t = 0; t < num_tokens; ++t) {
     const float* p = state.saved.data() + t * num_experts;

@@ -117,7 +117,8 @@ bool TokenLocalPolicy::step(const Scores& scores, const AdaptiveState& adaptive,
             ": step() was called with other scores or mode than at the start of the batch");
     Require(state.buffer.size() == expected, ErrorCode::kInvalidState, "policy ", name(),
             ": the exchanged buffer has ", state.buffer.size(), " values, must have ", expected);
-    const BatchStatistics local = state.statistics;
+    state.own_statistics = state.statistics;
+    const BatchStatistics& local = state.own_statistics;
     unpack(state.buffer, state.statistics);
     Require(
         state.statistics.num_tokens >= local.num_tokens && state.statistics.num_routes >= local.num_routes,

@@ -10,6 +10,7 @@
 
 #include "layer_harness.hpp"
 #include "sluice/base/config.hpp"
+#include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/train/model.hpp"
 #include "sluice/runtime/src/train/text.hpp"
 #include "sluice/runtime/src/train/trainer.hpp"

@@ -201,7 +201,21 @@ void Model::set_weights() {
       slots.push_back({view(w1), view(w2), w1.gradient.data(), w2.gradient.data()});
     }
     layer.moe->set_weights(slots);
+    if (layer.other) layer.other->set_weights(slots);
   }
+}
+
+void Model::add_schedule(const ScheduleOptions& schedule) {
+  for (Layer& layer : layers_) {
+    MoeLayerOptions options = layer.moe->options();
+    options.schedule = schedule;
+    layer.other = std::make_unique<MoeLayer>(runtime_, layer.moe->placement(), options);
+  }
+  set_weights();
+}
+
+void Model::swap_schedules() {
+  for (Layer& layer : layers_) layer.moe.swap(layer.other);
 }
 
 AdaptiveState& Model::adaptive(std::int32_t layer) {
@@ -468,12 +482,30 @@ void Model::count_movement(Layer& layer) {
   const auto wire = static_cast<std::int64_t>(size_of(wire_dtype_)),
              sums = static_cast<std::int64_t>(size_of(combine_dtype_));
   const std::int64_t row_bytes = 2 * hidden_ * (wire + sums), route_bytes = sizeof(float);
-  std::int64_t in_node_routes = 0;
-  for (const Segment& segment : plan.send2.segments)
-    if (segment.peer != plan.rank.value) in_node_routes += segment.num_routes;
-  movement_.in_node_bytes += plan.traffic.rows_in_node * row_bytes + in_node_routes * route_bytes;
-  movement_.across_nodes_bytes +=
-      plan.traffic.rows_across_nodes * row_bytes + plan.send1.num_routes() * route_bytes;
+  // In node, across nodes.
+  std::int64_t sent[2] = {0, 0}, received[2] = {0, 0}, sent_routes[2] = {0, 0};
+  const auto count = [&](const std::vector<Segment>& segments, std::int64_t* rows, std::int64_t* routes) {
+    for (const Segment& segment : segments) {
+      if (segment.peer == plan.rank.value) continue;
+      const int level = runtime_.topology().same_node(plan.rank, RankId(segment.peer)) ? 0 : 1;
+      rows[level] += segment.num_rows;
+      if (routes) routes[level] += segment.num_routes;
+    }
+  };
+  count(plan.send1.segments, sent, sent_routes);
+  count(plan.send2.segments, sent, sent_routes);
+  count(plan.recv1.segments, received, nullptr);
+  count(plan.recv2.segments, received, nullptr);
+  // Out: dispatched rows and returned sums; in: the other way round. Forward and backward.
+  const auto link = [&](int level) {
+    return 2 * hidden_ *
+           (std::max(sent[level], received[level]) * std::max(wire, sums) +
+            std::min(sent[level], received[level]) * std::min(wire, sums));
+  };
+  movement_.in_node_link_bytes += link(0);
+  movement_.across_nodes_link_bytes += link(1);
+  movement_.in_node_bytes += plan.traffic.rows_in_node * row_bytes + sent_routes[0] * route_bytes;
+  movement_.across_nodes_bytes += plan.traffic.rows_across_nodes * row_bytes + sent_routes[1] * route_bytes;
   movement_.flat_in_node_bytes += plan.traffic.flat_rows_in_node * (row_bytes + route_bytes);
   movement_.flat_across_nodes_bytes += plan.traffic.flat_rows_across_nodes * (row_bytes + route_bytes);
 }

@@ -96,6 +96,9 @@ struct Movement {
   std::int64_t across_nodes_bytes = 0;
   std::int64_t flat_in_node_bytes = 0;
   std::int64_t flat_across_nodes_bytes = 0;
+  // What this rank's links carry one way, the busier way; rows only.
+  std::int64_t in_node_link_bytes = 0;
+  std::int64_t across_nodes_link_bytes = 0;
 
   Movement& operator+=(const Movement& other) {
     rows += other.rows;
@@ -103,6 +106,8 @@ struct Movement {
     across_nodes_bytes += other.across_nodes_bytes;
     flat_in_node_bytes += other.flat_in_node_bytes;
     flat_across_nodes_bytes += other.flat_across_nodes_bytes;
+    in_node_link_bytes += other.in_node_link_bytes;
+    across_nodes_link_bytes += other.across_nodes_link_bytes;
     return *this;
   }
 };
@@ -125,6 +130,11 @@ class Model {
 
   // Collective. Sum of -ln p over this rank's tokens; nothing is kept.
   double evaluate(const Batch& batch);
+
+  // Makes layers of another schedule over the same weights, for swap_schedules(): from then on the other layers serve. The
+  // bits stay the same.
+  void add_schedule(const ScheduleOptions& schedule);
+  void swap_schedules();
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
   const SelectionPolicy& policy() const { return *policy_; }
@@ -159,9 +169,9 @@ class Model {
     GrowArray<float> inverse;  // f32 [n], 1 / sqrt(mean(x^2) + eps)
   };
   struct Layer {
-    std::unique_ptr<MoeLayer> moe;
-    std::size_t gate = 0, gain = 0;  // in parameters_
-    Rows x;                          // f32 [n, hidden], input of the block
+    std::unique_ptr<MoeLayer> moe, other;  // other: of the schedule not in use, or null
+    std::size_t gate = 0, gain = 0;        // in parameters_
+    Rows x;                                // f32 [n, hidden], input of the block
     Norm norm;
     Rows scores;  // f32 [n, num_experts]
     Rows y;       // dtype [n, hidden], the experts' sum; in backward dx of it

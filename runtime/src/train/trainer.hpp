@@ -6,6 +6,7 @@
 // Errors: kInvalidState on all ranks alike, naming the step, when loss or gradient are not finite; group errors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -47,9 +48,17 @@ struct TrainReport {
   // Over the run and all ranks.
   Movement movement;
   std::map<std::string, double> phases_us;  // mean over steps and ranks; on rank 0 only
-  // Of whole steps without the optimizer, the slowest rank's; absent where it is not defined (measure_overlap()).
-  std::optional<double> overlap_efficiency;
-  double scheduled_us = 0, sequential_us = 0, floor_us = 0;  // what it comes from; 0: not measured
+  // After the last step a few steps are timed as scheduled and sequentially, in turns, without the optimizer: medians of
+  // the slowest rank. floor: the largest busy time of one resource, compute as measured, links as bytes over their
+  // declared speed, else the time in puts. Efficiency = (sequential - scheduled) / (sequential - floor), absent unless
+  // sequential exceeds the floor by 5% or more; overlap_note says why nothing was measured.
+  struct Overlap {
+    std::optional<double> efficiency;
+    double scheduled_us = 0, sequential_us = 0;
+    double compute_us = 0, in_node_us = 0, across_nodes_us = 0;
+    std::string note;
+    double floor_us() const { return std::max({compute_us, in_node_us, across_nodes_us}); }
+  } overlap;
 
   // Largest of any rank, and the sum over ranks.
   struct Memory {
