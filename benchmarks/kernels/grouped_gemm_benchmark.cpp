@@ -1,11 +1,13 @@
 // Grouped GEMM over 64 experts against one dense GEMM of the same FLOPs by OpenBLAS and oneDNN on the same cores.
 //
-// For each shape, dtype, thread count and direction the arms (grouped zipf, grouped uniform, each library) run in turn,
-// `--pairs` times after one warm-up; medians and median absolute deviations are reported. The grouped arms read 64
-// different weights and, forward, gather their rows through an index; the dense arm has one weight and contiguous
-// rows. Elements of every grouped result are compared bitwise with a scalar FMA chain in the same run.
-// It also reports whether a library's row result depends on the number of rows (1..257), which is what rules it out as
-// the backend (docs/design.md, GEMM contract).
+// For each shape, dtype, thread count and direction the arms (grouped zipf, grouped uniform, each library) run in
+// turn, `--pairs` times after one warm-up, each time beginning with another arm. Medians and median absolute
+// deviations of wall time are reported, and medians of processor time, which other work on the machine disturbs less.
+// The grouped arms read 64 different weights and, forward, gather their rows through an index; the dense arm has one
+// weight and contiguous rows. Sampled elements of the grouped forward and dgrad results are compared bitwise with a
+// scalar FMA chain in the same run.
+// It also reports whether a library's row result depends on the number of rows (1..257) and whether it is the scalar
+// FMA chain, which is what rules it out as the backend (docs/design.md, GEMM contract).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,6 +21,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "sluice/base/clock.hpp"
@@ -48,8 +51,10 @@ constexpr const char* name_of(Direction d) {
 struct Shape {
   const char* name;
   std::int64_t hidden, ffn, rows;
+  int pairs;  // unless --pairs is given
 };
-constexpr Shape kShapes[] = {{"tiny", 64, 128, 2048}, {"small", 256, 512, 8192}, {"large", 1024, 2048, 8192}};
+constexpr Shape kShapes[] = {
+    {"tiny", 64, 128, 2048, 300}, {"small", 256, 512, 8192, 40}, {"large", 1024, 2048, 8192, 20}};
 constexpr std::int64_t kExperts = 64;
 
 // Matrix of either dtype with values in [-1, 1).
@@ -142,7 +147,8 @@ struct Arm {
 
 void measure(std::vector<Arm>& arms, int pairs) {
   for (int pair = -1; pair < pairs; ++pair) {
-    for (Arm& arm : arms) {
+    for (std::size_t i = 0; i < arms.size(); ++i) {
+      Arm& arm = arms[(i + static_cast<std::size_t>(pair + 1)) % arms.size()];
       const double cpu_begin = cpu_us();
       const auto begin = Clock::now();
       arm.call();
@@ -264,7 +270,7 @@ Json contract_of(const Library& library) {
 
 struct Options {
   std::string shape, direction, dtype, json;
-  int pairs = 20, threads = 0;
+  int pairs = 0, threads = 0;  // 0: what the shape says, all thread counts
   bool contract = true;
 };
 
@@ -312,7 +318,8 @@ void run_case(const Shape& shape, DType dtype, int threads, Direction direction,
                                                  : library.dense(direction, dc, a, dense_grad, threads);
     if (call) arms.push_back({library.name, call, {}, {}});
   }
-  measure(arms, options.pairs);
+  const int pairs = options.pairs ? options.pairs : shape.pairs;
+  measure(arms, pairs);
 
   // Sampled elements of the zipf call against the scalar chain.
   if (!wgrad) {
@@ -365,7 +372,7 @@ void run_case(const Shape& shape, DType dtype, int threads, Direction direction,
                       {"baseline_cpu_us", median(arms[b].cpu_us)},
                       {"ratio", median(arms[b].wall_us) / median(arms[i].wall_us)},
                       {"cpu_ratio", median(arms[b].cpu_us) / median(arms[i].cpu_us)},
-                      {"pairs", options.pairs}});
+                      {"pairs", pairs}});
     }
   }
 }
@@ -403,9 +410,16 @@ int run(const Options& options) {
   char date[32];
   const std::time_t now = std::time(nullptr);
   std::strftime(date, sizeof date, "%Y-%m-%d", std::gmtime(&now));
-  const Json document{
-      {"date", date},     {"commit", SLUICE_COMMIT}, {"device", processor_name() + ", " + kernels::cpu_isa()},
-      {"driver", "none"}, {"contract", contract},    {"rows", rows}};
+  double load = -1.0;
+  if (getloadavg(&load, 1) != 1) load = -1.0;
+  const Json document{{"date", date},
+                      {"commit", SLUICE_COMMIT},
+                      {"device", processor_name() + ", " + kernels::cpu_isa()},
+                      {"driver", "none"},
+                      {"processors", static_cast<int>(std::thread::hardware_concurrency())},
+                      {"load_average_at_end", load},
+                      {"contract", contract},
+                      {"rows", rows}};
   if (!options.json.empty()) {
     std::ofstream file;
     if (options.json != "-") {
@@ -446,8 +460,8 @@ Options parse(int argc, char** argv) {
       Require(false, ErrorCode::kInvalidArgument, "unknown option ", key);
     }
   }
-  Require(options.pairs >= 1, ErrorCode::kInvalidArgument, "--pairs is ", options.pairs,
-          ", must be at least 1");
+  Require(options.pairs >= 0, ErrorCode::kInvalidArgument, "--pairs is ", options.pairs,
+          ", must be at least 1, or 0 for what each shape says");
   return options;
 }
 
