@@ -385,7 +385,7 @@ void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& s
       more_rows = rows_of(call.rows_a, first, next_k.steps, next_block.row_begin, next_block.rows);
     const std::int64_t lines =
         rows_ahead.rows_left * rows_ahead.lines_a_row + more_rows.rows_left * more_rows.lines_a_row;
-    const std::int64_t rounds = std::max<std::int64_t>(1, k.steps / kStepsARound - block.panel_rows);
+    const std::int64_t rounds = std::max<std::int64_t>(1, k.steps / kStepsARound);
     rows_ahead.lines_a_round = more_rows.lines_a_round =
         ceil_div(lines, rounds * block.num_panels * ceil_div(segment.count, width));
   }

@@ -96,40 +96,35 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
     for (std::int64_t i = 0; i < kStepsARound; ++i) step();
   };
 
-  // One row of the next C a round, then the lines of the cursor.
-  std::int64_t rounds = steps / kStepsARound;
-  const std::int64_t rest = steps % kStepsARound;
-  if (next_c) {
-    const std::int64_t spread = rounds < kRows ? rounds : kRows;
-    for (std::int64_t r = spread; r < kRows; ++r)
-      for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + r * ldc + v * kWidth, 1, 3);
-    rounds -= spread;
-    for (std::int64_t r = 0; r < spread; ++r) {
+  // A round asks for one row of the next C (the first, for all that has no round) and for lines of the cursor.
+  const std::int64_t rounds = steps / kStepsARound, rest = steps % kStepsARound;
+  std::int64_t c_rows_left = next_c ? kRows : 0;
+  for (; c_rows_left > rounds; --c_rows_left) {
+    for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + v * kWidth, 1, 3);
+    next_c += ldc;
+  }
+  Prefetch p = prefetch;
+  const char* next =
+      p.rows_left > 0 ? p.base + (p.index ? *p.index * p.row_bytes : 0) + p.line * 64 : nullptr;
+  for (std::int64_t t = 0; t < rounds; ++t) {
+    if (t < c_rows_left) {
       for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + v * kWidth, 1, 3);
       next_c += ldc;
-      round();
     }
-  }
-  if (prefetch.rows_left > 0) {
-    Prefetch p = prefetch;
-    const char* next = p.base + (p.index ? *p.index * p.row_bytes : 0) + p.line * 64;
-    for (; rounds > 0 && p.rows_left > 0; --rounds) {
-      for (std::int64_t i = 0; i < p.lines_a_round; ++i) {
-        __builtin_prefetch(next, 0, 2);
-        next += 64;
-        if (++p.line < p.lines_a_row) continue;
-        p.line = 0;
-        if (--p.rows_left == 0) break;
-        if (p.index)
-          next = p.base + *++p.index * p.row_bytes;
-        else
-          next = p.base += p.row_bytes;
-      }
-      round();
+    for (std::int64_t i = 0; i < p.lines_a_round && p.rows_left > 0; ++i) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+      if (++p.line < p.lines_a_row) continue;
+      p.line = 0;
+      if (--p.rows_left == 0) break;
+      if (p.index)
+        next = p.base + *++p.index * p.row_bytes;
+      else
+        next = p.base += p.row_bytes;
     }
-    prefetch = p;
+    round();
   }
-  for (; rounds > 0; --rounds) round();
+  prefetch = p;
   for (std::int64_t i = 0; i < rest; ++i) step();
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
