@@ -15,6 +15,9 @@ add_library(sluice_flags INTERFACE)
 target_compile_options(sluice_flags INTERFACE -Wall -Wextra -Wpedantic $<$<BOOL:${SLUICE_WERROR}>:-Werror>)
 # Every operation order is part of the contract (docs/design.md): a*b+c is an FMA only where the code says fma.
 target_compile_options(sluice_flags INTERFACE -ffp-contract=off)
+# Errors name source files from the root of the tree, and no binary has paths of the machine that built it.
+target_compile_options(sluice_flags INTERFACE
+  "-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=" "-fmacro-prefix-map=${PROJECT_BINARY_DIR}/include/=")
 if(SLUICE_SANITIZE)
   add_compile_options(-fsanitize=${SLUICE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${SLUICE_SANITIZE})

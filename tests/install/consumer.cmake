@@ -1,0 +1,67 @@
+# Installs the build, moves the installation elsewhere, and uses it from a project of its own. Run by ctest with
+#   -DBUILD_DIR -DSOURCE_DIR -DWORK_DIR -DGENERATOR -DC_COMPILER -DCXX_COMPILER -DREADELF -DSANITIZE
+function(run)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT result EQUAL 0)
+    string(JOIN " " command ${ARGN})
+    message(FATAL_ERROR "${command}: ${result}\n${output}")
+  endif()
+  set(output "${output}" PARENT_SCOPE)
+endfunction()
+
+file(REMOVE_RECURSE "${WORK_DIR}")
+file(MAKE_DIRECTORY "${WORK_DIR}")
+run("${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix "${WORK_DIR}/first")
+# Nothing may remember where it was.
+file(RENAME "${WORK_DIR}/first" "${WORK_DIR}/moved")
+set(prefix "${WORK_DIR}/moved")
+
+file(GLOB_RECURSE installed "${prefix}/*")
+foreach(file IN LISTS installed)
+  if(file MATCHES "\\.(cmake|hpp|h)$")
+    file(READ "${file}" text)
+    foreach(tree "${BUILD_DIR}" "${SOURCE_DIR}" "${WORK_DIR}")
+      string(FIND "${text}" "${tree}" at)
+      if(NOT at EQUAL -1)
+        message(FATAL_ERROR "${file} names ${tree}")
+      endif()
+    endforeach()
+  elseif(READELF AND file MATCHES "(\\.so[.0-9]*|/bin/[^/]*)$")
+    run("${READELF}" -d "${file}")
+    foreach(tree "${BUILD_DIR}" "${SOURCE_DIR}")
+      if(output MATCHES "PATH[^\n]*${tree}")
+        message(FATAL_ERROR "the run path of ${file} names ${tree}:\n${output}")
+      endif()
+    endforeach()
+  endif()
+endforeach()
+foreach(needed include/sluice/sluice.h include/sluice/moe_layer.hpp lib/libsluice.so)
+  if(NOT EXISTS "${prefix}/${needed}")
+    message(FATAL_ERROR "${needed} was not installed")
+  endif()
+endforeach()
+
+# The installed headers with nothing else of Sluice in sight (that each compiles alone is the test "headers"); the C
+# header as strict C11.
+file(GLOB_RECURSE headers RELATIVE "${prefix}/include" "${prefix}/include/*.hpp" "${prefix}/include/*.h")
+list(TRANSFORM headers REPLACE "(.+)" "#include \"\\1\"\n" OUTPUT_VARIABLE includes)
+list(JOIN includes "" includes)
+file(WRITE "${WORK_DIR}/headers/all.cpp" "${includes}")
+run("${CXX_COMPILER}" -std=c++20 -fsyntax-only -Wall -Wextra -Wpedantic -Werror "-I${prefix}/include"
+    "${WORK_DIR}/headers/all.cpp")
+file(WRITE "${WORK_DIR}/headers/c.c" "#include \"sluice/sluice.h\"\nint main(void) { return sluice_abi_version() - SLUICE_ABI_VERSION; }\n")
+run("${C_COMPILER}" -std=c11 -pedantic -Wall -Wextra -Werror -fsyntax-only "-I${prefix}/include" "${WORK_DIR}/headers/c.c")
+
+set(flags "")
+if(SANITIZE)
+  set(flags "-fsanitize=${SANITIZE}")
+endif()
+run("${CMAKE_COMMAND}" -S "${SOURCE_DIR}/examples" -B "${WORK_DIR}/build" -G "${GENERATOR}"
+    "-DCMAKE_PREFIX_PATH=${prefix}" "-DCMAKE_CXX_COMPILER=${CXX_COMPILER}" "-DCMAKE_CXX_FLAGS=${flags}"
+    -DCMAKE_BUILD_TYPE=Release -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF)
+run("${CMAKE_COMMAND}" --build "${WORK_DIR}/build")
+run("${WORK_DIR}/build/minimal_layer")
+message(STATUS "minimal_layer:\n${output}")
+if(EXISTS "${prefix}/bin/sluice")
+  run("${prefix}/bin/sluice" config --doc)
+endif()
