@@ -1,6 +1,7 @@
 #include "sluice/kernels/cpu/cpu_kernels.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -12,8 +13,10 @@ namespace sluice::kernels {
 
 namespace {
 
-// Below this many elements a loop is not worth waking another thread for.
-constexpr std::int64_t kMinElementsAThread = 1 << 15;
+// Smaller ranges are not worth waking another thread for.
+constexpr std::int64_t kMinElementsARange = 1 << 15;
+// Several, so that a thread that was slow to come leaves most of its share to the others.
+constexpr std::int64_t kRangesAThread = 4;
 // Columns that go through the fp32 buffers at a time when rows are bf16; a multiple of kLanes.
 constexpr std::int64_t kChunk = 256;
 static_assert(kChunk % kLanes == 0);
@@ -176,20 +179,22 @@ class CpuKernels final : public Kernels {
   std::int64_t scratch_bytes() const override { return gemm_.scratch_bytes(); }
 
  private:
-  // Calls function(begin, end) on disjoint ranges that cover 0..n-1, on several threads when n * work is
-  // large enough. Inner borders are multiples of `grain`. The result must not depend on where the borders
-  // are.
+  // Calls function(begin, end) on disjoint ranges that cover 0..n-1, on several threads when n * work is large
+  // enough. Inner borders are multiples of `grain`. The result must not depend on where the borders are.
   template <typename Function>
   void for_ranges(std::int64_t n, std::int64_t work, std::int64_t grain, const Function& function) {
-    const std::int64_t parts = std::clamp<std::int64_t>(
-        n * std::max<std::int64_t>(work, 1) / kMinElementsAThread, 1, pool_.num_threads());
-    if (parts == 1) {
+    const std::int64_t elements = n * std::max<std::int64_t>(work, 1);
+    if (pool_.num_threads() == 1 || elements < 2 * kMinElementsARange) {
       if (n > 0) function(0, n);
       return;
     }
-    const auto border = [&](std::int64_t i) { return i == parts ? n : n * i / parts / grain * grain; };
-    pool_.run([&](int worker) {
-      if (worker < parts && border(worker) < border(worker + 1)) function(border(worker), border(worker + 1));
+    const std::int64_t ranges =
+        std::min<std::int64_t>(elements / kMinElementsARange, kRangesAThread * pool_.num_threads());
+    const auto border = [&](std::int64_t i) { return i == ranges ? n : n * i / ranges / grain * grain; };
+    std::atomic<std::int64_t> next{0};
+    pool_.run([&](int) {
+      for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < ranges;)
+        if (border(i) < border(i + 1)) function(border(i), border(i + 1));
     });
   }
 

@@ -6,8 +6,10 @@ namespace sluice::kernels {
 
 namespace {
 
-// About 5 us of polling, less than it costs to be woken up by the kernel.
+// A few microseconds of polling, less than it costs to be woken up by the kernel.
 constexpr int kSpins = 200;
+constexpr std::uint64_t kClosed = std::uint64_t{1} << 31;
+constexpr std::uint64_t kInside = kClosed - 1;
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -16,7 +18,8 @@ void pause() {
 }
 
 // Returns once `word` differs from `old`.
-void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old) {
+template <typename T>
+void wait_while_equal(const std::atomic<T>& word, T old) {
   for (int spin = 0; spin < kSpins; ++spin) {
     if (word.load(std::memory_order_acquire) != old) return;
     pause();
@@ -29,17 +32,22 @@ void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old)
 ThreadPool::ThreadPool(int num_threads) {
   Require(num_threads >= 1, ErrorCode::kInvalidArgument, "num_threads is ", num_threads,
           ", must be at least 1");
+  door_.store(kClosed, std::memory_order_relaxed);
   workers_.reserve(static_cast<std::size_t>(num_threads) - 1);
   try {
     for (int worker = 1; worker < num_threads; ++worker)
       workers_.emplace_back(&ThreadPool::work, this, worker);
   } catch (...) {
-    this->~ThreadPool();
+    stop();
     throw;
   }
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+}
+
+void ThreadPool::stop() {
   stop_ = true;
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
@@ -49,22 +57,36 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run_erased(Task task, const void* argument) {
   task_ = task;
   argument_ = argument;
-  unfinished_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
-  round_.fetch_add(1, std::memory_order_release);
+  const std::uint32_t round = round_.load(std::memory_order_relaxed) + 1;
+  door_.store(std::uint64_t{round} << 32, std::memory_order_release);
+  round_.store(round, std::memory_order_release);
   round_.notify_all();
   task(argument, 0);
-  for (std::uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;)
-    wait_while_equal(unfinished_, left);
+  std::uint64_t door = door_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;
+  while ((door & kInside) != 0) {
+    wait_while_equal(door_, door);
+    door = door_.load(std::memory_order_acquire);
+  }
+}
+
+// False when the round is closed or over.
+bool ThreadPool::enter(std::uint32_t round) {
+  std::uint64_t door = door_.load(std::memory_order_acquire);
+  while (door >> 32 == round && (door & kClosed) == 0)
+    if (door_.compare_exchange_weak(door, door + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      return true;
+  return false;
 }
 
 void ThreadPool::work(int worker) {
   for (std::uint32_t seen = 0;;) {
     wait_while_equal(round_, seen);
-    // A round can only be raised again after this worker finished it, so none is skipped.
-    ++seen;
+    seen = round_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (!enter(seen)) continue;
     task_(argument_, worker);
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+    const std::uint64_t before = door_.fetch_sub(1, std::memory_order_acq_rel);
+    if ((before & kClosed) != 0) door_.notify_one();
   }
 }
 

@@ -2,25 +2,46 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <ctime>
 #include <thread>
+#include <vector>
 
 #include "sluice/base/error.hpp"
 
 namespace sluice::kernels {
 namespace {
 
-TEST(ThreadPool, EveryWorkerRunsOncePerRound) {
+TEST(ThreadPool, AllWorkIsDoneOnceWhoeverTakesPart) {
   for (const int threads : {1, 2, 3, 5}) {
     ThreadPool pool(threads);
     EXPECT_EQ(pool.num_threads(), threads);
-    std::vector<int> calls(static_cast<std::size_t>(threads), 0);
     for (int round = 1; round <= 2000; ++round) {
-      pool.run([&](int worker) { ++calls[static_cast<std::size_t>(worker)]; });
-      for (const int n : calls) ASSERT_EQ(n, round);
+      std::vector<int> calls(static_cast<std::size_t>(threads), 0), done(16, 0);
+      std::atomic<std::size_t> next{0};
+      pool.run([&](int worker) {
+        ++calls[static_cast<std::size_t>(worker)];
+        for (std::size_t i; (i = next.fetch_add(1)) < done.size();) ++done[i];
+      });
+      ASSERT_EQ(calls[0], 1);
+      for (const int n : calls) ASSERT_LE(n, 1);
+      for (const int n : done) ASSERT_EQ(n, 1);
     }
   }
+}
+
+TEST(ThreadPool, OthersJoinLongWork) {
+  ThreadPool pool(3);
+  std::atomic<int> joined{0};
+  pool.run([&](int worker) {
+    joined.fetch_or(1 << worker);
+    // Worker 0 has work until the others came; they come within the deadline even on a loaded machine.
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (worker == 0 && joined.load() != 7 && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::yield();
+  });
+  EXPECT_EQ(joined.load(), 7);
 }
 
 TEST(ThreadPool, WorkersSleepWhenIdle) {
