@@ -45,20 +45,21 @@ struct MapDimension {
 };
 
 template <std::size_t kRank>
-CUtensorMap make_map(const void* base, const MapDimension (&dimensions)[kRank], const char* what) {
+CUtensorMap make_map(const void* base, const MapDimension (&dimensions)[kRank], const char* what,
+                     CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) {
+  const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 4;
   cuuint64_t sizes[kRank], strides[kRank];
   cuuint32_t boxes[kRank], steps[kRank];
   for (std::size_t i = 0; i < kRank; ++i) {
     sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
     boxes[i] = static_cast<cuuint32_t>(dimensions[i].box);
     steps[i] = 1;
-    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(dimensions[i].stride) * 2;
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(dimensions[i].stride * element_bytes);
   }
   CUtensorMap map;
-  const CUresult result =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(base), sizes,
-                        strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode_function()(
+      &map, type, kRank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   Require(result == CUDA_SUCCESS, ErrorCode::kInvalidArgument, "grouped GEMM: no tensor map for ", what,
           " (driver code ", static_cast<int>(result), "): see the alignment rules in grouped_gemm.hpp");
   return map;
@@ -124,7 +125,7 @@ int hopper_processors() {
 
 template <GemmOp kOp>
 void launch(const GemmGroups& groups, const GemmParams& params, const CUtensorMap& x, const CUtensorMap& y,
-            Stream stream) {
+            const CUtensorMap& grads, Stream stream) {
   const int processors = hopper_processors();
   // Per device: the attribute is part of its context.
   check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -132,7 +133,7 @@ void launch(const GemmGroups& groups, const GemmParams& params, const CUtensorMa
         "cudaFuncSetAttribute");
   const int sms = groups.max_sms > 0 ? std::min(groups.max_sms, processors) : processors;
   grouped_gemm_kernel<kOp>
-      <<<sms / kClusterSize * kClusterSize, kThreads, kSharedBytes, stream>>>(x, y, params);
+      <<<sms / kClusterSize * kClusterSize, kThreads, kSharedBytes, stream>>>(x, y, grads, params);
   check(cudaGetLastError(), "launch");
 }
 
@@ -170,14 +171,14 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
                                     {ffn / 8, 8 * weights.in, kBlockX / 16},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, stream);
+    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, y, stream);
   } else {
     const CUtensorMap x = make_map(weights.base,
                                    {{weights.in, 1, kBlockK},
                                     {weights.out, weights.in, kBlockX},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForward>(groups, p, x, y, stream);
+    launch<GemmOp::kForward>(groups, p, x, y, y, stream);
   }
 }
 
@@ -199,7 +200,7 @@ void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, Co
       "weights");
   const CUtensorMap y =
       make_map(dc.data, {{weights.out, 1, kBlockK}, {groups.num_rows, dc.stride, 64}}, "dc");
-  launch<GemmOp::kDgrad>(groups, p, x, y, stream);
+  launch<GemmOp::kDgrad>(groups, p, x, y, y, stream);
 }
 
 void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
@@ -218,11 +219,11 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
   p.num_weights = groups.num_groups;
   p.x_extent = static_cast<int>(out);
   p.y_extent = static_cast<int>(in);
-  p.grads = grads;
-  p.grad_stride = grad_stride;
   const CUtensorMap x = make_map(dc.data, {{out, 1, 64}, {groups.num_rows, dc.stride, kBlockK}}, "dc");
   const CUtensorMap y = make_map(a.data, {{in, 1, 64}, {groups.num_rows, a.stride, kBlockK}}, "a");
-  launch<GemmOp::kWgrad>(groups, p, x, y, stream);
+  const CUtensorMap c = make_map(grads, {{in, 1, 32}, {out, in, 64}, {groups.num_groups, grad_stride, 1}},
+                                 "grads", CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
+  launch<GemmOp::kWgrad>(groups, p, x, y, c, stream);
 }
 
 }  // namespace sluice::kernels::cuda

@@ -40,9 +40,6 @@ struct GemmParams {
   std::int64_t c_stride;
   std::uint16_t* act;
   std::int64_t act_stride;
-  // wgrad
-  float* grads;
-  std::int64_t grad_stride;
 };
 
 inline constexpr int kClusterSize = 2;
@@ -56,7 +53,9 @@ inline constexpr int kYBytes = kMaxY * kBlockK * 2;
 inline constexpr int kStageBytes = kXBytes + kYBytes;
 inline constexpr int kStages = 4;
 inline constexpr int kStagingBytes = 16384;  // epilogue buffer of a warpgroup
-inline constexpr int kSwath = 8;  // Y tiles worked on side by side, so that X and Y tiles stay in L2
+// Y tiles worked on side by side, so that the X and Y tiles in use at a time are few and stay in L2 (measured: 9 and
+// more read up to half as much again from memory).
+inline constexpr int kSwath = 8;
 inline constexpr int kStagingOffset = kStages * kStageBytes;
 inline constexpr int kBarrierOffset = kStagingOffset + 2 * kStagingBytes;
 inline constexpr int kPrefixOffset = kBarrierOffset + 2 * kStages * 8;
@@ -117,10 +116,10 @@ struct TileWalk {
       group = group_shape<kOp>(p, position);
     }
     const int local = tile - prefix[position];
-    const int per_swath = kSwath * ceil_div(p.x_extent, kClusterSize * kBlockX);
-    const int first_y = local / per_swath * kSwath;
+    const int x_pairs = ceil_div(p.x_extent, kClusterSize * kBlockX);
+    const int first_y = local / (kSwath * x_pairs) * kSwath;
     const int width = min(kSwath, group.y_tiles - first_y);
-    const int in_swath = local % per_swath;
+    const int in_swath = local - first_y * x_pairs;
     x_pair = in_swath / width;
     y_begin = (first_y + in_swath % width) * group.y_step;
     if constexpr (kOp == GemmOp::kWgrad) {
@@ -266,13 +265,26 @@ __device__ __forceinline__ void zero_rows(std::uint32_t boxes, int num_boxes, in
   }
 }
 
-template <GemmOp kOp, int kN>
-__device__ __forceinline__ void multiply(float (&acc)[128], Ring& ring, int num_k, int k_rows, int warpgroup,
-                                         int thread) {
-  constexpr int kXOuter = kOp == GemmOp::kDgrad || kOp == GemmOp::kWgrad ? 1 : 0;
-  constexpr int kYOuter = kOp == GemmOp::kWgrad ? 1 : 0;
+// kSteps * 16 of the reduction index, as one group of matrix instructions.
+template <int kN, int kSteps, int kXOuter, int kYOuter>
+__device__ __forceinline__ void multiply_block(float (&acc)[128], std::uint64_t x, std::uint64_t y,
+                                               int accumulate) {
   constexpr int kXStep = (kXOuter ? 16 * 128 : 32) >> 4;
   constexpr int kYStep = (kYOuter ? 16 * 128 : 32) >> 4;
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    wgmma<kN, kXOuter, kYOuter>(acc, x + k * kXStep, y + k * kYStep, k == 0 ? accumulate : 1);
+  }
+  ptx::wgmma_commit();
+}
+
+// Returns the stage whose matrix instructions are still running.
+template <GemmOp kOp, int kN>
+__device__ __forceinline__ int multiply(float (&acc)[128], Ring& ring, int num_k, int k_rows, int warpgroup,
+                                        int thread) {
+  constexpr int kXOuter = kOp == GemmOp::kDgrad || kOp == GemmOp::kWgrad ? 1 : 0;
+  constexpr int kYOuter = kOp == GemmOp::kWgrad ? 1 : 0;
   const int lane = thread % 32;
   const int skew_block = min(kSkewBlocks, num_k - 1);
   int previous = 0;
@@ -291,18 +303,16 @@ __device__ __forceinline__ void multiply(float (&acc)[128], Ring& ring, int num_
     }
     const std::uint64_t x = matrix_descriptor(ring.x() + warpgroup * kBoxBytes, kBoxBytes);
     const std::uint64_t y = matrix_descriptor(ring.y(), kBoxBytes);
-    ptx::wgmma_fence();
-    if (kOp != GemmOp::kWgrad || steps == kBlockK / 16) {
-#pragma unroll
-      for (int k = 0; k < kBlockK / 16; ++k) {
-        wgmma<kN, kXOuter, kYOuter>(acc, x + k * kXStep, y + k * kYStep, (kb | k) != 0);
-      }
+    const int accumulate = kb != 0;
+    if (kOp != GemmOp::kWgrad || steps == 4) {
+      multiply_block<kN, 4, kXOuter, kYOuter>(acc, x, y, accumulate);
+    } else if (steps == 3) {
+      multiply_block<kN, 3, kXOuter, kYOuter>(acc, x, y, accumulate);
+    } else if (steps == 2) {
+      multiply_block<kN, 2, kXOuter, kYOuter>(acc, x, y, accumulate);
     } else {
-      for (int k = 0; k < steps; ++k) {
-        wgmma<kN, kXOuter, kYOuter>(acc, x + k * kXStep, y + k * kYStep, (kb | k) != 0);
-      }
+      multiply_block<kN, 1, kXOuter, kYOuter>(acc, x, y, accumulate);
     }
-    ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (kb > 0) release(ring, previous, lane);
     if (warpgroup == 0 && kb == skew_block && num_k >= kSkewMinBlocks)
@@ -310,8 +320,7 @@ __device__ __forceinline__ void multiply(float (&acc)[128], Ring& ring, int num_
     previous = ring.stage;
     ring.advance();
   }
-  ptx::wgmma_wait<0>();
-  release(ring, previous, lane);
+  return previous;
 }
 
 __device__ __forceinline__ float gelu(float x) {
@@ -327,27 +336,51 @@ __device__ __forceinline__ float activate(GemmActivation activation, float x) {
   return activation == GemmActivation::kRelu ? fmaxf(x, 0.0f) : x;
 }
 
+// Where a warpgroup's columns of a tile go.
 struct RowSink {
   std::uint16_t* data;  // first row of the tile
   std::int64_t stride;
-  int rows;  // real rows
+  int rows;
   int column, columns;
 };
 
-// 64 columns of up to 256 rows, through shared memory: transposed matrices in, whole 128-byte lines out.
+// Rows first..last-1 of the sink from staging rows 0.., each kChunks * 16 bytes. Threads store: whole lines, and a
+// tile's ragged end needs nothing special. (Tensor stores were measured: 2 to 3% slower over the shapes.)
+template <int kChunks>
+__device__ __forceinline__ void store_rows(const RowSink& sink, int first, int last, std::uint32_t staging,
+                                           int warpgroup, int thread) {
+  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+  const int chunk = thread % kChunks;
+  if (sink.column + chunk * 8 < sink.columns) {
+    std::uint16_t* out = sink.data + (first + thread / kChunks) * sink.stride + sink.column + chunk * 8;
+    const std::int64_t step_stride = sink.stride * (128 / kChunks);
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      const int row = step * (128 / kChunks) + thread / kChunks;
+      if (row < last - first) {
+        const int swizzled = kChunks == 8 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4);
+        *reinterpret_cast<uint4*>(out + step * step_stride) =
+            ptx::load_shared_16(staging + row * kChunks * 16 + swizzled * 16);
+      }
+    }
+  }
+}
+
+// 64 columns of up to 256 rows, transposed on the way to shared memory.
 // value(i): accumulator i, in the order of wgmma's fragment.
 template <typename Value>
 __device__ __forceinline__ void store_64_columns(const RowSink& sink, std::uint32_t staging, int warpgroup,
                                                  int thread, Value value) {
+  constexpr int kPart = kStagingBytes / 128;
   const int lane = thread % 32, warp = thread / 32;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half * 128 < sink.rows) {
+  for (int first = 0; first < kMaxY; first += kPart) {
+    if (first < sink.rows) {
       ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last rows were read
 #pragma unroll
-      for (int pair = 0; pair < 8; ++pair) {
-        if (half * 128 + pair * 16 < sink.rows) {
-          const int i = (half * 16 + pair * 2) * 4;
+      for (int pair = 0; pair < kPart / 16; ++pair) {
+        if (first + pair * 16 < sink.rows) {
+          const int i = (first / 8 + pair * 2) * 4;
           const int row = pair * 16 + (lane / 16) * 8 + lane % 8;
           const int chunk = warp * 2 + (lane / 8) % 2;
           ptx::store_matrix_x4_transposed(
@@ -356,19 +389,7 @@ __device__ __forceinline__ void store_64_columns(const RowSink& sink, std::uint3
               ptx::pack_bf16(value(i + 6), value(i + 7)));
         }
       }
-      ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-      const int chunk = thread % 8;
-      if (sink.column + chunk * 8 < sink.columns) {
-#pragma unroll
-        for (int step = 0; step < 8; ++step) {
-          const int row = step * 16 + thread / 8;
-          if (half * 128 + row < sink.rows) {
-            const uint4 v = ptx::load_shared_16(staging + row * 128 + ((chunk ^ (row % 8)) << 4));
-            *reinterpret_cast<uint4*>(sink.data + (half * 128 + row) * sink.stride + sink.column +
-                                      chunk * 8) = v;
-          }
-        }
-      }
+      store_rows<8>(sink, first, min(sink.rows, first + kPart), staging, warpgroup, thread);
     }
   }
 }
@@ -385,67 +406,76 @@ __device__ __forceinline__ void store_32_columns(const RowSink& sink, std::uint3
       const int j = quad * 4;
       const int row = quad * 32 + lane;
       ptx::store_matrix_x4_transposed(
-          staging + row * 64 + ((warp ^ ((row / 2) % 4)) << 4), ptx::pack_bf16(value(j, 0), value(j, 1)),
+          staging + row * 64 + ((warp ^ (row / 2 % 4)) << 4), ptx::pack_bf16(value(j, 0), value(j, 1)),
           ptx::pack_bf16(value(j + 1, 0), value(j + 1, 1)), ptx::pack_bf16(value(j + 2, 0), value(j + 2, 1)),
           ptx::pack_bf16(value(j + 3, 0), value(j + 3, 1)));
     }
   }
-  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-  const int chunk = thread % 4;
-  if (sink.column + chunk * 8 < sink.columns) {
+  store_rows<4>(sink, 0, sink.rows, staging, warpgroup, thread);
+}
+
+// Adds 64 rows of 256 columns to the gradient, 32 columns (8 KB) at a time; the buffers take turns.
+__device__ __forceinline__ void add_to_gradient(const CUtensorMap* map, int row, int column, int group,
+                                                int rows, int columns, const float (&acc)[128],
+                                                std::uint32_t staging, int warpgroup, int thread) {
+  constexpr int kBuffers = kStagingBytes / 8192;
+  const int lane = thread % 32, warp = thread / 32;
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const int row = step * 32 + thread / 4;
-      if (row < sink.rows) {
-        const uint4 v = ptx::load_shared_16(staging + row * 64 + ((chunk ^ ((row / 2) % 4)) << 4));
-        *reinterpret_cast<uint4*>(sink.data + row * sink.stride + sink.column + chunk * 8) = v;
+  for (int box = 0; box < kMaxY / 32; ++box) {
+    const std::uint32_t buffer = staging + box % kBuffers * 8192;
+    if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
+    ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const int line = warp * 16 + lower * 8 + lane / 4;
+        const int chunk = j * 2 + lane % 4 / 2;
+        const int i = (box * 4 + j) * 4 + lower * 2;
+        ptx::store_shared_f32x2(buffer + line * 128 + ((chunk ^ (line % 8)) << 4) + lane % 2 * 8, acc[i],
+                                acc[i + 1]);
       }
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+    if (thread == 0) {
+      if (row < rows && column + box * 32 < columns)
+        ptx::reduce_add_3d(map, column + box * 32, row, group, buffer);
+      ptx::bulk_commit();
     }
   }
 }
 
 template <GemmOp kOp>
-__device__ __forceinline__ void store_tile(const GemmParams& p, const TileWalk<kOp>& tile,
-                                           const float (&acc)[128], std::uint32_t rank, std::uint32_t staging,
-                                           int warpgroup, int thread) {
+__device__ __forceinline__ void store_tile(const GemmParams& p, const CUtensorMap* map_grads,
+                                           const TileWalk<kOp>& tile, const float (&acc)[128],
+                                           std::uint32_t rank, std::uint32_t staging, int warpgroup,
+                                           int thread) {
   const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
   if constexpr (kOp == GemmOp::kWgrad) {
-    const int lane = thread % 32, warp = thread / 32;
-    float* grad = p.grads + tile.group.weight * p.grad_stride;
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      const int row = x_first + warp * 16 + lower * 8 + lane / 4;
-      if (row < p.x_extent) {
-        float* out = grad + static_cast<std::int64_t>(row) * p.y_extent;
-#pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          const int column = tile.y_begin + j * 8 + lane % 4 * 2;
-          if (column < p.y_extent)
-            ptx::reduce_add_f32x2(out + column, acc[4 * j + 2 * lower], acc[4 * j + 2 * lower + 1]);
-        }
-      }
-    }
+    add_to_gradient(map_grads, x_first, tile.y_begin, tile.group.weight, p.x_extent, p.y_extent, acc, staging,
+                    warpgroup, thread);
   } else {
-    const std::int64_t first = tile.group.begin + tile.y_begin;
+    const std::int64_t row = tile.group.begin + tile.y_begin;
     if constexpr (kOp == GemmOp::kForwardSwiGLU) {
       const int ffn = p.x_extent / 2;
       const int column = x_first / 2;
       if (p.c != nullptr) {
-        const RowSink gate{p.c + first * p.c_stride, p.c_stride, tile.y_rows, column, ffn};
+        const RowSink gate{p.c + row * p.c_stride, p.c_stride, tile.y_rows, column, ffn};
         store_32_columns(gate, staging, warpgroup, thread, [&](int j, int i) { return acc[4 * j + i]; });
-        const RowSink up{p.c + first * p.c_stride + ffn, p.c_stride, tile.y_rows, column, ffn};
+        const RowSink up{p.c + row * p.c_stride + ffn, p.c_stride, tile.y_rows, column, ffn};
         store_32_columns(up, staging, warpgroup, thread, [&](int j, int i) { return acc[4 * j + 2 + i]; });
       }
-      const RowSink act{p.act + first * p.act_stride, p.act_stride, tile.y_rows, column, ffn};
+      const RowSink act{p.act + row * p.act_stride, p.act_stride, tile.y_rows, column, ffn};
       store_32_columns(act, staging, warpgroup, thread,
                        [&](int j, int i) { return silu(acc[4 * j + i]) * acc[4 * j + 2 + i]; });
     } else {
       if (p.c != nullptr) {
-        const RowSink c{p.c + first * p.c_stride, p.c_stride, tile.y_rows, x_first, p.x_extent};
+        const RowSink c{p.c + row * p.c_stride, p.c_stride, tile.y_rows, x_first, p.x_extent};
         store_64_columns(c, staging, warpgroup, thread, [&](int i) { return acc[i]; });
       }
       if (kOp == GemmOp::kForward && p.act != nullptr) {
-        const RowSink act{p.act + first * p.act_stride, p.act_stride, tile.y_rows, x_first, p.x_extent};
+        const RowSink act{p.act + row * p.act_stride, p.act_stride, tile.y_rows, x_first, p.x_extent};
         store_64_columns(act, staging, warpgroup, thread,
                          [&](int i) { return activate(p.activation, acc[i]); });
       }
@@ -454,19 +484,24 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const TileWalk<k
 }
 
 template <GemmOp kOp>
-__device__ __forceinline__ void consume(const GemmParams& p, const int* prefix, Ring ring, std::uint32_t rank,
-                                        std::uint32_t staging, int warpgroup, int thread) {
+__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, const int* prefix,
+                                        Ring ring, std::uint32_t rank, std::uint32_t staging, int warpgroup,
+                                        int thread) {
   const int clusters = gridDim.x / kClusterSize;
-  TileWalk<kOp> tile;
+  TileWalk<kOp> next;
   float acc[128];
-  for (int t = blockIdx.x / kClusterSize; tile.find(p, prefix, t); t += clusters) {
+  int t = blockIdx.x / kClusterSize;
+  bool more = next.find(p, prefix, t);
+  while (more) {
+    const TileWalk<kOp> tile = next;
     if (warpgroup == 1 && tile.num_k >= kSkewMinBlocks) ptx::named_barrier_sync(kSkewBarrier, 256);
-#define SLUICE_CASE(i)                                                                \
-  case i:                                                                             \
-    multiply<kOp, 16 * i>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread); \
+    int last = 0;
+#define SLUICE_CASE(i)                                                                       \
+  case i:                                                                                    \
+    last = multiply<kOp, 16 * i>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread); \
     break;
     if constexpr (kOp == GemmOp::kWgrad) {
-      multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
+      last = multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
     } else {
       switch (ceil_div(tile.y_rows, 16)) {
         SLUICE_CASE(1)
@@ -485,19 +520,24 @@ __device__ __forceinline__ void consume(const GemmParams& p, const int* prefix, 
         SLUICE_CASE(14)
         SLUICE_CASE(15)
         default:
-          multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
+          last = multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
       }
     }
 #undef SLUICE_CASE
+    t += clusters;
+    more = next.find(p, prefix, t);  // while the last matrix instructions run
+    ptx::wgmma_wait<0>();
     fence_accumulators(acc);
-    store_tile<kOp>(p, tile, acc, rank, staging, warpgroup, thread);
+    release(ring, last, thread % 32);
+    store_tile<kOp>(p, map_grads, tile, acc, rank, staging, warpgroup, thread);
   }
+  if constexpr (kOp == GemmOp::kWgrad) ptx::bulk_wait_read<0>();  // the last adds have read shared memory
 }
 
 template <GemmOp kOp>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
-                        const __grid_constant__ GemmParams p) {
+                        const __grid_constant__ CUtensorMap map_grads, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const std::uint32_t base = ptx::shared_address(shared);
   int* prefix = reinterpret_cast<int*>(shared + kPrefixOffset);
@@ -521,13 +561,13 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   ptx::cluster_wait();
 
   if (warp < 4) {
-    ptx::registers_fewer<40>();
+    ptx::registers_fewer<56>();
     if (threadIdx.x == 0) produce<kOp>(p, &map_x, &map_y, prefix, ring, rank);
   } else {
-    ptx::registers_more<232>();
+    ptx::registers_more<224>();
     const int warpgroup = warp / 4 - 1;
-    consume<kOp>(p, prefix, ring, rank, base + kStagingOffset + warpgroup * kStagingBytes, warpgroup,
-                 threadIdx.x % 128);
+    consume<kOp>(p, &map_grads, prefix, ring, rank, base + kStagingOffset + warpgroup * kStagingBytes,
+                 warpgroup, threadIdx.x % 128);
   }
   // The other block may still signal this one's barriers.
   ptx::cluster_arrive();

@@ -102,6 +102,25 @@ __device__ __forceinline__ void copy_5d(std::uint32_t dst, const CUtensorMap* ma
       : "memory");
 }
 
+// ---- tensor copies: shared -> global, in groups of the issuing thread ----------------------------------------------
+// Parts outside the tensor are left out.
+// Adds to what is there, in the memory system.
+__device__ __forceinline__ void reduce_add_3d(const CUtensorMap* map, int c0, int c1, int c2,
+                                              std::uint32_t src) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(src)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// All but the last kPending groups of this thread have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- ordering ------------------------------------------------------------------------------------------------------
 // Ordinary accesses before it are seen by the copy engine and the tensor cores after it, and the other way round.
 __device__ __forceinline__ void fence_proxy_async() {
@@ -168,9 +187,8 @@ __device__ __forceinline__ void store_shared_16(std::uint32_t address, uint4 v) 
                "r"(v.w)
                : "memory");
 }
-// c[0] += a, c[1] += b in the memory system: nothing is read back. 8-byte aligned.
-__device__ __forceinline__ void reduce_add_f32x2(float* c, float a, float b) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(c), "f"(a), "f"(b) : "memory");
+__device__ __forceinline__ void store_shared_f32x2(std::uint32_t address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 // Rounds to nearest even; `low` goes to the lower half.
 __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
