@@ -80,20 +80,25 @@ struct List {
   std::int32_t first_route;  // where its routes start in the list of routes
   std::int32_t next_route;   // next route to write, in the list of routes
   std::int32_t num_rows;     // rows written
+  std::int32_t batch_row;    // rows written before this batch
   std::int32_t last;         // row of the route written last
 
   // A block with room for `num_routes` pairs before its tokens.
   static List at(std::int32_t* block, std::int64_t num_routes, std::int32_t* stage,
                  std::int64_t first_route) {
     const auto first = static_cast<std::int32_t>(first_route);
-    return {block + 2 * num_routes, block, stage, first, first, 0, -1};
+    return {block + 2 * num_routes, block, stage, first, first, 0, 0, -1};
   }
   std::int32_t num_routes() const { return next_route - first_route; }
 };
 
-inline void write_pair(std::int32_t* at, std::int32_t slot, std::int32_t first, float weight) {
-  at[0] = slot | (first << 30);
+inline void write_pair(std::int32_t* at, std::int32_t slot, std::int64_t first, float weight) {
+  at[0] = slot | static_cast<std::int32_t>(first << 30);
   std::memcpy(at + 1, &weight, sizeof weight);
+}
+// What waits in a pair's place until its list is written.
+inline std::uint64_t waiting(std::int64_t row, std::int64_t route) {
+  return (static_cast<std::uint64_t>(row) << 32) | static_cast<std::uint32_t>(route);
 }
 
 // Lists of a ragged array are written from their ends: end[of[i] - shift] falls by one for each i, and `first` + i goes
@@ -164,12 +169,16 @@ struct PlanBuilder::State {
   // Own routes, sorted into lists by key (see Target).
   std::int32_t num_keys = 0;
   GrowArray<std::int64_t> list_routes,
-      list_word;                         // [num_keys] routes of the list; word where its block starts
-  GrowArray<Seen> seen;                  // [num_ranks + 1]
-  GrowArray<RankCount> rank_count;       // [num_ranks + 1]
-  GrowArray<List> lists;                 // [num_keys]
-  GrowArray<std::int32_t> next_of_list;  // [lists] where the next route's number goes
-  GrowArray<std::int32_t> row_of_route;  // [routes at hand] own token, or row of a received segment
+      list_word;                       // [num_keys] routes of the list; word where its block starts
+  GrowArray<Seen> seen;                // [num_ranks + 1]
+  GrowArray<RankCount> rank_count;     // [num_ranks + 1]
+  GrowArray<List> lists;               // [num_keys]
+  GrowArray<std::int32_t*> next_pair;  // [num_keys] where the list's next route waits
+  GrowArray<std::uint64_t>
+      waiting_routes;                      // [num_members + 1, batch] received routes on their way into lists
+  GrowArray<std::uint64_t*> next_waiting;  // [num_members + 1]
+  std::int64_t partials_end = 0;           // where the partials placed so far end
+  GrowArray<std::int32_t> row_of_route;    // [recv2 routes]
   GrowArray<std::int32_t> words1, words2;
   GrowArray<std::int32_t> own_route;  // routes of members and everywhere; hop 1's are in the plan
 
@@ -181,8 +190,7 @@ struct PlanBuilder::State {
     std::int64_t word, row, route;
   };
   GrowArray<BlockAt>
-      relay_at;         // [recv1 segments, num_members] where in hop 2 a source's rows for a member go
-  BlockAt relay_end{};  // behind all of them
+      relay_at;  // [recv1 segments, num_members] where in hop 2 a source's rows for a member go
   GrowArray<List> relay_lists;             // [num_members]
   GrowArray<std::int64_t> own_word;        // [num_members] where the member's own block goes in hop 2
   GrowArray<std::int64_t> member_words;    // [num_members]
@@ -230,6 +238,10 @@ struct PlanBuilder::State {
   }
 
   const std::vector<std::int32_t>& members() const { return exchange.ranks_of(my_node); }
+  static constexpr std::int64_t kRelayBatch = 1024;  // routes sorted at a time, and the rest of a row
+  std::uint64_t* waiting_for(std::int32_t member) {
+    return waiting_routes.data() + member * (kRelayBatch + plan->num_experts);
+  }
   bool is_gateway_for(std::int32_t source) const { return exchange.gateway(RankId(source), my_node) == rank; }
   std::int64_t* counts_for(std::int32_t peer) {
     return &counts[static_cast<std::size_t>(peer) * kCountsPerPeer];
@@ -246,7 +258,7 @@ struct PlanBuilder::State {
 
   void choose_slots(std::span<const std::int64_t> gathered);
   void list_own_routes();
-  void write_own(List& list, std::int32_t end);
+  void write_own(List& list, const std::int32_t* end);
   void finish_own_lists();
   void write_counts();
   void lay_out_receive1();
@@ -254,8 +266,9 @@ struct PlanBuilder::State {
   void start_partials();
   void lay_out_send2(std::span<const std::int32_t> words);
   void copy_own_blocks();
-  void write_relayed(List& list, std::int32_t end, SlotId first_slot);
-  void sort_relayed(const Segment& in, const std::int32_t* pairs);
+  void write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to, SlotId first_slot);
+  void sort_relayed(const Segment& in, const std::int32_t* relay, const BlockAt* block_at,
+                    const std::int32_t* pairs);
   void hand_on(std::span<const std::int32_t> words);
   void lay_out_receive2();
   void take_rows(std::span<const std::int32_t> words);
@@ -414,18 +427,17 @@ void PlanBuilder::State::list_own_routes() {
   Require(words < 2 * kMaxCount, ErrorCode::kInvalidRouting, "headers of rank ", rank.value, " need ", words,
           " words; split the batch");
   List* list = lists.resize(static_cast<std::size_t>(num_keys));
-  std::int32_t* next = next_of_list.resize(static_cast<std::size_t>(num_keys));
+  std::int32_t** next = next_pair.resize(static_cast<std::size_t>(num_keys));
   std::int32_t* block = words1.resize(static_cast<std::size_t>(words));
   std::int64_t first_route = 0;
   for (std::int32_t k = 0; k < num_keys; ++k) {
     list[k] = List::at(block + word_of[k], routes_of[k], nullptr, first_route);
-    next[k] = list[k].first_route;
+    next[k] = list[k].pair;
     first_route += routes_of[k];
   }
 
   Seen* seen_by = seen.assign(static_cast<std::size_t>(num_ranks) + 1, {-1, 0});
-  std::int32_t* route = plan->send1.route.resize(static_cast<std::size_t>(plan->num_routes));
-  std::int32_t* token_of = row_of_route.resize(static_cast<std::size_t>(plan->num_routes));
+  plan->send1.route.resize(static_cast<std::size_t>(plan->num_routes));
   const std::int64_t* row_ptr = routing.row_ptr.data();
   const std::int32_t* expert = routing.expert.data();
   const Target* target_of = target.data();
@@ -438,37 +450,39 @@ void PlanBuilder::State::list_own_routes() {
         Seen& s = seen_by[to.rank];
         s.rows += s.last != t;
         s.last = t;
-        route[next[to.key]++] = static_cast<std::int32_t>(i);
-        token_of[i] = t;
+        std::int32_t* at = next[to.key];
+        next[to.key] = at + 2;
+        const std::uint64_t word = waiting(t, i);
+        std::memcpy(at, &word, sizeof word);
       }
     for (std::int32_t k = 0; k < num_keys; ++k) write_own(list[k], next[k]);
   }
   for (std::int32_t r = 0; r <= num_ranks; ++r) by_rank[r].rows = seen_by[r].rows;
 }
 
-// Writes the rows and routes of a list up to `end` of the list of routes.
-void PlanBuilder::State::write_own(List& list, std::int32_t end) {
-  const std::int32_t* route = plan->send1.route.data();
-  const std::int32_t* token_of = row_of_route.data();
+// Writes the rows and routes that wait in a list up to `end`.
+void PlanBuilder::State::write_own(List& list, const std::int32_t* end) {
+  std::int32_t* route = plan->send1.route.data() + list.next_route;
   const std::int32_t* expert = routing.expert.data();
   const float* weight = routing.weight.data();
   const std::int32_t* slot_of = wire_slot.data();
-  std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()};
   std::int32_t* token = list.token;
   std::int64_t row = list.num_rows - 1;
   std::int32_t last = list.last;
-  for (const std::int32_t *at = route + list.next_route, *to = route + end; at < to; ++at, pair += 2) {
-    const auto i = static_cast<std::uint32_t>(*at);
-    const std::int32_t t = token_of[i];
+  for (std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()}; pair < end; pair += 2) {
+    std::uint64_t word;
+    std::memcpy(&word, pair, sizeof word);
+    const auto i = static_cast<std::uint32_t>(word);
+    const auto t = static_cast<std::int32_t>(word >> 32);
     const std::int64_t first = t != last;
     last = t;
     row += first;
     token[row] = t;
-    write_pair(pair, slot_of[static_cast<std::uint32_t>(expert[i])], static_cast<std::int32_t>(first),
-               weight[i]);
+    *route++ = static_cast<std::int32_t>(i);
+    write_pair(pair, slot_of[static_cast<std::uint32_t>(expert[i])], first, weight[i]);
   }
   list.num_rows = static_cast<std::int32_t>(row + 1);
-  list.next_route = end;
+  list.next_route = static_cast<std::int32_t>(route - plan->send1.route.data());
   list.last = last;
 }
 
@@ -764,16 +778,11 @@ void PlanBuilder::State::lay_out_send2(std::span<const std::int32_t> words) {
   Require(at < 2 * kMaxCount, ErrorCode::kInvalidRouting, "hop-2 headers of rank ", rank.value, " need ", at,
           " words; split the batch");
 
-  // A source that lies about its counts may write past its block, never past the buffer: at most its own hop-1 routes.
-  std::int64_t slack_rows = 0, slack_routes = 0;
-  for (const Segment& in : recv1.segments) {
-    slack_rows = std::max<std::int64_t>(slack_rows, in.num_rows);
-    slack_routes = std::max<std::int64_t>(slack_routes, in.num_routes);
-  }
-  words2.resize(static_cast<std::size_t>(at + block_words(slack_rows, slack_routes)));
-  send2.row.resize(static_cast<std::size_t>(rows + slack_rows));
-  send2.route.resize(static_cast<std::size_t>(routes + slack_routes));
-  relay_end = {at, rows, routes};
+  // A source that lies about its counts may write past its block, never past the buffer: it is found out after a batch.
+  const std::int64_t slack = kRelayBatch + plan->num_experts;
+  words2.resize(static_cast<std::size_t>(at + block_words(slack, slack)));
+  send2.row.resize(static_cast<std::size_t>(rows + slack));
+  send2.route.resize(static_cast<std::size_t>(routes + slack));
   std::int64_t block_at = 0;
   for (const Segment& seg : send2.segments) {
     words2[static_cast<std::size_t>(block_at)] = seg.row_begin;
@@ -836,60 +845,91 @@ void PlanBuilder::State::start_partials() {
   plan->partial_ptr.resize(static_cast<std::size_t>(own + plan->recv1.num_rows()) + 1);
 }
 
-// Writes the rows and routes for a member up to `end` of the list of routes.
-void PlanBuilder::State::write_relayed(List& list, std::int32_t end, SlotId first_slot) {
+// Writes the rows and routes that wait in [from, to) for a member.
+void PlanBuilder::State::write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to,
+                                       SlotId first_slot) {
   const ReceiveList& recv1 = plan->recv1;
-  const std::int32_t* route = plan->send2.route.data();
-  const std::int32_t* row_of = row_of_route.data();
   const std::int32_t* token_of = recv1.token.data();
   const std::int32_t* slot_of = recv1.slot.data();
   const float* weight_of = recv1.weight.data();
   std::int64_t* num_members_of = plan->partial_ptr.data() + plan->num_own_partials;
   const std::int32_t num_tokens = plan->num_tokens, num_routes = plan->num_routes,
                      slot_begin = first_slot.value;
+  std::int32_t* route = plan->send2.route.data() + list.next_route;
   std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()};
   std::int32_t* token = list.token;
   std::int32_t* stage = list.stage;
   std::int64_t row = list.num_rows - 1;
   std::int64_t last = list.last;
-  for (const std::int32_t *at = route + list.next_route, *to = route + end; at < to; ++at, pair += 2) {
-    const auto q = static_cast<std::uint32_t>(*at - num_routes);
-    const std::int64_t r = row_of[q];
+  list.next_route += static_cast<std::int32_t>(to - from);
+  list.batch_row = list.num_rows;
+  for (; from < to; ++from, ++route, pair += 2) {
+    const auto q = static_cast<std::uint32_t>(*from);
+    const auto r = static_cast<std::int64_t>(*from >> 32);
     const std::int64_t first = r != last;
     last = r;
     row += first;
     token[row] = token_of[r];
     stage[row] = num_tokens + static_cast<std::int32_t>(r);
     num_members_of[r] += first;
-    write_pair(pair, slot_of[q] - slot_begin, static_cast<std::int32_t>(first), weight_of[q]);
+    *route = num_routes + static_cast<std::int32_t>(q);
+    write_pair(pair, slot_of[q] - slot_begin, first, weight_of[q]);
   }
   list.num_rows = static_cast<std::int32_t>(row + 1);
-  list.next_route = end;
   list.last = static_cast<std::int32_t>(last);
 }
 
-// Sorts the routes of a received segment by member. Its rows and routes were checked by unpack().
-void PlanBuilder::State::sort_relayed(const Segment& in, const std::int32_t* pairs) {
+// Sorts the routes of a received segment by member. Its rows and routes were checked by unpack(); that each member gets
+// what the source announced is checked batch by batch, before the slack behind the lists is used up.
+void PlanBuilder::State::sort_relayed(const Segment& in, const std::int32_t* relay, const BlockAt* block_at,
+                                      const std::int32_t* pairs) {
   const std::int32_t* slot = plan->recv1.slot.data();
   const std::int32_t* member_of = member_of_slot.data();
   std::int64_t* route_end = plan->recv1.route_ptr.data() + 1;
-  std::int32_t* row_of = row_of_route.data();
-  std::int32_t* route = plan->send2.route.data();
-  std::int32_t* next = next_of_list.data();
-  const std::int32_t num_routes = plan->num_routes;
+  std::int64_t* partial_end = plan->partial_ptr.data() + plan->num_own_partials;
+  std::uint64_t** next = next_waiting.data();
+  List* list = relay_lists.data();
   std::int64_t row = in.row_begin - 1;
   const std::int64_t segment_end = in.route_begin + std::int64_t{in.num_routes};
   for (std::int64_t q = in.route_begin; q < segment_end;) {
-    const std::int64_t batch_end = std::min(segment_end, q + sort_batch(num_members));
+    // A batch ends where a row does: then its rows' partials are complete, too.
+    const auto starts_row = [&](std::int64_t route) { return (pairs[2 * (route - q)] & kFirstRoute) != 0; };
+    std::int64_t batch_end = std::min(segment_end, q + kRelayBatch);
+    const std::int64_t limit = std::min<std::int64_t>(segment_end, batch_end + plan->num_experts);
+    while (batch_end < limit && !starts_row(batch_end)) ++batch_end;
+    if (batch_end < segment_end && !starts_row(batch_end))
+      blame(in.source, str("a row with more routes than the ", plan->num_experts, " experts"));
+
+    for (std::int32_t m = 0; m <= num_members; ++m) next[m] = waiting_for(m);
+    const std::int64_t first_row = row + 1;
     for (; q < batch_end; ++q, pairs += 2) {
       row += (*pairs >> 30) & 1;
-      row_of[q] = static_cast<std::int32_t>(row);
       route_end[row] = q + 1;
-      route[next[member_of[slot[q]]]++] = num_routes + static_cast<std::int32_t>(q);
+      std::uint64_t*& at = next[member_of[slot[q]]];
+      *at++ = waiting(row, q);
     }
-    for (std::int32_t m = 0; m < num_members; ++m)
-      write_relayed(relay_lists[m], next[m],
-                    placement.slot_at(RankId(members()[static_cast<std::size_t>(m)]), 0));
+    if (next[num_members] != waiting_for(num_members))
+      blame(in.source, "a route to a slot that is not in this node");
+    for (std::int32_t m = 0; m < num_members; ++m) {
+      const std::int32_t d = members()[static_cast<std::size_t>(m)];
+      write_relayed(list[m], waiting_for(m), next[m], placement.slot_at(RankId(d), 0));
+      const std::int32_t rows = relay[kRelayWords * m], routes = relay[kRelayWords * m + 1];
+      const bool fits = q < segment_end ? list[m].num_rows <= rows && list[m].num_routes() <= routes
+                                        : list[m].num_rows == rows && list[m].num_routes() == routes;
+      if (!fits)
+        blame(in.source,
+              str("rank ", d, " should get ", rows, " rows with ", routes, " routes, the list holds ",
+                  list[m].num_rows, " and ", list[m].num_routes(), q < segment_end ? " or more" : ""));
+    }
+
+    std::int64_t end = partials_end;
+    for (std::int64_t r = first_row; r <= row; ++r) partial_end[r] = end += partial_end[r];
+    partials_end = end;
+    for (std::int32_t m = num_members - 1; m >= 0; --m) {
+      const std::int32_t begin = list[m].batch_row;
+      place_backwards(list[m].stage + begin, list[m].num_rows - begin, partial_end, plan->num_tokens,
+                      static_cast<std::int32_t>(block_at[m].row) + begin, plan->partial_position.data());
+    }
   }
 }
 
@@ -899,13 +939,14 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
   recv1.route_ptr[0] = 0;
   if (recv1.segments.empty()) return;
   const std::int32_t num_slots = placement.num_slots();
-  const std::int32_t num_tokens = plan->num_tokens;
   List* list = relay_lists.resize(static_cast<std::size_t>(num_members));
-  std::int32_t* next = next_of_list.resize(static_cast<std::size_t>(num_members) + 1);
-  row_of_route.resize(recv1.slot.size());
+  const auto num_waiting_lists =
+      static_cast<std::size_t>(num_members) + 1;  // the last for routes to no member
+  next_waiting.resize(num_waiting_lists);
+  waiting_routes.resize(num_waiting_lists * static_cast<std::size_t>(kRelayBatch + plan->num_experts));
   std::int64_t* partial_end = plan->partial_ptr.data() + plan->num_own_partials;
-  std::int64_t at = *partial_end;
-  std::fill_n(partial_end, recv1.num_rows(), 0);  // counts members first
+  partials_end = *partial_end;
+  std::fill_n(partial_end, recv1.num_rows(), 0);  // the rows' members are counted there first
   for (std::size_t i = 0; i < recv1.segments.size(); ++i) {
     Segment& in = recv1.segments[i];
     const std::int32_t* relay = &words[static_cast<std::size_t>(in1[i].word_begin)];
@@ -920,30 +961,15 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
                 recv1.weight.data() + in.route_begin))
       blame(in.source, str("row heads that are not ", in.num_rows, ", or a slot outside 0..", num_slots - 1));
 
-    // One list a member, and one for routes that belong to none (only from a liar): those are only counted.
     const BlockAt* block_at = relay_at.data() + i * static_cast<std::size_t>(num_members);
     for (std::int32_t m = 0; m < num_members; ++m) {
       const BlockAt& to = block_at[m];
       list[m] =
           List::at(words2.data() + to.word, relay[kRelayWords * m + 1], send2.row.data() + to.row, to.route);
-      next[m] = list[m].first_route;
     }
-    next[num_members] = static_cast<std::int32_t>(relay_end.route);
-    sort_relayed(in, pairs);
-    for (std::int32_t m = 0; m < num_members; ++m)
-      if (list[m].num_rows != relay[kRelayWords * m] || list[m].num_routes() != relay[kRelayWords * m + 1])
-        blame(in.source, str("rank ", members()[static_cast<std::size_t>(m)], " should get ",
-                             relay[kRelayWords * m], " rows with ", relay[kRelayWords * m + 1],
-                             " routes, the list holds ", list[m].num_rows, " and ", list[m].num_routes()));
-    if (next[num_members] != relay_end.route) blame(in.source, "a route to a slot that is not in this node");
-
-    for (std::int32_t r = in.row_begin, end = in.row_begin + in.num_rows; r < end; ++r)
-      partial_end[r] = at += partial_end[r];
-    for (std::int32_t m = num_members - 1; m >= 0; --m)
-      place_backwards(list[m].stage, list[m].num_rows, partial_end, num_tokens,
-                      static_cast<std::int32_t>(block_at[m].row), plan->partial_position.data());
+    sort_relayed(in, relay, block_at, pairs);
   }
-  partial_end[recv1.num_rows()] = at;
+  partial_end[recv1.num_rows()] = partials_end;
 }
 
 // What will come over hop 2: from each gateway its sources' blocks in rank order.

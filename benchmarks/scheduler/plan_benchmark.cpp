@@ -207,25 +207,35 @@ constexpr std::array<const char*, 6> kSteps = {"begin",        "take_summaries",
                                                "take_offsets", "take_headers1",  "take_headers2"};
 constexpr std::size_t kNumSteps = kSteps.size();
 
-// One build; step_us[i] receives the time of step i.
+// Times of one build in microseconds.
+struct Times {
+  double total = 0;  // the steps together
+  std::array<double, kNumSteps> step{};
+  double copy = 0;  // handing over the payload, which is what an exchange within one process adds
+};
+
+// One build. Before each step its input is copied to where the step reads it, as an exchange does; that is timed apart.
 template <typename Builder>
-double build(Builder& builder, const Received& in, Plan& plan, std::array<double, kNumSteps>& step_us) {
-  std::array<Clock::time_point, kNumSteps + 1> at;
-  at[0] = Clock::now();
-  builder.begin(in.routing, plan);
-  at[1] = Clock::now();
-  builder.take_summaries(in.summaries);
-  at[2] = Clock::now();
-  builder.take_counts(in.counts);
-  at[3] = Clock::now();
-  builder.take_offsets(in.offsets);
-  at[4] = Clock::now();
-  builder.take_headers1(in.headers1);
-  at[5] = Clock::now();
-  builder.take_headers2(in.headers2);
-  at[6] = Clock::now();
-  for (std::size_t i = 0; i < kNumSteps; ++i) step_us[i] = to_us(at[i + 1] - at[i]);
-  return to_us(at[kNumSteps] - at[0]);
+Times build(Builder& builder, const Received& in, Received& landing, Plan& plan) {
+  Times times;
+  std::size_t i = 0;
+  const auto step = [&](const auto& from, auto& to, auto&& take) {
+    const auto start = Clock::now();
+    to = from;
+    const auto ready = Clock::now();
+    take();
+    const auto done = Clock::now();
+    if (i > 0) times.copy += to_us(ready - start);  // the routing is the caller's, it does not travel
+    times.step[i] = to_us(done - ready);
+    times.total += times.step[i++];
+  };
+  step(in.routing, landing.routing, [&] { builder.begin(landing.routing, plan); });
+  step(in.summaries, landing.summaries, [&] { builder.take_summaries(landing.summaries); });
+  step(in.counts, landing.counts, [&] { builder.take_counts(landing.counts); });
+  step(in.offsets, landing.offsets, [&] { builder.take_offsets(landing.offsets); });
+  step(in.headers1, landing.headers1, [&] { builder.take_headers1(landing.headers1); });
+  step(in.headers2, landing.headers2, [&] { builder.take_headers2(landing.headers2); });
+  return times;
 }
 
 double median(std::vector<double> values) {
@@ -279,30 +289,23 @@ nlohmann::json run(const Case& c, int iterations, std::ostream& log) {
   PlanBuilder builder = world.make_builder(world.measured());
   testing::PlainPlanner plain(world.measured(), world.topology(), world.placement(), world.options());
   Plan plan, plain_plan;
-  std::array<double, kNumSteps> step_us;
+  Received landing;
   for (const Received& r : in) {
-    build(builder, r, plan, step_us);
-    build(plain, r, plain_plan, step_us);
+    build(builder, r, landing, plan);
+    build(plain, r, landing, plain_plan);
     compare(c, builder, plan, plain, plain_plan);
     plan.validate();
   }
 
   std::vector<double> total, plain_total, copy;
   std::array<std::vector<double>, kNumSteps> step;
-  Received landing;
   for (int i = 0; i < iterations; ++i) {
     const Received& r = in[static_cast<std::size_t>(i) % in.size()];
-    total.push_back(build(builder, r, plan, step_us));
-    for (std::size_t s = 0; s < kNumSteps; ++s) step[s].push_back(step_us[s]);
-    plain_total.push_back(build(plain, r, plain_plan, step_us));
-    // What an exchange within one process adds: the payload copied into receive buffers.
-    const auto before = Clock::now();
-    landing.summaries = r.summaries;
-    landing.counts = r.counts;
-    landing.offsets = r.offsets;
-    landing.headers1 = r.headers1;
-    landing.headers2 = r.headers2;
-    copy.push_back(to_us(Clock::now() - before));
+    const Times times = build(builder, r, landing, plan);
+    total.push_back(times.total);
+    for (std::size_t s = 0; s < kNumSteps; ++s) step[s].push_back(times.step[s]);
+    copy.push_back(times.copy);
+    plain_total.push_back(build(plain, r, landing, plain_plan).total);
   }
   compare(c, builder, plan, plain, plain_plan);
 
