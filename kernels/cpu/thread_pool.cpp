@@ -48,7 +48,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::stop() {
-  stop_ = true;
+  stop_.store(true, std::memory_order_relaxed);
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -82,7 +82,7 @@ void ThreadPool::work(int worker) {
   for (std::uint32_t seen = 0;;) {
     wait_while_equal(round_, seen);
     seen = round_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load(std::memory_order_relaxed)) return;
     if (!enter(seen)) continue;
     task_(argument_, worker);
     const std::uint64_t before = door_.fetch_sub(1, std::memory_order_acq_rel);

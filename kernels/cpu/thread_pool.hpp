@@ -45,7 +45,7 @@ class ThreadPool {
 
   Task task_ = nullptr;  // of the open round; read only by workers inside
   const void* argument_ = nullptr;
-  bool stop_ = false;                    // written before round_ is raised
+  std::atomic<bool> stop_{false};        // written before round_ is raised
   std::atomic<std::uint32_t> round_{0};  // raised once a run; what sleeping workers watch
   // The door of a round: its number << 32, kClosed once nobody may enter any more, and how many are inside.
   std::atomic<std::uint64_t> door_{0};
