@@ -83,13 +83,15 @@ struct ReceiveList {
   std::vector<Segment> segments;        // by source
   GrowArray<std::int32_t> token;        // [num_rows] token at the source
   GrowArray<std::int64_t> route_ptr;    // int64 [num_rows + 1]
-  GrowArray<std::int32_t> slot;         // [num_routes] hop 1: global slot; hop 2: local slot of this rank
-  GrowArray<float> weight;              // f32 [num_routes]
+  GrowArray<std::int32_t> slot;         // [num_routes] local slot of this rank; empty for hop 1
+  GrowArray<float> weight;              // f32 [num_routes]; empty for hop 1
   GrowArray<std::int32_t> chunk_row;    // [segments * (num_chunks + 1)]
   GrowArray<std::int32_t> chunk_route;  // [segments * (num_chunks + 1)]
 
   std::int32_t num_rows() const { return static_cast<std::int32_t>(token.size()); }
-  std::int32_t num_routes() const { return static_cast<std::int32_t>(slot.size()); }
+  std::int32_t num_routes() const {
+    return route_ptr.size() == 0 ? 0 : static_cast<std::int32_t>(route_ptr[route_ptr.size() - 1]);
+  }
 };
 
 // Rows and routes of this rank's tokens by how far they go. "Flat" is an exchange without de-duplication: one row per

@@ -153,7 +153,7 @@ struct PlanBuilder::State {
   std::uint64_t prehash = 0;
 
   GrowArray<std::int32_t>
-      member_of_slot;  // [num_slots] local index of the slot's rank in my node, or num_members
+      member_of_slot;  // [num_slots + 1] local index of the slot's rank in my node, or num_members
   GrowArray<std::uint64_t> factor_of_slot;  // [local slots] slot_factor
 
   // Exchange 1.
@@ -221,7 +221,8 @@ struct PlanBuilder::State {
 
     num_keys = num_nodes + num_members + 1;
 
-    std::int32_t* member_of = member_of_slot.resize(static_cast<std::size_t>(p.num_slots()));
+    std::int32_t* member_of = member_of_slot.resize(static_cast<std::size_t>(p.num_slots()) + 1);
+    member_of[p.num_slots()] = num_members;  // slots out of range are looked up here
     for (std::int32_t s = 0; s < p.num_slots(); ++s) {
       const RankId owner(p.slot_rank[static_cast<std::size_t>(s)]);
       member_of[s] = exchange.node_of(owner) == my_node ? exchange.local_index(owner) : num_members;
@@ -266,7 +267,8 @@ struct PlanBuilder::State {
   void start_partials();
   void lay_out_send2(std::span<const std::int32_t> words);
   void copy_own_blocks();
-  void write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to, SlotId first_slot);
+  void write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to, const Segment& in,
+                     const std::int32_t* pairs, SlotId first_slot);
   void sort_relayed(const Segment& in, const std::int32_t* relay, const BlockAt* block_at,
                     const std::int32_t* pairs);
   void hand_on(std::span<const std::int32_t> words);
@@ -606,11 +608,9 @@ void PlanBuilder::take_counts(std::span<const std::int64_t> received) {
             routes2, " routes and hand on ", rows1, "; a rank may hold fewer than ", kMaxCount);
   }
   plan.recv1.token.resize(static_cast<std::size_t>(rows1));
-  plan.recv1.route_ptr.resize(static_cast<std::size_t>(rows1) + 1);
-  plan.recv1.slot.resize(static_cast<std::size_t>(routes1));
-  plan.recv1.weight.resize(static_cast<std::size_t>(routes1));
+  plan.recv1.route_ptr.resize(static_cast<std::size_t>(rows1) + 1)[rows1] = routes1;
   plan.recv2.token.resize(static_cast<std::size_t>(rows2));
-  plan.recv2.route_ptr.resize(static_cast<std::size_t>(rows2) + 1);
+  plan.recv2.route_ptr.resize(static_cast<std::size_t>(rows2) + 1)[rows2] = routes2;
   plan.recv2.slot.resize(static_cast<std::size_t>(routes2));
   plan.recv2.weight.resize(static_cast<std::size_t>(routes2));
   s.lay_out_receive1();
@@ -847,13 +847,10 @@ void PlanBuilder::State::start_partials() {
 
 // Writes the rows and routes that wait in [from, to) for a member.
 void PlanBuilder::State::write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to,
-                                       SlotId first_slot) {
-  const ReceiveList& recv1 = plan->recv1;
-  const std::int32_t* token_of = recv1.token.data();
-  const std::int32_t* slot_of = recv1.slot.data();
-  const float* weight_of = recv1.weight.data();
+                                       const Segment& in, const std::int32_t* pairs, SlotId first_slot) {
+  const std::int32_t* token_of = plan->recv1.token.data();
   std::int64_t* num_members_of = plan->partial_ptr.data() + plan->num_own_partials;
-  const std::int32_t num_tokens = plan->num_tokens, num_routes = plan->num_routes,
+  const std::int32_t num_tokens = plan->num_tokens, first_route = plan->num_routes + in.route_begin,
                      slot_begin = first_slot.value;
   std::int32_t* route = plan->send2.route.data() + list.next_route;
   std::int32_t* pair = list.pair + 2 * std::int64_t{list.num_routes()};
@@ -866,60 +863,67 @@ void PlanBuilder::State::write_relayed(List& list, const std::uint64_t* from, co
   for (; from < to; ++from, ++route, pair += 2) {
     const auto q = static_cast<std::uint32_t>(*from);
     const auto r = static_cast<std::int64_t>(*from >> 32);
+    const std::int32_t* got = pairs + 2 * std::int64_t{q};
     const std::int64_t first = r != last;
     last = r;
     row += first;
     token[row] = token_of[r];
     stage[row] = num_tokens + static_cast<std::int32_t>(r);
     num_members_of[r] += first;
-    *route = num_routes + static_cast<std::int32_t>(q);
-    write_pair(pair, slot_of[q] - slot_begin, first, weight_of[q]);
+    *route = first_route + static_cast<std::int32_t>(q);
+    write_pair(pair, (got[0] & kSlotMask) - slot_begin, first, std::bit_cast<float>(got[1]));
   }
   list.num_rows = static_cast<std::int32_t>(row + 1);
   list.last = static_cast<std::int32_t>(last);
 }
 
-// Sorts the routes of a received segment by member. Its rows and routes were checked by unpack(); that each member gets
-// what the source announced is checked batch by batch, before the slack behind the lists is used up.
+// Sorts the routes of a received segment by member. Nothing in the block is believed: rows, slots, and what each member
+// gets of it are checked batch by batch, before anything that they lead to is written outside the lists' slack.
 void PlanBuilder::State::sort_relayed(const Segment& in, const std::int32_t* relay, const BlockAt* block_at,
                                       const std::int32_t* pairs) {
-  const std::int32_t* slot = plan->recv1.slot.data();
+  const std::int32_t num_slots = placement.num_slots();
   const std::int32_t* member_of = member_of_slot.data();
   std::int64_t* route_end = plan->recv1.route_ptr.data() + 1;
   std::int64_t* partial_end = plan->partial_ptr.data() + plan->num_own_partials;
   std::uint64_t** next = next_waiting.data();
   List* list = relay_lists.data();
+  const std::int64_t num_routes = in.num_routes, end_row = std::int64_t{in.row_begin} + in.num_rows;
+  const auto starts_row = [&](std::int64_t route) { return (pairs[2 * route] & kFirstRoute) != 0; };
+  if (!starts_row(0)) blame(in.source, "its first route does not start a row");
   std::int64_t row = in.row_begin - 1;
-  const std::int64_t segment_end = in.route_begin + std::int64_t{in.num_routes};
-  for (std::int64_t q = in.route_begin; q < segment_end;) {
+  for (std::int64_t q = 0; q < num_routes;) {
     // A batch ends where a row does: then its rows' partials are complete, too.
-    const auto starts_row = [&](std::int64_t route) { return (pairs[2 * (route - q)] & kFirstRoute) != 0; };
-    std::int64_t batch_end = std::min(segment_end, q + kRelayBatch);
-    const std::int64_t limit = std::min<std::int64_t>(segment_end, batch_end + plan->num_experts);
+    std::int64_t batch_end = std::min(num_routes, q + kRelayBatch);
+    const std::int64_t limit = std::min<std::int64_t>(num_routes, batch_end + plan->num_experts);
     while (batch_end < limit && !starts_row(batch_end)) ++batch_end;
-    if (batch_end < segment_end && !starts_row(batch_end))
+    if (batch_end < num_routes && !starts_row(batch_end))
       blame(in.source, str("a row with more routes than the ", plan->num_experts, " experts"));
+    std::int32_t heads = 0;
+    for (std::int64_t i = q; i < batch_end; ++i) heads += (pairs[2 * i] >> 30) & 1;
+    if (row + heads >= end_row || (batch_end == num_routes && row + heads != end_row - 1))
+      blame(in.source, str("row heads that are not ", in.num_rows));
 
     for (std::int32_t m = 0; m <= num_members; ++m) next[m] = waiting_for(m);
     const std::int64_t first_row = row + 1;
-    for (; q < batch_end; ++q, pairs += 2) {
-      row += (*pairs >> 30) & 1;
-      route_end[row] = q + 1;
-      std::uint64_t*& at = next[member_of[slot[q]]];
+    for (; q < batch_end; ++q) {
+      const std::int32_t word = pairs[2 * q];
+      row += (word >> 30) & 1;
+      route_end[row] = in.route_begin + q + 1;
+      std::uint64_t*& at = next[member_of[std::min(word & kSlotMask, num_slots)]];
       *at++ = waiting(row, q);
     }
     if (next[num_members] != waiting_for(num_members))
-      blame(in.source, "a route to a slot that is not in this node");
+      blame(in.source, str("a route to a slot that is not one of this node's, or not in 0..", num_slots - 1));
     for (std::int32_t m = 0; m < num_members; ++m) {
       const std::int32_t d = members()[static_cast<std::size_t>(m)];
-      write_relayed(list[m], waiting_for(m), next[m], placement.slot_at(RankId(d), 0));
+      write_relayed(list[m], waiting_for(m), next[m], in, pairs, placement.slot_at(RankId(d), 0));
       const std::int32_t rows = relay[kRelayWords * m], routes = relay[kRelayWords * m + 1];
-      const bool fits = q < segment_end ? list[m].num_rows <= rows && list[m].num_routes() <= routes
-                                        : list[m].num_rows == rows && list[m].num_routes() == routes;
+      const bool fits = q < num_routes ? list[m].num_rows <= rows && list[m].num_routes() <= routes
+                                       : list[m].num_rows == rows && list[m].num_routes() == routes;
       if (!fits)
         blame(in.source,
               str("rank ", d, " should get ", rows, " rows with ", routes, " routes, the list holds ",
-                  list[m].num_rows, " and ", list[m].num_routes(), q < segment_end ? " or more" : ""));
+                  list[m].num_rows, " and ", list[m].num_routes(), q < num_routes ? " or more" : ""));
     }
 
     std::int64_t end = partials_end;
@@ -938,7 +942,6 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
   ReceiveList& recv1 = plan->recv1;
   recv1.route_ptr[0] = 0;
   if (recv1.segments.empty()) return;
-  const std::int32_t num_slots = placement.num_slots();
   List* list = relay_lists.resize(static_cast<std::size_t>(num_members));
   const auto num_waiting_lists =
       static_cast<std::size_t>(num_members) + 1;  // the last for routes to no member
@@ -957,10 +960,6 @@ void PlanBuilder::State::hand_on(std::span<const std::int32_t> words) {
       blame(in.source, str("its send list starts at ", in.peer_row_begin, ", ", in.peer_route_begin));
     const std::int32_t* pairs = head + kReturnWords;
     std::copy_n(pairs + 2 * std::int64_t{in.num_routes}, in.num_rows, recv1.token.data() + in.row_begin);
-    if (!unpack(pairs, in.num_routes, in.num_rows, num_slots, recv1.slot.data() + in.route_begin,
-                recv1.weight.data() + in.route_begin))
-      blame(in.source, str("row heads that are not ", in.num_rows, ", or a slot outside 0..", num_slots - 1));
-
     const BlockAt* block_at = relay_at.data() + i * static_cast<std::size_t>(num_members);
     for (std::int32_t m = 0; m < num_members; ++m) {
       const BlockAt& to = block_at[m];

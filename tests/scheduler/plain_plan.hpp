@@ -418,6 +418,7 @@ class PlainPlanner {
   void finish_list(ReceiveList& list) {
     fill(list.token, list_token_);
     fill(list.route_ptr, list_ptr_);
+    if (&list == &plan_->recv1) return;
     fill(list.slot, list_slot_);
     fill(list.weight, list_weight_);
   }
