@@ -47,6 +47,18 @@ std::int64_t few_rows_stride(std::int64_t length) {
   return length + 16;
 }
 
+// Whether tiles may read a panel of `steps` steps where it lies, `stride` floats apart. Within a page all steps share
+// few L2 sets; past so many pages they evict each other, and packing is cheaper.
+bool readable_in_place(std::int64_t steps, std::int64_t stride) {
+  constexpr std::int64_t kPageFloats = 1024, kMaxPages = 192;
+  return steps * std::min(stride, kPageFloats) <= kMaxPages * kPageFloats;
+}
+
+// How many tiles of `steps` steps it takes until memory has answered, about 3000 cycles of FMAs to be safe.
+std::int64_t tiles_ahead(std::int64_t steps) {
+  return std::max<std::int64_t>(1, 112 / std::max<std::int64_t>(1, steps));
+}
+
 std::int64_t element_bytes(DType dtype) {
   return static_cast<std::int64_t>(size_of(dtype));
 }
@@ -150,7 +162,7 @@ void GroupedGemm::add_blocks(const Call& call) {
       block.num_panels = ceil_div(block.rows, block.panel_rows);
       block.a_floats = wgrad       ? block.num_panels * kPanelStrideA
                        : block.few ? block.rows * few_rows_stride(block.length)
-                                   : block.rows * kRowStrideA;
+                                   : (call.keeps_a() ? block.rows : block.panel_rows) * kRowStrideA;
       blocks_.push_back(block);
     }
   }
@@ -167,7 +179,7 @@ void GroupedGemm::add_blocks(const Call& call) {
 void GroupedGemm::reserve_scratch(const Call& call) {
   std::int64_t a_floats = 0, max_rows = 0;
   for (const Block& block : blocks_) {
-    a_floats = std::max(a_floats, block.num_k_blocks * block.a_floats);
+    a_floats = std::max(a_floats, (call.keeps_a() ? block.num_k_blocks : 1) * block.a_floats);
     max_rows = std::max(max_rows, block.rows);
   }
   const std::int64_t b_floats = kBlockN / ops_.panel_width * panel_stride_b(ops_.panel_width);
@@ -267,7 +279,7 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
   const bool packing = begin_step(worker, step);
   const Segments segments = segments_of(call, step.task);
   const KRange k = k_range(block, step.k_block);
-  pack_b(call, worker, block, segments, k);
+  const Panels b = panels_b(call, worker, block, segments, k);
 
   const std::int64_t width = ops_.panel_width;
   // fp32 results rest where they belong; others, and those of a partial panel, in the tile of the task.
@@ -280,47 +292,65 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
 
   // Tiles ask for the weights of the next step; when packing, the first tiles of a panel ask for the rows of the next
   // panel instead.
-  Prefetch weights, more_weights;
+  Prefetch weights, more_weights, first_rows;
+  const float* next_c = nullptr;  // first tile of the next step
   if (next && !block_of(*next).few) {
+    const Block& next_block = block_of(*next);
     const Segments coming = segments_of(call, next->task);
     weights = weights_of(call, *next, coming.list[0]);
     if (coming.count == 2) more_weights = weights_of(call, *next, coming.list[1]);
-    const std::int64_t lines =
-        weights.rows_left * weights.lines_a_row + more_weights.rows_left * more_weights.lines_a_row;
+    const std::int64_t next_first_row =
+        call.group_ptr[static_cast<std::size_t>(next_block.group)] + next_block.row_begin;
+    if (direct) next_c = call.out.row_as<float>(next_first_row) + coming.list[0].first;
+    if (next->block != step.block || (packing && next->task == step.task)) {
+      const KRange next_k = k_range(next_block, next->k_block);
+      first_rows = rows_of(call.rows_a, next_first_row, next_block.panel_rows, next_k.begin, next_k.steps);
+    }
+    const std::int64_t lines = weights.rows_left * weights.lines_a_row +
+                               more_weights.rows_left * more_weights.lines_a_row +
+                               first_rows.rows_left * first_rows.lines_a_row;
     const std::int64_t rounds =
         (tiles_a_panel - (packing && tiles_a_panel > 1)) * block.num_panels * (k.steps / kStepsARound);
-    weights.lines_a_round = more_weights.lines_a_round = ceil_div(lines, std::max<std::int64_t>(1, rounds));
+    weights.lines_a_round = more_weights.lines_a_round = first_rows.lines_a_round =
+        ceil_div(lines, std::max<std::int64_t>(1, rounds));
   }
 
   const std::int64_t first_row = call.group_ptr[static_cast<std::size_t>(block.group)] + block.row_begin;
   const bool last = step.k_block + 1 == block.num_k_blocks, fresh = step.k_block == 0;
   const RowSource& source = call.rows_a;
-  float* const a = worker.a + step.k_block * block.a_floats;
   const std::int64_t ldc = direct ? call.out.row_stride : kTileStride;
+  const auto tile_of_c = [&](std::int64_t row, const Segment& segment) {
+    return direct ? call.out.row_as<float>(first_row + row) + segment.first
+                  : worker.c + row * kTileStride + segment.tile_col;
+  };
   for (std::int64_t row = 0; row < block.rows; row += block.panel_rows) {
     const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
+    float* const a = worker.a + (call.keeps_a() ? step.k_block * block.a_floats + row * kRowStrideA : 0);
     Prefetch rows_ahead;
     if (packing) {
       // Each panel right before its first use, so that it is still in cache.
       const std::byte* src = source.index ? source.view.data : source.view.row(first_row + row);
       ops_.copy_rows(src + k.begin * element_bytes(source.view.dtype), source.view.dtype,
-                     source.view.row_bytes_stride(), at(source.index, first_row + row), rows, k.steps,
-                     a + row * kRowStrideA, kRowStrideA);
+                     source.view.row_bytes_stride(), at(source.index, first_row + row), rows, k.steps, a,
+                     kRowStrideA);
       rows_ahead = rows_of(source, first_row + row + rows,
                            std::min(block.panel_rows, block.rows - row - rows), k.begin, k.steps);
       // All of them within one tile: a line holds at least kStepGrain steps of a row.
       rows_ahead.lines_a_round = kStepsARound * kMaxTileRows / kStepGrain + 1;
     }
     const TileFunction tile = ops_.tile_row_major[rows];
+    const float* const below = row + rows < block.rows ? tile_of_c(row + rows, segments.list[0]) : next_c;
     for (const Segment& segment : segments) {
-      float* const c = direct ? call.out.row_as<float>(first_row + row) + segment.first
-                              : worker.c + row * kTileStride + segment.tile_col;
+      float* const c = tile_of_c(row, segment);
+      const float* const after = &segment + 1 < segments.end() ? tile_of_c(row, *(&segment + 1)) : below;
       for (std::int64_t col = 0; col < segment.count; col += width) {
         Prefetch& prefetch = rows_ahead.rows_left > 0 ? rows_ahead : weights;
-        tile(k.steps, a + row * kRowStrideA,
-             worker.b + (segment.tile_col + col) / width * panel_stride_b(width), c + col, ldc, fresh,
-             col + width < segment.count ? c + col + width : nullptr, prefetch);
-        if (weights.rows_left == 0 && more_weights.rows_left > 0) std::swap(weights, more_weights);
+        tile(k.steps, a, 0, b.data + (segment.tile_col + col) / width * b.panel_stride, b.step_stride,
+             c + col, ldc, fresh, col + width < segment.count ? c + col + width : after, prefetch);
+        if (weights.rows_left == 0) {
+          std::swap(weights, more_weights);
+          std::swap(more_weights, first_rows);
+        }
       }
     }
     if (last) store_rows(call, worker, block, segments, direct, row, rows);
@@ -359,30 +389,37 @@ void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& s
   const Segments segments = segments_of(call, step.task);
   const Segment& segment = segments.list[0];
   const KRange k = k_range(block, step.k_block);
-  float* const a = worker.a + step.k_block * block.a_floats;
-  if (packing) {
-    // Columns of dc become rows of A. Whole vectors are copied; the tile ignores the excess.
-    const RowSource& source = call.rows_a;
-    const std::int64_t first = call.group_ptr[static_cast<std::size_t>(block.group)] + k.begin;
-    const std::byte* src = source.index ? source.view.data : source.view.row(first);
-    ops_.copy_panels(src + block.row_begin * element_bytes(source.view.dtype), source.view.dtype,
-                     source.view.row_bytes_stride(), at(source.index, first), k.steps,
-                     source.view.cols - block.row_begin, block.num_panels, block.panel_rows, a, kPanelStrideA,
-                     kStepStrideA);
+  Panels a;
+  const RowSource& source = call.rows_a;
+  const std::int64_t first = call.group_ptr[static_cast<std::size_t>(block.group)] + k.begin;
+  if (!source.index && source.view.dtype == DType::kF32 &&
+      readable_in_place(k.steps, source.view.row_stride)) {
+    a = {source.view.row_as<float>(first) + block.row_begin, block.panel_rows, source.view.row_stride};
+  } else {
+    float* const packed = worker.a + (call.keeps_a() ? step.k_block * block.a_floats : 0);
+    a = {packed, kPanelStrideA, kStepStrideA};
+    if (packing) {
+      // Columns of dc become rows of A. Whole vectors are copied; the tile ignores the excess.
+      const std::byte* src = source.index ? source.view.data : source.view.row(first);
+      ops_.copy_panels(src + block.row_begin * element_bytes(source.view.dtype), source.view.dtype,
+                       source.view.row_bytes_stride(), at(source.index, first), k.steps,
+                       source.view.cols - block.row_begin, block.num_panels, block.panel_rows, packed,
+                       kPanelStrideA, kStepStrideA);
+    }
   }
-  pack_b(call, worker, block, segments, k);
+  const Panels b = panels_b(call, worker, block, segments, k);
 
-  // Tiles ask for the tile of the gradient after them and for what the next step packs.
+  // Tiles ask for a tile of the gradient that comes after them and for what the next step reads.
   const std::int64_t width = ops_.panel_width;
   Prefetch rows_ahead, more_rows;
   if (next) {
     const Block& next_block = block_of(*next);
     const Segments coming = segments_of(call, next->task);
     const KRange next_k = k_range(next_block, next->k_block);
-    const std::int64_t first = call.group_ptr[static_cast<std::size_t>(next_block.group)] + next_k.begin;
-    rows_ahead = rows_of(call.rows_b, first, next_k.steps, coming.list[0].first, coming.list[0].count);
+    const std::int64_t next_first = call.group_ptr[static_cast<std::size_t>(next_block.group)] + next_k.begin;
+    rows_ahead = rows_of(call.rows_b, next_first, next_k.steps, coming.list[0].first, coming.list[0].count);
     if (next->block != step.block || (packing && next->task == step.task))
-      more_rows = rows_of(call.rows_a, first, next_k.steps, next_block.row_begin, next_block.rows);
+      more_rows = rows_of(call.rows_a, next_first, next_k.steps, next_block.row_begin, next_block.rows);
     const std::int64_t lines =
         rows_ahead.rows_left * rows_ahead.lines_a_row + more_rows.rows_left * more_rows.lines_a_row;
     const std::int64_t rounds = std::max<std::int64_t>(1, k.steps / kStepsARound);
@@ -390,35 +427,73 @@ void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& s
         ceil_div(lines, rounds * block.num_panels * ceil_div(segment.count, width));
   }
 
-  float* const grads =
-      call.grads[static_cast<std::size_t>(block.group)] + block.row_begin * call.cols + segment.first;
+  const auto grads_of = [&](const Step& at_step) {
+    const Block& at_block = block_of(at_step);
+    return call.grads[static_cast<std::size_t>(at_block.group)] + at_block.row_begin * call.cols +
+           segments_of(call, at_step.task).list[0].first;
+  };
+  float* const grads = grads_of(step);
+  const float* const next_grads = next ? grads_of(*next) : nullptr;
+  const std::int64_t tiles_a_panel = ceil_div(segment.count, width);
+  // Tile i of this step or, past its end, of the next, which has the same shape or nearly so.
+  const auto tile_of_c = [&](std::int64_t i) -> const float* {
+    const float* base = grads;
+    if (i >= block.num_panels * tiles_a_panel) {
+      i -= block.num_panels * tiles_a_panel;
+      base = next_grads;
+    }
+    return base ? base + i / tiles_a_panel * block.panel_rows * call.cols + i % tiles_a_panel * width
+                : nullptr;
+  };
+  std::int64_t coming = tiles_ahead(k.steps);
   for (std::int64_t panel = 0; panel < block.num_panels; ++panel) {
     const std::int64_t row = panel * block.panel_rows;
     const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
-    const float* const a_panel = a + panel * kPanelStrideA;
     const TileFunction tile = ops_.tile_step_major[rows];
-    for (std::int64_t col = 0; col < segment.count; col += width) {
+    for (std::int64_t col = 0; col < segment.count; col += width, ++coming) {
       float* const c = grads + row * call.cols + col;
-      const float* const b = worker.b + col / width * panel_stride_b(width);
-      // The tile to the right, or the first of the next rows.
-      const float* const next_c = col + width < segment.count    ? c + width
-                                  : panel + 1 < block.num_panels ? grads + (row + rows) * call.cols
-                                                                 : nullptr;
+      const float* const a_panel = a.data + panel * a.panel_stride;
+      const float* const b_panel = b.data + col / width * b.panel_stride;
+      const float* const coming_c = tile_of_c(coming);
       const std::int64_t cols = std::min(width, segment.count - col);
       if (cols == width) {
-        tile(k.steps, a_panel, b, c, call.cols, false, next_c, rows_ahead);
+        tile(k.steps, a_panel, a.step_stride, b_panel, b.step_stride, c, call.cols, false, coming_c,
+             rows_ahead);
       } else {
         float* const copy = worker.c;
         for (std::int64_t r = 0; r < rows; ++r) {
           std::copy_n(c + r * call.cols, cols, copy + r * kTileStride);
           std::fill_n(copy + r * kTileStride + cols, width - cols, 0.0f);
         }
-        tile(k.steps, a_panel, b, copy, kTileStride, false, nullptr, rows_ahead);
+        tile(k.steps, a_panel, a.step_stride, b_panel, b.step_stride, copy, kTileStride, false, nullptr,
+             rows_ahead);
         for (std::int64_t r = 0; r < rows; ++r) std::copy_n(copy + r * kTileStride, cols, c + r * call.cols);
       }
       if (rows_ahead.rows_left == 0 && more_rows.rows_left > 0) std::swap(rows_ahead, more_rows);
     }
   }
+}
+
+// B of a step: where it lies if its rows are rows of an fp32 matrix and no panel is partial, else packed.
+GroupedGemm::Panels GroupedGemm::panels_b(const Call& call, Worker& worker, const Block& block,
+                                          const Segments& segments, KRange k) {
+  const std::int64_t width = ops_.panel_width;
+  if (call.kind != Kind::kForward && segments.list[0].count % width == 0) {
+    const auto group = static_cast<std::size_t>(block.group);
+    const std::int64_t col = segments.list[0].first;
+    const RowSource& source = call.rows_b;
+    if (call.kind == Kind::kDgrad) {
+      if (call.weight_dtype == DType::kF32 && readable_in_place(k.steps, call.cols))
+        return {reinterpret_cast<const float*>(call.weights[group]) + k.begin * call.cols + col, width,
+                call.cols};
+    } else if (!source.index && source.view.dtype == DType::kF32 &&
+               readable_in_place(k.steps, source.view.row_stride)) {
+      return {source.view.row_as<float>(call.group_ptr[group] + k.begin) + col, width,
+              source.view.row_stride};
+    }
+  }
+  pack_b(call, worker, block, segments, k);
+  return {worker.b, panel_stride_b(width), width};
 }
 
 void GroupedGemm::pack_b(const Call& call, Worker& worker, const Block& block, const Segments& segments,

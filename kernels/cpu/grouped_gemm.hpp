@@ -76,6 +76,13 @@ class GroupedGemm {
     bool gated;           // C's left and right halves meet in the activation
     MatrixView out, act;  // h and act (forward), da (dgrad)
     std::span<float* const> grads;
+    // Whether packed A is used again by other tasks of the block.
+    bool keeps_a() const { return num_tasks_a_block > 1; }
+  };
+  // Where the panels of A (step-major, wgrad) or B of a step lie; strides in floats.
+  struct Panels {
+    const float* data;
+    std::int64_t panel_stride, step_stride;
   };
   // Columns of C that lie side by side in B and in the task's tile of C.
   struct Segment {
@@ -113,6 +120,7 @@ class GroupedGemm {
   void run_few_rows(const Call& call, Worker& worker, const Step& step);
   void run_wgrad_step(const Call& call, Worker& worker, const Step& step, const Step* next);
   static bool begin_step(Worker& worker, const Step& step);
+  Panels panels_b(const Call& call, Worker& worker, const Block& block, const Segments& segments, KRange k);
   void pack_b(const Call& call, Worker& worker, const Block& block, const Segments& segments, KRange k);
   void store_rows(const Call& call, Worker& worker, const Block& block, const Segments& segments, bool direct,
                   std::int64_t row_begin, std::int64_t rows);

@@ -22,7 +22,7 @@ inline constexpr std::int64_t kBlockK = 384;      // reduction steps between two
 // not share L1 sets.
 inline constexpr std::int64_t kRowStrideA = kBlockK + 16;
 inline constexpr std::int64_t kStepStrideA =
-    16;                                       // floats between two reduction steps of a step-major A panel
+    16;  // floats between two reduction steps of a packed step-major A panel
 inline constexpr std::int64_t kBlockN = 256;  // columns of C a task works on at most
 // A block of at most so many rows is multiplied without packing B: reading the weights once takes longer than the rest.
 inline constexpr std::int64_t kFewRows = 8;
@@ -53,10 +53,12 @@ inline constexpr std::int64_t kStepsARound = 4;
 
 // C tile [rows, panel width] f32, row stride ldc floats: c = fma(a[k][row], b[k][col], c) for k ascending in
 // 0..steps-1, from 0 when `fresh`, else from the values in C.
-// a: f32 panel, row-major (kRowStrideA between rows) or step-major (kStepStrideA between steps);
-// b: f32 [steps, panel width], contiguous; next_c: the tile that comes next, same stride, only asked for, or null.
-using TileFunction = void (*)(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc,
-                              bool fresh, const float* next_c, Prefetch& prefetch);
+// a: f32 panel, row-major (kRowStrideA between rows, a_stride unused) or step-major (a_stride between steps);
+// b: f32 [steps, panel width], b_stride between steps; coming_c: a tile that comes later, same stride, only asked for,
+// or null. Strides in floats.
+using TileFunction = void (*)(std::int64_t steps, const float* a, std::int64_t a_stride, const float* b,
+                              std::int64_t b_stride, float* c, std::int64_t ldc, bool fresh,
+                              const float* coming_c, Prefetch& prefetch);
 
 // C [rows, cols] f32, row stride ldc floats: the same chains from 0 for 1..kFewRows rows, with the weights read as they
 // lie. a: f32 [rows, steps], row stride lda floats; w: dtype, row stride in bytes.

@@ -66,10 +66,10 @@ void narrow(const float* src, std::byte* dst, DType dtype, std::int64_t n) {
 
 // ---- GEMM -------------------------------------------------------------------------------------------------
 
-// kRowStride and kStepStride: floats between rows and between reduction steps of the A panel.
-template <int kRows, std::int64_t kRowStride, std::int64_t kStepStride>
-void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int64_t ldc, bool fresh,
-          const float* next_c, Prefetch& prefetch) {
+template <int kRows, bool kRowMajor>
+void tile(std::int64_t steps, const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
+          float* c, std::int64_t ldc, bool fresh, const float* coming_c, Prefetch& prefetch) {
+  constexpr std::int64_t kRowStride = kRowMajor ? kRowStrideA : 1;
   F acc[kRows][kPanelVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -87,8 +87,8 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
 #pragma GCC unroll 2
       for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = Vec::fma(ak, bk[v], acc[r][v]);
     }
-    a += kStepStride;
-    b += kPanelWidth;
+    a += kRowMajor ? 1 : a_stride;
+    b += b_stride;
   };
   // Not unrolled: with all accumulators in registers there is none left for a second step.
   const auto round = [&]() __attribute__((always_inline)) {
@@ -96,20 +96,17 @@ void tile(std::int64_t steps, const float* a, const float* b, float* c, std::int
     for (std::int64_t i = 0; i < kStepsARound; ++i) step();
   };
 
-  // A round asks for one row of the next C (the first, for all that has no round) and for lines of the cursor.
+  // A round asks for rows of the coming C (a short tile: several) and for lines of the cursor.
   const std::int64_t rounds = steps / kStepsARound, rest = steps % kStepsARound;
-  std::int64_t c_rows_left = next_c ? kRows : 0;
-  for (; c_rows_left > rounds; --c_rows_left) {
-    for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + v * kWidth, 1, 3);
-    next_c += ldc;
-  }
+  const std::int64_t c_rows_a_round = rounds >= kRows ? 1 : rounds > 0 ? (kRows + rounds - 1) / rounds : 0;
+  std::int64_t c_rows_left = coming_c ? kRows : 0;
   Prefetch p = prefetch;
   const char* next =
       p.rows_left > 0 ? p.base + (p.index ? *p.index * p.row_bytes : 0) + p.line * 64 : nullptr;
   for (std::int64_t t = 0; t < rounds; ++t) {
-    if (t < c_rows_left) {
-      for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(next_c + v * kWidth, 1, 3);
-      next_c += ldc;
+    for (std::int64_t i = 0; i < c_rows_a_round && c_rows_left > 0; ++i, --c_rows_left) {
+      for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(coming_c + v * kWidth, 1, 3);
+      coming_c += ldc;
     }
     for (std::int64_t i = 0; i < p.lines_a_round && p.rows_left > 0; ++i) {
       __builtin_prefetch(next, 0, 2);
@@ -569,8 +566,8 @@ void adamw(const AdamWStep& s, float* master, const float* grad, float* m, float
 template <int kRows>
 constexpr void add_tiles(IsaOps& ops) {
   if constexpr (kRows <= Vec::kTileRows) {
-    ops.tile_row_major[kRows] = &tile<kRows, kRowStrideA, 1>;
-    ops.tile_step_major[kRows] = &tile<kRows, 1, kStepStrideA>;
+    ops.tile_row_major[kRows] = &tile<kRows, true>;
+    ops.tile_step_major[kRows] = &tile<kRows, false>;
     add_tiles<kRows + 1>(ops);
   }
 }

@@ -199,6 +199,16 @@ TEST(GroupedGemm, SkewedGroups) {
   expect_all_equal(c, DType::kF32);
 }
 
+// Panels of whole width that are read where they lie, and, in the first shape, groups that are too tall for it.
+TEST(GroupedGemm, PanelsReadInPlace) {
+  const std::pair<std::int64_t, std::int64_t> shapes[] = {{224, 1056}, {96, 64}};
+  for (const auto& [out_cols, in_cols] : shapes) {
+    SCOPED_TRACE(testing::Message() << "weights [" << out_cols << ", " << in_cols << "]");
+    Case c = make_case({250, 12, 0, 30, 400}, out_cols, in_cols, DType::kF32, DType::kF32, false, kSeed);
+    expect_all_equal(c, DType::kF32, false);
+  }
+}
+
 TEST(GroupedGemm, WgradOfRowsInTwoCallsIsTheSame) {
   constexpr std::int64_t kRows = 900, kOut = 35, kIn = 41;
   Case c = make_case({kRows}, kOut, kIn, DType::kF32, DType::kF32, true, kSeed);
