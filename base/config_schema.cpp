@@ -29,7 +29,7 @@ constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmo
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 1> kPlacementPolicies = {"contiguous"};
 constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
-constexpr std::array<Text, 2> kSchedulePolicies = {"sequential", "chunked"};
+constexpr std::array<Text, 4> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical"};
 constexpr std::array<Text, 2> kExchanges = {"gateway", "direct"};
 constexpr std::array<Text, 4> kLogLevels = {"error", "warn", "info", "debug"};
 constexpr std::array<Text, 2> kSaves = {"rows", "activations"};
@@ -319,15 +319,18 @@ const Row kRows[] = {
      .allowed = kSchedulePolicies,
      .default_text = "sequential",
      .kind = Kind::kAgreed,
-     .doc = "sequential: dispatch, experts, combine one after the other. chunked: transfers overlap with "
-            "experts."},
+     .doc =
+         "sequential: dispatch, experts, combine one after the other. pipelined: rows in equal chunks, one "
+         "computes while the next travels. by-source: and own rows compute while remote rows travel, remote "
+         "rows' results go home first. hierarchical: and remote rows apart by level. All give the same "
+         "bits."},
     {.key = "schedule.num_chunks",
      .member = SLUICE_MEMBER(schedule.num_chunks),
      .unit = "chunks",
      .range = between(1, 256),
      .default_text = "2",
      .kind = Kind::kAgreed,
-     .doc = "chunked: parts into which the rows of one transfer are cut."},
+     .doc = "Parts into which the rows of one transfer are cut; a sequential schedule has 1."},
     {.key = "schedule.exchange",
      .member = SLUICE_ENUM(schedule.exchange),
      .allowed = kExchanges,

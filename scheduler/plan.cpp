@@ -105,20 +105,20 @@ void Plan::validate() const {
 
   const std::int64_t positions = num_positions();
   check_ptr(group_ptr,
-            static_cast<std::size_t>(options.num_chunks) * static_cast<std::size_t>(num_local_slots) + 1,
+            static_cast<std::size_t>(options.num_blocks()) * static_cast<std::size_t>(num_local_slots) + 1,
             positions, "group_ptr");
   check_ptr(slot_ptr, static_cast<std::size_t>(num_local_slots) + 1, positions, "slot_ptr");
   check_permutation(position_of_route, positions, "position_of_route");
-  if (options.num_chunks > 1) check_permutation(wgrad_position, positions, "wgrad_position");
+  if (options.num_blocks() > 1) check_permutation(wgrad_position, positions, "wgrad_position");
   for (std::int32_t row = 0; row < recv2.num_rows(); ++row)
     for (std::int64_t q = recv2.route_ptr[static_cast<std::size_t>(row)];
          q < recv2.route_ptr[static_cast<std::size_t>(row) + 1]; ++q) {
       const auto p = static_cast<std::size_t>(position_of_route[static_cast<std::size_t>(q)]);
       expect(expert_row[p] == row, "position ", p, " holds row ", expert_row[p], ", must be ", row);
       bool in_slot = false;
-      for (std::int32_t c = 0; c < options.num_chunks; ++c) {
+      for (std::int32_t b = 0; b < options.num_blocks(); ++b) {
         const auto g =
-            static_cast<std::size_t>(c * num_local_slots + recv2.slot[static_cast<std::size_t>(q)]);
+            static_cast<std::size_t>(b * num_local_slots + recv2.slot[static_cast<std::size_t>(q)]);
         in_slot |=
             static_cast<std::int64_t>(p) >= group_ptr[g] && static_cast<std::int64_t>(p) < group_ptr[g + 1];
       }
@@ -139,9 +139,11 @@ std::string Plan::explain(std::int64_t row_bytes) const {
     if (flat > 0) out += str("; flat without de-duplication ", flat, " rows, ", flat * row_bytes, " bytes");
     return out + "\n";
   };
-  std::string out = str("plan of rank ", rank.value, ": ", num_tokens, " tokens, ", num_routes,
-                        " routes, exchange ", options.exchange == Exchange::kGateway ? "gateway" : "direct",
-                        ", ", options.num_chunks, options.num_chunks == 1 ? " chunk\n" : " chunks\n");
+  std::string out =
+      str("plan of rank ", rank.value, ": ", num_tokens, " tokens, ", num_routes, " routes, exchange ",
+          options.exchange == Exchange::kGateway ? "gateway" : "direct", ", ", options.num_chunks,
+          options.num_chunks == 1 ? " chunk, " : " chunks, ", num_parts(options.split),
+          num_parts(options.split) == 1 ? " part\n" : " parts by source\n");
   out += line("same rank", traffic.rows_same_rank, 0);
   out += line("in node", traffic.rows_in_node, traffic.flat_rows_in_node);
   out += line("across nodes", traffic.rows_across_nodes, traffic.flat_rows_across_nodes);

@@ -16,7 +16,7 @@
 //   stage route   own routes in the caller's order 0..num_routes-1, then routes received over hop 1
 //   send list     rows in the order they leave: by peer, then source rank, then token
 //   receive list  rows in the order they lie at the receiver: by source rank, then token
-//   position      place of a received route in expert order: by chunk, local slot, then receive order
+//   position      place of a received route in expert order: by block, local slot, then receive order
 //   partial       a node's sum for a token, at the gateway: own partials (by token, node), then one per hop-1 row
 //   home row      what home adds up: own partials, then one row per hop-1 send-list entry, in that order
 //
@@ -44,10 +44,40 @@ enum class Exchange : std::uint8_t {
   kDirect,   // straight to every rank (one hop)
 };
 
+// Where a received row comes from, seen from its receiver: farthest first.
+enum class SourceClass : std::uint8_t { kAcross, kInNode, kSelf };
+
+inline SourceClass source_class(const Topology& topology, RankId receiver, RankId source) {
+  if (source == receiver) return SourceClass::kSelf;
+  return topology.same_node(receiver, source) ? SourceClass::kInNode : SourceClass::kAcross;
+}
+
+// Which received rows are worked on together.
+enum class SourceSplit : std::uint8_t {
+  kNone,        // one part
+  kSelfApart,   // other ranks' rows | own rows
+  kByDistance,  // other nodes' rows | this node's rows | own rows
+};
+constexpr std::int32_t num_parts(SourceSplit split) {
+  return static_cast<std::int32_t>(split) + 1;
+}
+// Parts are numbered farthest first; only the classes of one part are ever together.
+constexpr std::int32_t part_of(SourceSplit split, SourceClass source) {
+  if (split == SourceSplit::kNone) return 0;
+  if (split == SourceSplit::kSelfApart) return source == SourceClass::kSelf ? 1 : 0;
+  return static_cast<std::int32_t>(source);
+}
+
 struct PlanOptions {
   Exchange exchange = Exchange::kGateway;
   std::int32_t num_chunks =
       1;  // transfer chunks; chunk c holds the tokens [T*c/C, T*(c+1)/C) of every source
+  SourceSplit split = SourceSplit::kNone;
+
+  // Expert work is done block by block; expert order is by block.
+  std::int32_t num_blocks() const { return num_parts(split) * num_chunks; }
+  std::int32_t block(std::int32_t part, std::int32_t chunk) const { return part * num_chunks + chunk; }
+  friend bool operator==(const PlanOptions&, const PlanOptions&) = default;
 };
 
 // First token of chunk `chunk` of a source with `num_tokens` tokens.
@@ -131,15 +161,16 @@ struct Plan {
   SendList send2;     // hop 2, within the node: stage rows to expert ranks (this rank included)
   ReceiveList recv2;  // hop 2: rows this rank's experts work on
 
-  // Experts. Positions group_ptr[c * num_local_slots + l] .. [.. + 1] belong to slot l in chunk c.
-  GrowArray<std::int64_t> group_ptr;          // int64 [num_chunks * num_local_slots + 1]
+  // Experts. Positions group_ptr[b * num_local_slots + l] .. [.. + 1] belong to slot l in block b.
+  GrowArray<std::int64_t> group_ptr;          // int64 [num_blocks * num_local_slots + 1]
   GrowArray<std::int32_t> expert_row;         // [num_positions] receive-list row
   GrowArray<float> expert_weight;             // f32 [num_positions]
   GrowArray<std::int32_t> position_of_route;  // [recv2.num_routes] in receive order
-  // Weight gradients run over a slot's routes in receive order, whatever the chunks.
-  GrowArray<std::int64_t> slot_ptr;        // int64 [num_local_slots + 1]
-  GrowArray<std::int32_t> wgrad_position;  // [num_positions], empty when num_chunks == 1 (then the identity)
-  GrowArray<std::int32_t> wgrad_row;       // [num_positions], empty when num_chunks == 1 (then expert_row)
+  // Weight gradients run over a slot's routes in receive order, whatever the blocks.
+  GrowArray<std::int64_t> slot_ptr;  // int64 [num_local_slots + 1]
+  GrowArray<std::int32_t>
+      wgrad_position;                 // [num_positions], empty when num_blocks() == 1 (then the identity)
+  GrowArray<std::int32_t> wgrad_row;  // [num_positions], empty when num_blocks() == 1 (then expert_row)
 
   // Reduction. Partials [0, num_own_partials) are own; then one per recv1 row.
   std::int32_t num_own_partials = 0;

@@ -235,6 +235,7 @@ struct PlanBuilder::State {
                      .add(t.hash())
                      .add_int(static_cast<int>(o.exchange))
                      .add_int(o.num_chunks)
+                     .add_int(static_cast<int>(o.split))
                      .value();
   }
 
@@ -250,6 +251,11 @@ struct PlanBuilder::State {
   [[noreturn]] void blame(std::int32_t peer, std::string what) const {
     throw Error(ErrorCode::kDisagreement,
                 str("rank ", peer, " sent rank ", rank.value, " a bad plan message: ", what));
+  }
+
+  // First block of a source's rows (chunk 0).
+  std::int32_t first_block(std::int32_t source) const {
+    return options.block(part_of(options.split, source_class(topology, rank, RankId(source))), 0);
   }
 
   // A direct exchange over several real nodes: home adds up each node itself.
@@ -1025,10 +1031,10 @@ void PlanBuilder::State::take_rows(std::span<const std::int32_t> words) {
     w += kReturnWords + block_words(seg.num_rows, seg.num_routes);
   }
 
-  // Read and check each source's block; count its routes by (chunk, local slot).
+  // Read and check each source's rows; count their routes by (block, local slot).
   const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
-  std::int32_t* group =
-      group_size.assign(static_cast<std::size_t>(num_slots) * static_cast<std::size_t>(num_chunks), 0);
+  std::int32_t* group = group_size.assign(
+      static_cast<std::size_t>(num_slots) * static_cast<std::size_t>(options.num_blocks()), 0);
   std::int32_t* row_of = row_of_route.resize(recv2.slot.size());
   const std::uint64_t* factor = factor_of_slot.data();
   const std::int32_t* token_of = recv2.token.data();
@@ -1051,7 +1057,7 @@ void PlanBuilder::State::take_rows(std::span<const std::int32_t> words) {
       blame(seg.peer, str("rows of source ", seg.source, ": row heads that are not ", num_rows,
                           ", or a slot outside this rank's ", num_slots));
 
-    std::int32_t* count = group;
+    std::int32_t* count = group + std::int64_t{first_block(seg.source)} * num_slots;
     std::int32_t chunk = 0;
     const auto end_row_of_chunk = [&] {
       return seg.row_begin +
@@ -1081,11 +1087,11 @@ void PlanBuilder::State::take_rows(std::span<const std::int32_t> words) {
   }
 }
 
-// Counting sort of the received routes by (chunk, local slot); within one in receive order.
+// Counting sort of the received routes by (block, local slot); within one in receive order.
 void PlanBuilder::State::order_routes() {
   const ReceiveList& recv2 = plan->recv2;
   const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
-  const std::int64_t num_groups = std::int64_t{num_slots} * num_chunks;
+  const std::int64_t num_groups = std::int64_t{num_slots} * options.num_blocks();
   std::int64_t* group_ptr = plan->group_ptr.resize(static_cast<std::size_t>(num_groups) + 1);
   std::int32_t* cursor = group_size.data();
   std::int32_t total = 0;
@@ -1103,8 +1109,9 @@ void PlanBuilder::State::order_routes() {
   const std::int32_t* row_of = row_of_route.data();
   for (std::size_t i = 0; i < recv2.segments.size(); ++i) {
     const std::int32_t* bound = recv2.chunk_route.data() + i * (static_cast<std::size_t>(num_chunks) + 1);
+    const std::int32_t block = first_block(recv2.segments[i].source);
     for (std::int32_t c = 0; c < num_chunks; ++c) {
-      std::int32_t* next = cursor + std::int64_t{c} * num_slots;
+      std::int32_t* next = cursor + std::int64_t{block + c} * num_slots;
       for (std::int64_t q = bound[c], end = bound[c + 1]; q < end; ++q) {
         const std::int32_t p = next[slot[q]]++;
         position[q] = p;
@@ -1118,21 +1125,21 @@ void PlanBuilder::State::order_routes() {
 // Weight gradients: a slot's routes in receive order.
 void PlanBuilder::State::order_weight_gradients() {
   const ReceiveList& recv2 = plan->recv2;
-  const std::int32_t num_slots = plan->num_local_slots, num_chunks = options.num_chunks;
+  const std::int32_t num_slots = plan->num_local_slots, num_blocks = options.num_blocks();
   plan->slot_ptr.resize(static_cast<std::size_t>(num_slots) + 1);
   plan->slot_ptr[0] = 0;
   for (std::int32_t l = 0; l < num_slots; ++l) {
     std::int64_t n = 0;
-    for (std::int32_t c = 0; c < num_chunks; ++c) {
-      const auto g = static_cast<std::size_t>(c * std::int64_t{num_slots} + l);
+    for (std::int32_t b = 0; b < num_blocks; ++b) {
+      const auto g = static_cast<std::size_t>(b * std::int64_t{num_slots} + l);
       n += plan->group_ptr[g + 1] - plan->group_ptr[g];
     }
     plan->slot_ptr[static_cast<std::size_t>(l) + 1] = plan->slot_ptr[static_cast<std::size_t>(l)] + n;
   }
-  const std::size_t num_positions = num_chunks == 1 ? 0 : recv2.slot.size();
+  const std::size_t num_positions = num_blocks == 1 ? 0 : recv2.slot.size();
   plan->wgrad_position.resize(num_positions);
   plan->wgrad_row.resize(num_positions);
-  if (num_chunks == 1) return;
+  if (num_blocks == 1) return;
   std::int32_t* cursor = group_size.data();
   for (std::int32_t l = 0; l < num_slots; ++l) cursor[l] = static_cast<std::int32_t>(plan->slot_ptr[l]);
   for (std::size_t q = 0; q < num_positions; ++q) {

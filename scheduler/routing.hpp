@@ -59,6 +59,7 @@ AdaptedRouting routing_from_multihot(std::span<const std::uint8_t> map, std::spa
                                      std::int64_t num_tokens, std::int32_t num_experts);
 
 // caller[caller_index[i]] = per_route[i]; entries without a route become 0.
-void scatter_to_caller(const AdaptedRouting& adapted, std::span<const float> per_route, std::span<float> caller);
+void scatter_to_caller(const AdaptedRouting& adapted, std::span<const float> per_route,
+                       std::span<float> caller);
 
 }  // namespace sluice

@@ -49,6 +49,8 @@ std::string_view to_string(Resource resource) noexcept {
       return "in-node link";
     case Resource::kAcrossNodesLink:
       return "across-nodes link";
+    case Resource::kCopyEngine:
+      return "copy engine";
   }
   return "unknown resource";
 }
@@ -79,17 +81,41 @@ std::string_view to_string(SignalKind kind) noexcept {
   switch (kind) {
     case SignalKind::kArrived1:
       return "arrived1";
-    case SignalKind::kArrived2:
-      return "arrived2";
-    case SignalKind::kReturned2:
-      return "returned2";
+    case SignalKind::kArrivedAcross:
+      return "arrived_across";
+    case SignalKind::kArrivedInNode:
+      return "arrived_in_node";
+    case SignalKind::kReturnedHandedOn:
+      return "returned_handed_on";
+    case SignalKind::kReturnedOwn:
+      return "returned_own";
     case SignalKind::kReturned1:
       return "returned1";
   }
   return "unknown signal";
 }
 std::string_view to_string(SchedulePolicy policy) noexcept {
-  return policy == SchedulePolicy::kSequential ? "sequential" : "chunked";
+  switch (policy) {
+#define SLUICE_X(name, text) \
+  case SchedulePolicy::name: \
+    return text;
+    SLUICE_SCHEDULE_LIST(SLUICE_X)
+#undef SLUICE_X
+  }
+  return "unknown schedule";
+}
+
+SourceSplit ScheduleOptions::split() const {
+  switch (policy) {
+    case SchedulePolicy::kBySource:
+      return SourceSplit::kSelfApart;
+    case SchedulePolicy::kHierarchical:
+      return SourceSplit::kByDistance;
+    case SchedulePolicy::kSequential:
+    case SchedulePolicy::kPipelined:
+      break;
+  }
+  return SourceSplit::kNone;
 }
 
 namespace {
@@ -109,6 +135,13 @@ std::vector<std::int32_t> handed_on_by(const Topology& exchange, RankId rank) {
   return out;
 }
 
+// Peers in the order in which a rank sends to them: the next one first, so that all ranks together keep all links busy
+// instead of queueing at the lowest rank.
+std::vector<std::int32_t> in_turn(std::vector<std::int32_t> peers, std::int32_t rank) {
+  std::rotate(peers.begin(), std::upper_bound(peers.begin(), peers.end(), rank), peers.end());
+  return peers;
+}
+
 // Builds one pass. Ops are appended in order of preference: what peers wait for comes before what only this rank needs.
 class PassBuilder {
  public:
@@ -117,7 +150,13 @@ class PassBuilder {
         exchange_(exchange),
         topology_(topology),
         pass_(pass),
-        backward_(pass == PassKind::kBackward) {}
+        backward_(pass == PassKind::kBackward),
+        split_(t.schedule.split()) {
+    for (const std::int32_t m : in_turn(t.members, t.rank.value))
+      if (m != t.rank.value) others_.push_back(m);
+    for (const std::int32_t m : others_)
+      if (!topology.same_node(t.rank, RankId(m))) ++members_across_;
+  }
 
   PassTemplate build() {
     const std::int32_t num_chunks = t_.schedule.num_chunks;
@@ -128,82 +167,174 @@ class PassBuilder {
       op.raises_signal = static_cast<std::int32_t>(ready_signal(t_.rank));
       op.raises = 1;
     }
-    std::vector<std::uint32_t> pack1(chunks), pack2(chunks), forward(chunks), reduce(chunks),
-        node_reduce(chunks), last_expert(chunks), act_backward(chunks);
-    for (std::int32_t c = 0; c < num_chunks; ++c) {
-      pack1[at(c)] = pack(1, c);
-      for (const std::int32_t g : t_.hop1_to) put(1, c, g, false, pack1[at(c)]);
-    }
-    std::vector<std::vector<std::uint32_t>> own_put(chunks);
-    for (std::int32_t c = 0; c < num_chunks; ++c) {
-      pack2[at(c)] = pack(2, c);
-      for (const std::int32_t d : t_.members)
-        if (d != t_.rank.value) own_put[at(c)].push_back(put(2, c, d, false, pack2[at(c)]));
+    // Rows leave, farthest first; what stays here is copied last.
+    const bool split = split_ != SourceSplit::kNone;
+    pack_self_.resize(chunks);
+    for (std::int32_t c = 0; c < num_chunks && !t_.hop1_to.empty(); ++c) {
+      const std::uint32_t pack1 = pack(1, c);
+      for (const std::int32_t g : in_turn(t_.hop1_to, t_.rank.value)) put(1, c, g, false, pack1);
     }
     for (std::int32_t c = 0; c < num_chunks; ++c) {
-      forward[at(c)] = hand_on(c);
-      std::size_t i = 0;
-      for (const std::int32_t d : t_.members)
-        if (d != t_.rank.value) {
-          const std::uint32_t put_op = put(2, c, d, true, forward[at(c)]);
-          // Both kinds of put raise the same signal; receivers expect own rows first.
-          wait_for(put_op, own_put[at(c)][i++]);
+      if (!others_.empty()) {
+        const std::uint32_t pack2 = pack(2, c);
+        for (const std::int32_t d : others_) put(2, c, d, false, pack2);
+      }
+      if (!split) pack_self_[at(c)] = pack(0, c);
+    }
+    forward_.resize(chunks);
+    for (std::int32_t c = 0; c < num_chunks && !t_.hop1_from.empty(); ++c) {
+      forward_[at(c)] = hand_on(c);
+      for (const std::int32_t d : others_) put(2, c, d, true, forward_[at(c)]);
+    }
+
+    // Results come before new work, and before both what lets a peer go on: each finished block goes home at once. Ops
+    // refer to others by number, so expert work is numbered first and put in order afterwards.
+    std::vector<std::uint32_t> order(out_.ops.size());
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::uint32_t>(i);
+    if (split)
+      for (std::int32_t c = 0; c < num_chunks; ++c) pack_self_[at(c)] = pack(0, c);
+    std::vector<Block> blocks;
+    for (std::int32_t part = 0; part < num_parts(split_); ++part)
+      for (std::int32_t c = 0; c < num_chunks; ++c)
+        if (has_sources(part)) blocks.push_back(expert_work(part, c));
+    const auto reduce_of = [&](SourceClass source, std::int32_t chunk) -> std::uint32_t {
+      const std::int32_t part = part_of(split_, source);
+      for (const Block& b : blocks)
+        if (b.part == part && b.chunk == chunk) return b.reduce;
+      throw Error(ErrorCode::kInternal, "template: a block without sources is waited for");
+    };
+    const auto append = [&](std::uint32_t first) {
+      for (std::size_t i = first; i < out_.ops.size(); ++i) order.push_back(static_cast<std::uint32_t>(i));
+    };
+    std::vector<std::uint32_t> own_results;
+    for (std::int32_t c = 0; c < num_chunks; ++c) {
+      for (const Block& b : blocks)
+        if (b.chunk == c && b.part != self_part()) order.push_back(b.reduce);
+      std::uint32_t first = last() + 1;
+      if (topology_.num_nodes() > 1) {
+        const std::uint32_t across = reduce_of(SourceClass::kAcross, c);
+        for (const std::int32_t g : others_) send_back(2, c, g, true, across);
+        if (!t_.hop1_from.empty()) {
+          const std::uint32_t sums = add_index(OpKind::kNodeReduce, Resource::kCompute, c);
+          out_.ops[sums].handed_on = true;
+          touch(sums, {BufferId::kRet2}, {BufferId::kRet1});
+          wait_for(sums, across);
+          wait_for_signal(sums, SignalKind::kReturnedHandedOn, c, returned_handed_on_total());
+          for (const std::int32_t s : in_turn(t_.hop1_from, t_.rank.value)) send_back(1, c, s, false, sums);
         }
-    }
-    // Results first: each finished chunk goes home before the next one computes.
-    for (std::int32_t c = 0; c < num_chunks; ++c) {
-      reduce[at(c)] = add_index(OpKind::kReduce, Resource::kCompute, c);
-      touch(reduce[at(c)], {BufferId::kOut}, {BufferId::kPartial, BufferId::kRet2});
-      for (const std::int32_t g : t_.members)
-        if (g != t_.rank.value) send_back(2, c, g, reduce[at(c)]);
-      node_reduce[at(c)] = add_index(OpKind::kNodeReduce, Resource::kCompute, c);
-      touch(node_reduce[at(c)], {BufferId::kRet2}, {BufferId::kRet1, BufferId::kHome});
-      wait_for(node_reduce[at(c)], reduce[at(c)]);
-      wait_for_signal(node_reduce[at(c)], SignalKind::kReturned2, c, returned2_total());
-      for (const std::int32_t s : t_.hop1_from) send_back(1, c, s, node_reduce[at(c)]);
+      }
+      for (const std::int32_t g : others_)
+        send_back(
+            2, c, g, false,
+            reduce_of(topology_.same_node(t_.rank, RankId(g)) ? SourceClass::kInNode : SourceClass::kAcross,
+                      c));
+      append(first);
+      first = last() + 1;
+      const std::uint32_t sums = add_index(OpKind::kNodeReduce, Resource::kCompute, c);
+      touch(sums, {BufferId::kRet2}, {BufferId::kHome});
+      wait_for(sums, reduce_of(SourceClass::kSelf, c));
+      wait_for_signal(sums, SignalKind::kReturnedOwn, c, returned_own_total());
       const std::uint32_t unpack = add_index(OpKind::kUnpack, Resource::kCompute, c);
       touch(unpack, {BufferId::kHome}, {BufferId::kY});
-      wait_for(unpack, node_reduce[at(c)]);
+      wait_for(unpack, sums);
       wait_for_signal(unpack, SignalKind::kReturned1, c, returned1_total());
+      own_results.push_back(sums);
+      own_results.push_back(unpack);
     }
+    for (const Block& b : blocks)
+      if (b.part != self_part()) order.insert(order.end(), b.work.begin(), b.work.end());
     for (std::int32_t c = 0; c < num_chunks; ++c) {
-      if (backward_) {
-        // Recomputes the pre-activation where it was not kept; needs nothing from peers, so it fills their time.
-        const std::uint32_t recompute = add_index(OpKind::kExpertGemm1, Resource::kCompute, c);
-        touch(recompute, {BufferId::kRecv2}, {BufferId::kHidden});
-        const std::uint32_t dgrad2 = add_index(OpKind::kExpertDgrad2, Resource::kCompute, c);
-        touch(dgrad2, {BufferId::kRecvDy}, {BufferId::kActivation});
-        wait_for_rows(dgrad2, c, pack2[at(c)], forward[at(c)]);
-        act_backward[at(c)] = add_index(OpKind::kActivationBackward, Resource::kCompute, c);
-        touch(act_backward[at(c)], {BufferId::kHidden, BufferId::kActivation},
-              {BufferId::kHidden, BufferId::kActivation, BufferId::kDw});
-        wait_for(act_backward[at(c)], recompute);
-        wait_for(act_backward[at(c)], dgrad2);
-        last_expert[at(c)] = add_index(OpKind::kExpertDgrad1, Resource::kCompute, c);
-        touch(last_expert[at(c)], {BufferId::kHidden}, {BufferId::kOut});
-        wait_for(last_expert[at(c)], act_backward[at(c)]);
-      } else {
-        const std::uint32_t gemm1 = add_index(OpKind::kExpertGemm1, Resource::kCompute, c);
-        touch(gemm1, {BufferId::kRecv2}, {BufferId::kHidden, BufferId::kActivation});
-        wait_for_rows(gemm1, c, pack2[at(c)], forward[at(c)]);
-        last_expert[at(c)] = add_index(OpKind::kExpertGemm2, Resource::kCompute, c);
-        touch(last_expert[at(c)], {BufferId::kActivation}, {BufferId::kOut});
-        wait_for(last_expert[at(c)], gemm1);
-      }
-      wait_for(reduce[at(c)], last_expert[at(c)]);
+      if (split) order.push_back(pack_self_[at(c)]);
+      for (const Block& b : blocks)
+        if (b.part == self_part() && b.chunk == c) order.push_back(b.reduce);
     }
+    order.insert(order.end(), own_results.begin(), own_results.end());
+    for (const Block& b : blocks)
+      if (b.part == self_part()) order.insert(order.end(), b.work.begin(), b.work.end());
     if (backward_) {
-      const std::uint32_t wgrad = add_index(OpKind::kWgrad, Resource::kCompute, 0);
-      touch(wgrad, {BufferId::kRecv2, BufferId::kRecvDy, BufferId::kHidden, BufferId::kActivation},
-            {BufferId::kGrads});
-      for (const std::uint32_t op : act_backward) wait_for(wgrad, op);
+      for (std::int32_t piece = 0; piece < t_.num_wgrad_pieces; ++piece) {
+        const std::uint32_t wgrad = add_index(OpKind::kWgrad, Resource::kCompute, 0);
+        out_.ops[wgrad].part = piece;
+        touch(wgrad, {BufferId::kRecv2, BufferId::kRecvDy, BufferId::kHidden, BufferId::kActivation},
+              {BufferId::kGrads});
+        for (const Block& b : blocks) wait_for(wgrad, b.ready_for_wgrad);
+        order.push_back(wgrad);
+      }
     }
+    put_in_order(order);
     set_totals();
     return std::move(out_);
   }
 
  private:
   static std::size_t at(std::int32_t i) { return static_cast<std::size_t>(i); }
+
+  struct Block {
+    std::int32_t part = 0, chunk = 0;
+    std::vector<std::uint32_t> work;  // in the order in which it runs
+    std::uint32_t ready_for_wgrad = 0;
+    std::uint32_t reduce = 0;
+  };
+  std::int32_t self_part() const { return part_of(split_, SourceClass::kSelf); }
+  bool has_sources(std::int32_t part) const {
+    if (part == self_part()) return true;
+    return (part == part_of(split_, SourceClass::kAcross) && topology_.num_nodes() > 1) ||
+           (part == part_of(split_, SourceClass::kInNode) && arrived_in_node_total() > 0);
+  }
+
+  Block expert_work(std::int32_t part, std::int32_t chunk) {
+    Block b;
+    b.part = part;
+    b.chunk = chunk;
+    const auto work = [&](OpKind kind, std::vector<BufferId> reads, std::vector<BufferId> writes) {
+      const std::uint32_t op = add_index(kind, Resource::kCompute, chunk);
+      out_.ops[op].part = part;
+      touch(op, std::move(reads), std::move(writes));
+      return op;
+    };
+    std::uint32_t last_work = 0;
+    if (backward_) {
+      const std::uint32_t dgrad2 = work(OpKind::kExpertDgrad2, {BufferId::kRecvDy}, {BufferId::kActivation});
+      wait_for_rows(dgrad2, part, chunk);
+      // Recomputes the pre-activation where it was not kept; needs nothing from peers, so it fills their time.
+      const std::uint32_t recompute = work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden});
+      b.ready_for_wgrad = work(OpKind::kActivationBackward, {BufferId::kHidden, BufferId::kActivation},
+                               {BufferId::kHidden, BufferId::kActivation, BufferId::kDw});
+      wait_for(b.ready_for_wgrad, recompute);
+      wait_for(b.ready_for_wgrad, dgrad2);
+      last_work = work(OpKind::kExpertDgrad1, {BufferId::kHidden}, {BufferId::kOut});
+      wait_for(last_work, b.ready_for_wgrad);
+      // What is under way is finished before the next block is begun.
+      b.work = {last_work, b.ready_for_wgrad, dgrad2, recompute};
+    } else {
+      const std::uint32_t gemm1 =
+          work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden, BufferId::kActivation});
+      wait_for_rows(gemm1, part, chunk);
+      last_work = work(OpKind::kExpertGemm2, {BufferId::kActivation}, {BufferId::kOut});
+      wait_for(last_work, gemm1);
+      b.work = {last_work, gemm1};
+    }
+    b.reduce = work(OpKind::kReduce, {BufferId::kOut}, {BufferId::kPartial, BufferId::kRet2});
+    wait_for(b.reduce, last_work);
+    return b;
+  }
+
+  // Ops take their places in the order of preference; waits follow.
+  void put_in_order(const std::vector<std::uint32_t>& order) {
+    Require(order.size() == out_.ops.size(), ErrorCode::kInternal, "template: ", order.size(), " of ",
+            out_.ops.size(), " ops have a place");
+    std::vector<std::uint32_t> place(order.size());
+    std::vector<Op> ops;
+    ops.reserve(order.size());
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      place[order[i]] = static_cast<std::uint32_t>(i);
+      ops.push_back(std::move(out_.ops[order[i]]));
+    }
+    for (Op& op : ops)
+      for (CounterWait& w : op.waits)
+        if (w.completion) w.index = place[w.index];
+    out_.ops = std::move(ops);
+  }
 
   Op& add(OpKind kind, Resource resource, std::int32_t chunk) {
     Op op;
@@ -239,11 +370,7 @@ class PassBuilder {
   std::uint32_t pack(std::int32_t hop, std::int32_t chunk) {
     const std::uint32_t op = add_index(OpKind::kPack, Resource::kCompute, chunk);
     out_.ops[op].hop = hop;
-    if (hop == 1) {
-      touch(op, {BufferId::kX}, {BufferId::kSend1});
-    } else {
-      touch(op, {BufferId::kX}, {BufferId::kSend2, received2()});
-    }
+    touch(op, {BufferId::kX}, {hop == 1 ? BufferId::kSend1 : hop == 2 ? BufferId::kSend2 : received2()});
     return op;
   }
   std::uint32_t put(std::int32_t hop, std::int32_t chunk, std::int32_t peer, bool handed_on,
@@ -253,8 +380,11 @@ class PassBuilder {
     op.hop = hop;
     op.peer = peer;
     op.handed_on = handed_on;
-    op.raises_signal =
-        static_cast<std::int32_t>(signal(hop == 1 ? SignalKind::kArrived1 : SignalKind::kArrived2, chunk));
+    op.raises_signal = static_cast<std::int32_t>(
+        signal(hop == 1                                                   ? SignalKind::kArrived1
+               : handed_on || !topology_.same_node(t_.rank, RankId(peer)) ? SignalKind::kArrivedAcross
+                                                                          : SignalKind::kArrivedInNode,
+               chunk));
     op.raises = handed_on ? static_cast<std::int32_t>(t_.hop1_from.size()) : 1;
     touch(index, {hop == 1 ? BufferId::kSend1 : BufferId::kSend2},
           {hop == 1 ? BufferId::kRecv1 : received2()});
@@ -268,36 +398,53 @@ class PassBuilder {
     wait_for_signal(op, SignalKind::kArrived1, chunk, t_.hop1_from.size());
     return op;
   }
-  void send_back(std::int32_t hop, std::int32_t chunk, std::int32_t peer, std::uint32_t after) {
+  // hop 1: sums of a source's rows that this rank handed on. hop 2: sums of the peer's own rows, or of rows that it
+  // handed on.
+  void send_back(std::int32_t hop, std::int32_t chunk, std::int32_t peer, bool handed_on,
+                 std::uint32_t after) {
+    std::size_t sources = 1;
+    if (handed_on) sources = handed_on_by(exchange_, RankId(peer)).size();
+    if (sources == 0) return;
     const std::uint32_t index = add_index(OpKind::kReturn, link(peer), chunk);
     Op& op = out_.ops[index];
     op.hop = hop;
     op.peer = peer;
-    op.raises_signal =
-        static_cast<std::int32_t>(signal(hop == 1 ? SignalKind::kReturned1 : SignalKind::kReturned2, chunk));
-    const std::size_t sources = hop == 1 ? 1 : 1 + handed_on_by(exchange_, RankId(peer)).size();
+    op.handed_on = handed_on;
+    op.raises_signal = static_cast<std::int32_t>(signal(hop == 1    ? SignalKind::kReturned1
+                                                        : handed_on ? SignalKind::kReturnedHandedOn
+                                                                    : SignalKind::kReturnedOwn,
+                                                        chunk));
     op.raises = static_cast<std::int32_t>(sources) * puts_per_return();
     touch(index, {hop == 1 ? BufferId::kRet1 : BufferId::kPartial},
           {hop == 1 ? BufferId::kHome : BufferId::kRet2});
     wait_for(index, after);
     wait_for_ready(index, peer);
   }
-  void wait_for_rows(std::uint32_t op, std::int32_t chunk, std::uint32_t pack2, std::uint32_t forward) {
-    wait_for_signal(op, SignalKind::kArrived2, chunk, arrived2_total());
-    wait_for(op, pack2);
-    wait_for(op, forward);
+  void wait_for_rows(std::uint32_t op, std::int32_t part, std::int32_t chunk) {
+    if (part == part_of(split_, SourceClass::kAcross)) {
+      wait_for_signal(op, SignalKind::kArrivedAcross, chunk, arrived_across_total());
+      if (!t_.hop1_from.empty()) wait_for(op, forward_[at(chunk)]);
+    }
+    if (part == part_of(split_, SourceClass::kInNode))
+      wait_for_signal(op, SignalKind::kArrivedInNode, chunk, arrived_in_node_total());
+    if (part == self_part()) wait_for(op, pack_self_[at(chunk)]);
   }
 
   BufferId received2() const { return backward_ ? BufferId::kRecvDy : BufferId::kRecv2; }
   // Backward returns carry dx rows and dw scalars: two puts a source.
   std::int32_t puts_per_return() const { return backward_ ? 2 : 1; }
-  // One put from every source that this rank is not the gateway of (a source is its own gateway in its node).
-  std::uint64_t arrived2_total() const {
-    return static_cast<std::uint64_t>(t_.num_ranks) - 1 - t_.hop1_from.size();
+  // Through another gateway, or straight from a rank of another node: one put from every source that is neither of this
+  // node nor handed on by this rank itself.
+  std::uint64_t arrived_across_total() const {
+    return static_cast<std::uint64_t>(t_.num_ranks) - topology_.ranks_of(topology_.node_of(t_.rank)).size() -
+           t_.hop1_from.size();
   }
-  std::uint64_t returned2_total() const {
-    return (t_.members.size() - 1) * (1 + t_.hop1_from.size()) *
-           static_cast<std::uint64_t>(puts_per_return());
+  std::uint64_t arrived_in_node_total() const { return others_.size() - members_across_; }
+  std::uint64_t returned_handed_on_total() const {
+    return others_.size() * t_.hop1_from.size() * static_cast<std::uint64_t>(puts_per_return());
+  }
+  std::uint64_t returned_own_total() const {
+    return others_.size() * static_cast<std::uint64_t>(puts_per_return());
   }
   std::uint64_t returned1_total() const {
     return t_.hop1_to.size() * static_cast<std::uint64_t>(puts_per_return());
@@ -306,10 +453,15 @@ class PassBuilder {
     out_.signal_totals.assign(num_signals(t_.num_ranks, t_.schedule.num_chunks), 0);
     for (const std::int32_t p : t_.peers) out_.signal_totals[ready_signal(RankId(p))] = 1;
     for (std::int32_t c = 0; c < t_.schedule.num_chunks; ++c) {
-      out_.signal_totals[signal(SignalKind::kArrived1, c)] = static_cast<std::uint32_t>(t_.hop1_from.size());
-      out_.signal_totals[signal(SignalKind::kArrived2, c)] = static_cast<std::uint32_t>(arrived2_total());
-      out_.signal_totals[signal(SignalKind::kReturned2, c)] = static_cast<std::uint32_t>(returned2_total());
-      out_.signal_totals[signal(SignalKind::kReturned1, c)] = static_cast<std::uint32_t>(returned1_total());
+      const auto set = [&](SignalKind kind, std::uint64_t total) {
+        out_.signal_totals[signal(kind, c)] = static_cast<std::uint32_t>(total);
+      };
+      set(SignalKind::kArrived1, t_.hop1_from.size());
+      set(SignalKind::kArrivedAcross, arrived_across_total());
+      set(SignalKind::kArrivedInNode, arrived_in_node_total());
+      set(SignalKind::kReturnedHandedOn, returned_handed_on_total());
+      set(SignalKind::kReturnedOwn, returned_own_total());
+      set(SignalKind::kReturned1, returned1_total());
     }
   }
 
@@ -318,12 +470,16 @@ class PassBuilder {
   const Topology& topology_;
   PassKind pass_;
   bool backward_;
+  SourceSplit split_;
+  std::vector<std::int32_t> others_;  // members without this rank, in the order in which they are sent to
+  std::size_t members_across_ = 0;    // of these on other nodes: a direct exchange
+  std::vector<std::uint32_t> pack_self_, forward_;  // [chunk] op
   PassTemplate out_;
 };
 
 std::string op_name(const Op& op) {
   std::string out(to_string(op.kind));
-  if (op.hop > 0) out += str(op.hop);
+  if (op.hop > 0 || op.kind == OpKind::kPack) out += str(op.hop);
   if (op.handed_on) out += " (handed on)";
   if (op.peer >= 0) out += str(" -> ", op.peer);
   return out;
@@ -338,6 +494,7 @@ void hash_pass(const PassTemplate& pass, Hasher& h) {
   for (const Op& op : pass.ops) {
     h.add_int(static_cast<int>(op.kind))
         .add_int(op.chunk)
+        .add_int(op.part)
         .add_int(op.hop)
         .add_int(op.peer)
         .add_int(op.handed_on);
@@ -355,7 +512,7 @@ Template build_template(RankId rank, const Topology& topology, const ScheduleOpt
           schedule.num_chunks, ", must be at least 1");
   Require(schedule.policy != SchedulePolicy::kSequential || schedule.num_chunks == 1,
           ErrorCode::kInvalidArgument, "a sequential schedule has 1 chunk, not ", schedule.num_chunks,
-          "; use schedule.policy = \"chunked\"");
+          "; choose another schedule.policy");
   Require(rank.value >= 0 && rank.value < topology.num_ranks(), ErrorCode::kInvalidArgument, "rank ",
           rank.value, " is not in a topology of ", topology.num_ranks(), " ranks");
   const Topology exchange =
@@ -378,6 +535,8 @@ Template build_template(RankId rank, const Topology& topology, const ScheduleOpt
   std::sort(t.peers.begin(), t.peers.end());
   t.peers.erase(std::unique(t.peers.begin(), t.peers.end()), t.peers.end());
   t.peers.erase(std::find(t.peers.begin(), t.peers.end(), rank.value));
+  // Enough pieces that sums for peers need not wait long, few enough that a piece is worth its start.
+  t.num_wgrad_pieces = schedule.policy == SchedulePolicy::kSequential ? 1 : 4;
   t.forward = PassBuilder(t, exchange, topology, PassKind::kForward).build();
   t.backward = PassBuilder(t, exchange, topology, PassKind::kBackward).build();
   return t;
@@ -465,7 +624,8 @@ std::string Template::explain() const {
   std::string out =
       str("template of rank ", rank.value, " of ", num_ranks, ": schedule ", to_string(schedule.policy),
           ", exchange ", schedule.exchange == Exchange::kGateway ? "gateway" : "direct", ", ",
-          schedule.num_chunks, schedule.num_chunks == 1 ? " chunk\n" : " chunks\n");
+          schedule.num_chunks, schedule.num_chunks == 1 ? " chunk" : " chunks", ", ",
+          num_parts(schedule.split()), num_parts(schedule.split()) == 1 ? " part\n" : " parts by source\n");
   for (const PassKind kind : {PassKind::kForward, PassKind::kBackward}) {
     const PassTemplate& p = pass(kind);
     out += str(to_string(kind), " pass, ", p.ops.size(), " ops in order of preference:\n");
@@ -481,12 +641,12 @@ std::string Template::explain() const {
           waits += str("#", w.index);
         } else {
           const auto index = static_cast<std::int32_t>(w.index) - num_ranks;
-          waits += str(to_string(static_cast<SignalKind>(index / schedule.num_chunks % 4)), "[",
+          waits += str(to_string(static_cast<SignalKind>(index / schedule.num_chunks % kNumSignalKinds)), "[",
                        index % schedule.num_chunks, "] >= ", w.value);
         }
       }
-      out += str("  #", i, " chunk ", op.chunk, " ", op_name(op), " on ", to_string(op.resource),
-                 waits.empty() ? "" : "  ", waits, "\n");
+      out += str("  #", i, " chunk ", op.chunk, op.part > 0 ? str(" part ", op.part) : std::string(), " ",
+                 op_name(op), " on ", to_string(op.resource), waits.empty() ? "" : "  ", waits, "\n");
     }
   }
   return out;
@@ -505,6 +665,7 @@ std::string Template::to_json() const {
     for (const Op& op : pass(kind).ops) {
       nlohmann::json j{{"kind", to_string(op.kind)},
                        {"chunk", op.chunk},
+                       {"part", op.part},
                        {"hop", op.hop},
                        {"resource", to_string(op.resource)},
                        {"handed_on", op.handed_on}};

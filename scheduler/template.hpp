@@ -6,17 +6,24 @@
 // Counters only grow within a pass, from 0. Two kinds:
 //   signals     raised by peers' puts; numbered alike on all ranks (signal_index), totals known beforehand
 //   completions one an op, 0 -> 1 when it is done
-// An op may run once all its waits `counter >= value` hold. Ops stand in order of preference: a greedy executor runs
-// the first one that may run. A pass is over when all ops are done.
+// An op may run once all its waits `counter >= value` hold. Ops stand in order of preference: an executor runs the first
+// one that may run on a free resource. A pass is over when all ops are done.
 //
 // Forward pass of a rank (hop 1 crosses nodes, hop 2 stays within a node; self needs no link):
 //
-//   pack1 -> put1 ~~> arrived1 -> forward -> put2 ~~> arrived2 -> expert_gemm1 -> expert_gemm2 -> reduce
-//   pack2 ------------------------------> put2 ~~~~~^                                               |
-//   unpack <- returned1 <~~ return1 <- node_reduce <- returned2 <~~~~~~~~~~~~~~~~~~~ return2 <------+
+//   pack1 -> put1 ~~> arrived1 -> forward -> put2 (handed on) ~~> arrived_across --+
+//   pack2 -> put2 ~~> arrived_in_node ----------------------------------------------+-> expert_gemm1 -> expert_gemm2
+//   pack0 (rows that stay on this rank) --------------------------------------------+        |
+//                                                                                          reduce
+//   return1 <- node_reduce (handed on) <- returned_handed_on <~~ return2 (handed on) <-------+
+//   unpack <- returned1 <~~ return1                                                          |
+//      ^----- node_reduce (own) <--------- returned_own <~~~~~~~~ return2 <------------------+
+//
+// Rows are cut twice: along tokens into transfer chunks, and at the receiver by where they come from (plan.hpp,
+// SourceSplit). A (part, chunk) is a block: the unit of expert work, which waits for nothing but its own rows.
 //
 // The backward pass has the same shape with dy in place of x, dgrad in place of the GEMMs, and wgrad at the end, behind
-// everything that peers wait for.
+// everything that peers wait for and in pieces, so that sums for peers go between them.
 //
 // Thread-safety: plain data. Errors: build_template throws kInvalidArgument; validate throws kInternal.
 #pragma once
@@ -60,8 +67,8 @@ std::string_view to_string(OpKind kind) noexcept;
 std::string_view to_string(Phase phase) noexcept;
 Phase phase_of(OpKind kind) noexcept;
 
-// What an op occupies while it runs.
-enum class Resource : std::uint8_t { kHost, kCompute, kInNodeLink, kAcrossNodesLink };
+// What an op occupies while it runs. A put occupies its link outwards here and inwards at the peer.
+enum class Resource : std::uint8_t { kHost, kCompute, kInNodeLink, kAcrossNodesLink, kCopyEngine };
 std::string_view to_string(Resource resource) noexcept;
 
 enum class PassKind : std::uint8_t { kForward, kBackward };
@@ -97,7 +104,15 @@ std::string_view to_string(BufferId buffer) noexcept;
 std::string_view bound_of(BufferId buffer) noexcept;
 
 // Signals of a channel. Ready signals are numbered by the sender's rank and shared by both passes.
-enum class SignalKind : std::uint8_t { kArrived1, kArrived2, kReturned2, kReturned1 };
+enum class SignalKind : std::uint8_t {
+  kArrived1,          // rows to hand on
+  kArrivedAcross,     // rows for own experts from other nodes (through the gateways, or straight)
+  kArrivedInNode,     // rows for own experts from ranks of this node
+  kReturnedHandedOn,  // sums of rows that were handed on, at the gateway
+  kReturnedOwn,       // sums of own rows from the ranks they were sent to over hop 2
+  kReturned1,         // sums of own rows from gateways
+};
+constexpr std::int32_t kNumSignalKinds = 6;
 std::string_view to_string(SignalKind kind) noexcept;
 constexpr std::uint32_t ready_signal(RankId from) {
   return static_cast<std::uint32_t>(from.value);
@@ -105,11 +120,12 @@ constexpr std::uint32_t ready_signal(RankId from) {
 constexpr std::uint32_t signal_index(std::int32_t num_ranks, std::int32_t num_chunks, PassKind pass,
                                      SignalKind kind, std::int32_t chunk) {
   return static_cast<std::uint32_t>(
-      num_ranks + (static_cast<std::int32_t>(pass) * 4 + static_cast<std::int32_t>(kind)) * num_chunks +
+      num_ranks +
+      (static_cast<std::int32_t>(pass) * kNumSignalKinds + static_cast<std::int32_t>(kind)) * num_chunks +
       chunk);
 }
 constexpr std::uint32_t num_signals(std::int32_t num_ranks, std::int32_t num_chunks) {
-  return static_cast<std::uint32_t>(num_ranks + 8 * num_chunks);
+  return static_cast<std::uint32_t>(num_ranks + 2 * kNumSignalKinds * num_chunks);
 }
 
 struct CounterWait {
@@ -122,9 +138,10 @@ struct Op {
   OpKind kind = OpKind::kReady;
   Resource resource = Resource::kHost;
   std::int32_t chunk = 0;
-  std::int32_t hop = 0;             // 1, 2, or 0 where hops do not apply
-  std::int32_t peer = -1;           // of put, return and ready
-  bool handed_on = false;           // a put of rows received over hop 1 (else own rows)
+  std::int32_t part = 0;  // of expert work and kReduce: PlanOptions::block(part, chunk); of kWgrad: its piece
+  std::int32_t hop = 0;   // of pack, put and return: 1, 2, or 0 for rows that stay on this rank
+  std::int32_t peer = -1;  // of put, return and ready
+  bool handed_on = false;  // put, return and node_reduce: of rows received over hop 1 (else own rows)
   std::int32_t raises_signal = -1;  // at the peer
   std::int32_t raises = 0;          // how often: one put a source, empty or not
   std::vector<CounterWait> waits;
@@ -137,9 +154,22 @@ struct PassTemplate {
   std::vector<std::uint32_t> signal_totals;
 };
 
+// X(enumerator, name in configs)
+#define SLUICE_SCHEDULE_LIST(X) \
+  X(kSequential, "sequential")  \
+  X(kPipelined, "pipelined")    \
+  X(kBySource, "by-source")     \
+  X(kHierarchical, "hierarchical")
+
 enum class SchedulePolicy : std::uint8_t {
-  kSequential,  // one chunk: exchange, compute, exchange
-  kChunked,     // rows in equal chunks of tokens: one chunk computes while the next travels
+// kSequential    one chunk: exchange, compute, exchange
+// kPipelined     rows in equal chunks of tokens: one chunk computes while the next travels
+// kBySource      and apart by source: remote rows leave first, own rows compute while they travel, remote rows'
+//                results go home before own rows are finished
+// kHierarchical  and remote rows apart by level: rows of this node compute while those of other nodes are under way
+#define SLUICE_X(name, text) name,
+  SLUICE_SCHEDULE_LIST(SLUICE_X)
+#undef SLUICE_X
 };
 std::string_view to_string(SchedulePolicy policy) noexcept;
 
@@ -148,7 +178,9 @@ struct ScheduleOptions {
   Exchange exchange = Exchange::kGateway;
   std::int32_t num_chunks = 1;  // 1 for kSequential
 
-  PlanOptions plan_options() const { return {exchange, num_chunks}; }
+  SourceSplit split() const;
+  PlanOptions plan_options() const { return {exchange, num_chunks, split()}; }
+  friend bool operator==(const ScheduleOptions&, const ScheduleOptions&) = default;
 };
 
 struct Template {
@@ -162,7 +194,8 @@ struct Template {
   // Sources whose rows come here through members[m], in the order in which it sends them: itself, then those that it
   // hands on, ascending.
   std::vector<std::vector<std::int32_t>> sources_of_member;
-  std::vector<std::int32_t> peers;      // all ranks that put here or are put to, ascending, without this rank
+  std::int32_t num_wgrad_pieces = 1;  // kWgrad's op `part` works on the slots [L*part/n, L*(part+1)/n)
+  std::vector<std::int32_t> peers;    // all ranks that put here or are put to, ascending, without this rank
   PassTemplate forward;
   PassTemplate backward;
 

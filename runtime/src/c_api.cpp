@@ -467,7 +467,10 @@ MoeLayerOptions read_layer_options(const sluice_layer_options* given) {
   out.wire_dtype = read_dtype(o.wire_dtype, "wire_dtype");
   out.combine_dtype = read_dtype(o.combine_dtype, "combine_dtype");
   out.save = pick(o.save, {Save::kActivations, Save::kRows, Save::kNone}, "save");
-  out.schedule.policy = pick(o.schedule, {SchedulePolicy::kSequential, SchedulePolicy::kChunked}, "schedule");
+  out.schedule.policy = pick(o.schedule,
+                             {SchedulePolicy::kSequential, SchedulePolicy::kPipelined,
+                              SchedulePolicy::kBySource, SchedulePolicy::kHierarchical},
+                             "schedule");
   out.schedule.exchange = read_exchange(o.exchange);
   out.schedule.num_chunks = o.num_chunks == 0 ? 1 : o.num_chunks;
   return out;

@@ -92,16 +92,16 @@ class RowsWork : public ExpertWork {
            std::span<const float> dw)
       : pass_(pass), plan_(plan), rows_(rows), expert_rows_(expert_rows), dw_(dw) {}
 
-  void run(OpKind kind, std::int32_t chunk) override {
-    if (kind != OpKind::kReduce) return;  // the caller's own work
+  void run(const Op& op) override {
+    if (op.kind != OpKind::kReduce) return;  // the caller's own work
     if (!expert_rows_) {
-      pass_.reduce_none(rows_, chunk);
+      pass_.reduce_none(rows_, op);
     } else {
       pass_.reduce_rows(
           rows_, expert_rows_->row_of_route,
-          pass_.is_backward() ? std::span<const float>() : std::span<const float>(plan_.recv2.weight), chunk);
+          pass_.is_backward() ? std::span<const float>() : std::span<const float>(plan_.recv2.weight), op);
     }
-    if (pass_.is_backward()) pass_.send_dw(dw_, {}, chunk);
+    if (pass_.is_backward()) pass_.send_dw(dw_, {}, op);
   }
 
  private:

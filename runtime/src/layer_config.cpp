@@ -29,9 +29,22 @@ MoeLayerOptions layer_options(const Config& config) {
   out.dtype = config.model.dtype;
   out.wire_dtype = wire_dtype_of(config.comm.wire_dtype, out.dtype);
   out.combine_dtype = wire_dtype_of(config.comm.combine_dtype, out.dtype);
-  const bool chunked = config.schedule.policy == Config::Schedule::Policy::kChunked;
-  out.schedule.policy = chunked ? SchedulePolicy::kChunked : SchedulePolicy::kSequential;
-  out.schedule.num_chunks = chunked ? config.schedule.num_chunks : 1;
+  switch (config.schedule.policy) {
+    case Config::Schedule::Policy::kSequential:
+      out.schedule.policy = SchedulePolicy::kSequential;
+      break;
+    case Config::Schedule::Policy::kPipelined:
+      out.schedule.policy = SchedulePolicy::kPipelined;
+      break;
+    case Config::Schedule::Policy::kBySource:
+      out.schedule.policy = SchedulePolicy::kBySource;
+      break;
+    case Config::Schedule::Policy::kHierarchical:
+      out.schedule.policy = SchedulePolicy::kHierarchical;
+      break;
+  }
+  out.schedule.num_chunks =
+      out.schedule.policy == SchedulePolicy::kSequential ? 1 : config.schedule.num_chunks;
   out.schedule.exchange = config.schedule.exchange == Config::Schedule::Exchange::kGateway
                               ? Exchange::kGateway
                               : Exchange::kDirect;

@@ -118,7 +118,8 @@ class LayerWork : public ExpertWork {
   LayerWork(kernels::Kernels& kernels, PassRun& pass, const Plan& plan, ContextStorage& s,
             kernels::Activation activation, const MoeLayerOptions& options, std::int64_t h_cols,
             std::span<const std::byte* const> w1, std::span<const std::byte* const> w2,
-            std::span<float* const> grad_w1, std::span<float* const> grad_w2, bool backward)
+            std::span<float* const> grad_w1, std::span<float* const> grad_w2, std::int32_t num_wgrad_pieces,
+            bool backward)
       : kernels_(kernels),
         pass_(pass),
         plan_(plan),
@@ -129,7 +130,8 @@ class LayerWork : public ExpertWork {
         w1_(w1),
         w2_(w2),
         grad_w1_(grad_w1),
-        grad_w2_(grad_w2) {
+        grad_w2_(grad_w2),
+        num_wgrad_pieces_(num_wgrad_pieces) {
     const std::int64_t positions = plan.num_positions();
     if (!backward) {
       if (options.save == Save::kActivations) s.hidden.resize(positions, h_cols, options.dtype);
@@ -141,13 +143,16 @@ class LayerWork : public ExpertWork {
     }
   }
 
-  void run(OpKind kind, std::int32_t chunk) override {
+  void run(const Op& op) override {
     const auto slots = static_cast<std::size_t>(plan_.num_local_slots);
-    const auto first = static_cast<std::size_t>(chunk) * slots;
+    // The op's block; wgrad works on all of them.
+    const auto first = op.kind == OpKind::kWgrad
+                           ? 0
+                           : static_cast<std::size_t>(plan_.options.block(op.part, op.chunk)) * slots;
     const std::span<const std::int64_t> group_ptr = plan_.group_ptr.span(first, slots + 1);
     const std::int64_t begin = group_ptr.front(), end = group_ptr.back();
     const kernels::Groups with_w1{group_ptr, w1_}, with_w2{group_ptr, w2_};
-    switch (kind) {
+    switch (op.kind) {
       case OpKind::kExpertGemm1:
         if (pass_.is_backward()) {
           if (options_.save == Save::kRows)
@@ -176,25 +181,31 @@ class LayerWork : public ExpertWork {
         break;
       case OpKind::kReduce:
         if (pass_.is_backward()) {
-          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, {}, chunk);
-          pass_.send_dw(s_.dw_position, plan_.position_of_route, chunk);
+          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, {}, op);
+          pass_.send_dw(s_.dw_position, plan_.position_of_route, op);
         } else {
-          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, plan_.recv2.weight, chunk);
+          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, plan_.recv2.weight, op);
         }
         break;
       case OpKind::kWgrad: {
-        // A slot's rows in receive order, whatever the chunks: positions are in that order only without chunks.
-        const bool chunked = plan_.options.num_chunks > 1;
+        // A slot's rows in receive order, whatever the blocks: positions are in that order only with one.
+        const bool cut = plan_.options.num_blocks() > 1;
         const std::span<const std::int32_t> position = plan_.wgrad_position;
-        const std::span<const std::int32_t> row = chunked ? plan_.wgrad_row : plan_.expert_row;
-        kernels_.grouped_gemm_wgrad(plan_.slot_ptr, pass_.received().view(), row, s_.activation.view(),
-                                    position, grad_w2_);
-        kernels_.grouped_gemm_wgrad(plan_.slot_ptr, s_.hidden.view(), position, s_.recv2.view(), row,
-                                    grad_w1_);
+        const std::span<const std::int32_t> row = cut ? plan_.wgrad_row : plan_.expert_row;
+        const auto slot_of = [&](std::int32_t piece) {
+          return slots * static_cast<std::size_t>(piece) / static_cast<std::size_t>(num_wgrad_pieces_);
+        };
+        const std::size_t begin_slot = slot_of(op.part), num_slots = slot_of(op.part + 1) - begin_slot;
+        if (num_slots == 0) break;
+        const std::span<const std::int64_t> slot_ptr = plan_.slot_ptr.span(begin_slot, num_slots + 1);
+        kernels_.grouped_gemm_wgrad(slot_ptr, pass_.received().view(), row, s_.activation.view(), position,
+                                    grad_w2_.subspan(begin_slot, num_slots));
+        kernels_.grouped_gemm_wgrad(slot_ptr, s_.hidden.view(), position, s_.recv2.view(), row,
+                                    grad_w1_.subspan(begin_slot, num_slots));
         break;
       }
       default:
-        throw Error(ErrorCode::kInternal, str("op ", to_string(kind), " is no expert work"));
+        throw Error(ErrorCode::kInternal, str("op ", to_string(op.kind), " is no expert work"));
     }
   }
 
@@ -208,6 +219,7 @@ class LayerWork : public ExpertWork {
   std::int64_t h_cols_;
   std::span<const std::byte*const> w1_, w2_;
   std::span<float*const> grad_w1_, grad_w2_;
+  std::int32_t num_wgrad_pieces_;
 };
 
 }  // namespace
@@ -301,7 +313,7 @@ Context MoeLayer::forward(const std::shared_ptr<const Plan>& plan, ConstMatrixVi
   run_in_flight(s.runtime, storage, "forward", [&] {
     PassRun pass(s.runtime, s.shape, *plan, s.format, storage, PassKind::kForward);
     LayerWork work(s.runtime.kernels(), pass, *plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
-                   s.grad_w1, s.grad_w2, false);
+                   s.grad_w1, s.grad_w2, s.shape.num_wgrad_pieces, false);
     pass.start(x);
     pass.run_all(work, y, {});
     s.add_copies(*plan, x, y);
@@ -327,7 +339,7 @@ void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std
   run_in_flight(s.runtime, storage, "backward", [&] {
     PassRun pass(s.runtime, s.shape, plan, s.format, storage, PassKind::kBackward);
     LayerWork work(s.runtime.kernels(), pass, plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
-                   s.grad_w1, s.grad_w2, true);
+                   s.grad_w1, s.grad_w2, s.shape.num_wgrad_pieces, true);
     pass.start(dy);
     pass.run_all(work, dx, dw);
     s.add_copies(plan, dy, dx);  // copy: J = 1, so dx += w dy

@@ -159,6 +159,14 @@ void PassRun::announce() {
     expects_.push_back(e);
   }
   const Window window2 = backward_ ? kWindowRecvDy : kWindowRecv2;
+  const auto expect_sums = [&](std::int32_t peer, SignalKind kind, std::int32_t c, const SendList& list,
+                               std::int32_t segment, Window rows, Window routes) {
+    const Range r = chunk_rows(list, segment, c);
+    expect(peer, kind, c, rows, r.begin * sum_row, (r.end - r.begin) * sum_row);
+    if (!backward_) return;
+    const Range q = chunk_routes(list, segment, c);
+    expect(peer, kind, c, routes, q.begin * std::int64_t{4}, (q.end - q.begin) * std::int64_t{4});
+  };
   for (std::int32_t c = 0; c < plan_.options.num_chunks; ++c) {
     for (std::size_t k = 0; k < shape_.hop1_from.size(); ++k) {
       const Range r = chunk_rows(plan_.recv1, recv1_segment_[k], c);
@@ -166,31 +174,21 @@ void PassRun::announce() {
              (r.end - r.begin) * row);
     }
     for (std::size_t m = 0; m < shape_.members.size(); ++m) {
-      const std::int32_t gateway = shape_.members[m];
-      if (gateway == plan_.rank.value) continue;
+      const std::int32_t member = shape_.members[m];
+      if (member == plan_.rank.value) continue;
+      const bool in_node = runtime_.topology().same_node(plan_.rank, RankId(member));
       for (const std::int32_t source : shape_.sources_of_member[m]) {
         const Range r = chunk_rows(plan_.recv2, recv2_segment_[static_cast<std::size_t>(source)], c);
-        expect(gateway, SignalKind::kArrived2, c, window2, r.begin * row, (r.end - r.begin) * row);
+        expect(member, source == member && in_node ? SignalKind::kArrivedInNode : SignalKind::kArrivedAcross,
+               c, window2, r.begin * row, (r.end - r.begin) * row);
       }
-      for (std::size_t k = 0; k <= shape_.hop1_from.size(); ++k) {
-        const Range r = chunk_rows(plan_.send2, send2_segment(m, k), c);
-        expect(gateway, SignalKind::kReturned2, c, kWindowRet2, r.begin * sum_row,
-               (r.end - r.begin) * sum_row);
-        if (!backward_) continue;
-        const Range q = chunk_routes(plan_.send2, send2_segment(m, k), c);
-        expect(gateway, SignalKind::kReturned2, c, kWindowDw2, q.begin * std::int64_t{4},
-               (q.end - q.begin) * std::int64_t{4});
-      }
+      for (std::size_t k = 0; k <= shape_.hop1_from.size(); ++k)
+        expect_sums(member, k == 0 ? SignalKind::kReturnedOwn : SignalKind::kReturnedHandedOn, c, plan_.send2,
+                    send2_segment(m, k), kWindowRet2, kWindowDw2);
     }
-    for (std::size_t i = 0; i < shape_.hop1_to.size(); ++i) {
-      const Range r = chunk_rows(plan_.send1, send1_segment_[i], c);
-      expect(shape_.hop1_to[i], SignalKind::kReturned1, c, kWindowRet1, r.begin * sum_row,
-             (r.end - r.begin) * sum_row);
-      if (!backward_) continue;
-      const Range q = chunk_routes(plan_.send1, send1_segment_[i], c);
-      expect(shape_.hop1_to[i], SignalKind::kReturned1, c, kWindowDw1, q.begin * std::int64_t{4},
-             (q.end - q.begin) * std::int64_t{4});
-    }
+    for (std::size_t i = 0; i < shape_.hop1_to.size(); ++i)
+      expect_sums(shape_.hop1_to[i], SignalKind::kReturned1, c, plan_.send1, send1_segment_[i], kWindowRet1,
+                  kWindowDw1);
   }
   transport_.expect(expects_);
 }
@@ -308,7 +306,7 @@ void PassRun::run_op(const Op& op, ExpertWork* work) {
     case OpKind::kExpertDgrad1:
     case OpKind::kReduce:
     case OpKind::kWgrad:
-      work->run(op.kind, op.chunk);
+      work->run(op);
       break;
   }
 }
@@ -341,12 +339,13 @@ void PassRun::pack(const Op& op) {
     return;
   }
   for (std::size_t m = 0; m < shape_.members.size(); ++m) {
+    const bool here = shape_.members[m] == plan_.rank.value;  // no link: straight to where the experts read
+    if (here != (op.hop == 0)) continue;
     const std::int32_t index = send2_segment(m, 0);
     const Range r = chunk_rows(plan_.send2, index, op.chunk);
     if (r.begin == r.end) continue;
     const Segment& seg = plan_.send2.segments[static_cast<std::size_t>(index)];
     const std::int32_t shift = seg.peer_row_begin - seg.row_begin;
-    const bool here = seg.peer == plan_.rank.value;  // no link: straight to where the experts read
     kernels_.gather_rows(
         in_, {},
         plan_.send2.row.span(static_cast<std::size_t>(r.begin), static_cast<std::size_t>(r.end - r.begin)),
@@ -398,16 +397,20 @@ void PassRun::put_rows(const Op& op) {
 }
 
 template <typename Visit>
-void PassRun::for_each_received(std::int32_t chunk, Visit&& visit) {
+void PassRun::for_each_received(const Op& op, Visit&& visit) {
+  const Topology& topology = runtime_.topology();
   for (std::size_t i = 0; i < plan_.recv2.segments.size(); ++i) {
-    const Range r = chunk_rows(plan_.recv2, static_cast<std::int32_t>(i), chunk);
-    if (r.begin < r.end) visit(plan_.recv2.segments[i], static_cast<std::int32_t>(i), r);
+    const Segment& seg = plan_.recv2.segments[i];
+    if (part_of(plan_.options.split, source_class(topology, plan_.rank, RankId(seg.source))) != op.part)
+      continue;
+    const Range r = chunk_rows(plan_.recv2, static_cast<std::int32_t>(i), op.chunk);
+    if (r.begin < r.end) visit(seg, static_cast<std::int32_t>(i), r);
   }
 }
 
 void PassRun::reduce_rows(ConstMatrixView src, std::span<const std::int32_t> position,
-                          std::span<const float> weight, std::int32_t chunk) {
-  for_each_received(chunk, [&](const Segment& seg, std::int32_t, Range r) {
+                          std::span<const float> weight, const Op& op) {
+  for_each_received(op, [&](const Segment& seg, std::int32_t, Range r) {
     const std::int32_t shift = seg.peer_row_begin - seg.row_begin;
     const bool here = seg.peer == plan_.rank.value;
     kernels_.weighted_reduce(
@@ -419,8 +422,8 @@ void PassRun::reduce_rows(ConstMatrixView src, std::span<const std::int32_t> pos
   });
 }
 
-void PassRun::reduce_none(ConstMatrixView src, std::int32_t chunk) {
-  for_each_received(chunk, [&](const Segment& seg, std::int32_t, Range r) {
+void PassRun::reduce_none(ConstMatrixView src, const Op& op) {
+  for_each_received(op, [&](const Segment& seg, std::int32_t, Range r) {
     const std::int32_t shift = seg.peer_row_begin - seg.row_begin;
     const bool here = seg.peer == plan_.rank.value;
     const ConstMatrixView rows(src.row(r.begin), src.dtype, r.end - r.begin, src.cols, src.row_stride);
@@ -429,10 +432,9 @@ void PassRun::reduce_none(ConstMatrixView src, std::int32_t chunk) {
   });
 }
 
-void PassRun::send_dw(std::span<const float> value, std::span<const std::int32_t> position,
-                      std::int32_t chunk) {
-  for_each_received(chunk, [&](const Segment& seg, std::int32_t index, Range) {
-    const Range q = chunk_routes(plan_.recv2, index, chunk);
+void PassRun::send_dw(std::span<const float> value, std::span<const std::int32_t> position, const Op& op) {
+  for_each_received(op, [&](const Segment& seg, std::int32_t index, Range) {
+    const Range q = chunk_routes(plan_.recv2, index, op.chunk);
     const bool here = seg.peer == plan_.rank.value;
     float* out = here ? s_.dw_ret2.data() + (seg.peer_route_begin - seg.route_begin) : s_.dw_received.data();
     for (std::int32_t i = q.begin; i < q.end; ++i)
@@ -464,15 +466,12 @@ void PassRun::send_back(const Op& op) {
   const auto m = static_cast<std::size_t>(std::find(shape_.members.begin(), shape_.members.end(), op.peer) -
                                           shape_.members.begin());
   for (const std::int32_t source : shape_.sources_of_member[m])
-    return_segment(plan_.recv2, recv2_segment_[static_cast<std::size_t>(source)], s_.partial, kWindowRet2,
-                   s_.dw_received, kWindowDw2);
+    if ((source != op.peer) == op.handed_on)
+      return_segment(plan_.recv2, recv2_segment_[static_cast<std::size_t>(source)], s_.partial, kWindowRet2,
+                     s_.dw_received, kWindowDw2);
 }
 
 void PassRun::node_reduce(const Op& op) {
-  const std::int64_t tokens = plan_.num_tokens;
-  const auto t0 = static_cast<std::size_t>(chunk_begin(tokens, op.chunk, plan_.options.num_chunks));
-  const auto t1 = static_cast<std::size_t>(chunk_begin(tokens, op.chunk + 1, plan_.options.num_chunks));
-  const std::int32_t p0 = plan_.own_partial_ptr[t0], p1 = plan_.own_partial_ptr[t1];
   const auto reduce = [&](std::int64_t first, std::int64_t count, MatrixView out) {
     if (count > 0)
       kernels_.weighted_reduce(
@@ -480,21 +479,29 @@ void PassRun::node_reduce(const Op& op) {
           plan_.partial_ptr.span(static_cast<std::size_t>(first), static_cast<std::size_t>(count) + 1),
           plan_.partial_position, {}, out);
   };
-  reduce(p0, p1 - p0, s_.home.rows(p0, p1));
-  for (const std::int32_t segment : recv1_segment_) {
-    const Range r = chunk_rows(plan_.recv1, segment, op.chunk);
-    reduce(plan_.num_own_partials + std::int64_t{r.begin}, r.end - r.begin, s_.ret1.rows(r.begin, r.end));
+  if (op.handed_on) {
+    for (const std::int32_t segment : recv1_segment_) {
+      const Range r = chunk_rows(plan_.recv1, segment, op.chunk);
+      reduce(plan_.num_own_partials + std::int64_t{r.begin}, r.end - r.begin, s_.ret1.rows(r.begin, r.end));
+    }
+  } else {
+    const std::int64_t tokens = plan_.num_tokens;
+    const auto t0 = static_cast<std::size_t>(chunk_begin(tokens, op.chunk, plan_.options.num_chunks));
+    const auto t1 = static_cast<std::size_t>(chunk_begin(tokens, op.chunk + 1, plan_.options.num_chunks));
+    const std::int32_t p0 = plan_.own_partial_ptr[t0], p1 = plan_.own_partial_ptr[t1];
+    reduce(p0, p1 - p0, s_.home.rows(p0, p1));
   }
   if (!backward_) return;
   for (std::size_t i = 0; i < plan_.send2.segments.size(); ++i) {
+    if ((plan_.send2.segments[i].source != plan_.rank.value) != op.handed_on) continue;
     const Range q = chunk_routes(plan_.send2, static_cast<std::int32_t>(i), op.chunk);
     for (std::int32_t j = q.begin; j < q.end; ++j) {
       const std::int32_t route = plan_.send2.route[static_cast<std::size_t>(j)];
       const float value = s_.dw_ret2[static_cast<std::size_t>(j)];
-      if (route < plan_.num_routes) {
-        dw_[static_cast<std::size_t>(route)] = value;
-      } else {
+      if (op.handed_on) {
         s_.dw_recv1[static_cast<std::size_t>(route - plan_.num_routes)] = value;
+      } else {
+        dw_[static_cast<std::size_t>(route)] = value;
       }
     }
   }

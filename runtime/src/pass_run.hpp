@@ -19,8 +19,8 @@ namespace sluice {
 class ExpertWork {
  public:
   virtual ~ExpertWork() = default;
-  // Runs an op of Phase::kExperts, or kReduce, on a chunk.
-  virtual void run(OpKind kind, std::int32_t chunk) = 0;
+  // Runs an op of Phase::kExperts, or kReduce.
+  virtual void run(const Op& op) = 0;
 };
 
 struct PassFormat {
@@ -43,14 +43,14 @@ class PassRun {
   // Runs what is left. out: dtype [num_tokens, hidden], y or dx; dw: f32 [num_routes], backward only
   void run_all(ExpertWork& work, MatrixView out, std::span<float> dw);
 
-  // For ExpertWork: rows of one rank's experts are added up and laid where they leave from.
+  // For ExpertWork, on an op's block: rows of one rank's experts are added up and laid where they leave from.
   // src: dtype [*, hidden]; position: int32 [recv2 routes]; weight: f32 [recv2 routes] or empty
   void reduce_rows(ConstMatrixView src, std::span<const std::int32_t> position, std::span<const float> weight,
-                   std::int32_t chunk);
+                   const Op& op);
   // The same for rows that are already one a received row. src: dtype [recv2 rows, hidden]
-  void reduce_none(ConstMatrixView src, std::int32_t chunk);
-  // dw of the chunk's received routes, from value[position[route]]; position empty: the identity.
-  void send_dw(std::span<const float> value, std::span<const std::int32_t> position, std::int32_t chunk);
+  void reduce_none(ConstMatrixView src, const Op& op);
+  // dw of the block's received routes, from value[position[route]]; position empty: the identity.
+  void send_dw(std::span<const float> value, std::span<const std::int32_t> position, const Op& op);
 
   bool is_backward() const { return backward_; }
   const RowBuffer& received() const { return backward_ ? s_.recv_dy : s_.recv2; }
@@ -66,9 +66,9 @@ class PassRun {
   std::int32_t send2_segment(std::size_t member, std::size_t source) const {
     return send2_segment_[member * (shape_.hop1_from.size() + 1) + source];
   }
-  // Calls visit(segment index, range of rows, destination begins at) for the chunk's part of every received segment.
+  // Calls visit(segment, its index, range of rows) for the rows of the op's block, source by source.
   template <typename Visit>
-  void for_each_received(std::int32_t chunk, Visit&& visit);
+  void for_each_received(const Op& op, Visit&& visit);
 
   void index_segments();
   void size_buffers();

@@ -17,8 +17,7 @@ PlanExchange::PlanExchange(Runtime& runtime, const Placement& placement, PlanOpt
 void PlanExchange::require_own(const Plan& plan, std::string_view call) const {
   Require(plan.rank == runtime_.rank() && plan.num_experts == placement_.num_experts &&
               plan.num_local_slots == placement_.num_slots_of(runtime_.rank()) &&
-              plan.placement_version == placement_.version &&
-              plan.options.num_chunks == options_.num_chunks && plan.options.exchange == options_.exchange,
+              plan.placement_version == placement_.version && plan.options == options_,
           ErrorCode::kInvalidArgument, call, " was given a plan of rank ", plan.rank.value, " for ",
           plan.num_experts, " experts, ", plan.num_local_slots, " slots, placement version ",
           plan.placement_version, ", in ", plan.options.num_chunks,

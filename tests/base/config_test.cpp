@@ -554,12 +554,12 @@ TEST(Config, DifferingKeysAlsoNamesKeysThatOneSideLacks) {
 
 TEST(Config, AgreedValuesTravelAsTexts) {
   const Config rank0 =
-      parsed(kNothing, {"schedule.policy=chunked", "schedule.num_chunks=7", "schedule.exchange=direct"});
+      parsed(kNothing, {"schedule.policy=pipelined", "schedule.num_chunks=7", "schedule.exchange=direct"});
   LoadedConfig mine;
   for (const KeyValue& entry : agreed_values(rank0))
     mine.set(entry.key, entry.value, {ConfigSource::Kind::kCommandLine, "rank 0"});
   EXPECT_EQ(agreed_values(mine.config), agreed_values(rank0));
-  EXPECT_EQ(mine.config.schedule.policy, Config::Schedule::Policy::kChunked);
+  EXPECT_EQ(mine.config.schedule.policy, Config::Schedule::Policy::kPipelined);
 }
 
 // ---- the table, printing, documentation

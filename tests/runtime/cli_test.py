@@ -66,7 +66,7 @@ class Program(unittest.TestCase):
                 self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_bench(self):
-        for schedule in (["--set", "schedule.policy=sequential"], ["--set", "schedule.policy=chunked"]):
+        for schedule in (["--set", "schedule.policy=sequential"], ["--set", "schedule.policy=pipelined"]):
             report = self.document(*BENCH, *schedule, "--set", "topology.nodes=2x2", "--json")
             self.assertEqual(report["ranks"], 4)
             for key in ("device", "forward_us", "backward_us", "sequential_forward_us", "sequential_backward_us",

@@ -55,7 +55,8 @@ TEST(MoeLayer, AgreesWithTheDenseReferenceInFp32) {
       setup.schedule.exchange = round % 4 == 3 ? Exchange::kDirect : Exchange::kGateway;
       setup.save = round % 2 ? Save::kRows : Save::kActivations;
       setup.even_tokens = round % 5 != 0;
-      if (round % 3 == 1) setup.schedule = {SchedulePolicy::kChunked, setup.schedule.exchange, 3};
+      if (round % 4 != 0)
+        setup.schedule = {static_cast<SchedulePolicy>(round % 4), setup.schedule.exchange, 1 + round % 3};
       // Sums of at most 5 experts over 24..48 terms each: a few hundred roundings of 2^-24.
       expect_close(run_layer(p, setup), dense_reference(p), 2e-5);
     }
@@ -103,15 +104,22 @@ TEST(MoeLayer, BitsDoNotDependOnScheduleExchangeChunksThreadsOrSave) {
     setup.dtype = setup.wire_dtype = setup.combine_dtype = dtype;
     const Result base = run_layer(p, setup);
     for (const Exchange exchange : {Exchange::kGateway, Exchange::kDirect})
-      for (const std::int32_t chunks : {1, 2, 3, 7, 100})
+      for (const auto& [policy, chunks] :
+           std::vector<std::pair<SchedulePolicy, std::int32_t>>{{SchedulePolicy::kSequential, 1},
+                                                                {SchedulePolicy::kPipelined, 3},
+                                                                {SchedulePolicy::kPipelined, 100},
+                                                                {SchedulePolicy::kBySource, 1},
+                                                                {SchedulePolicy::kBySource, 2},
+                                                                {SchedulePolicy::kHierarchical, 1},
+                                                                {SchedulePolicy::kHierarchical, 7}})
         for (const int threads : {1, 2}) {
           LayerSetup other = setup;
-          other.schedule = {chunks == 1 ? SchedulePolicy::kSequential : SchedulePolicy::kChunked, exchange,
-                            chunks};
+          other.schedule = {policy, exchange, chunks};
           other.threads = threads;
           // With bf16 a recomputed pre-activation is the kept one: both are rounded once.
           other.save = chunks % 2 ? Save::kRows : Save::kActivations;
-          SCOPED_TRACE(str("dtype ", to_string(dtype), " chunks ", chunks, " threads ", threads));
+          SCOPED_TRACE(str("dtype ", to_string(dtype), " ", to_string(policy), " chunks ", chunks,
+                           " threads ", threads));
           expect_same_bits(run_layer(p, other), base);
         }
   }
@@ -138,8 +146,8 @@ TEST(MoeLayer, ExactIntegersAreInvariantOverWorldSizeAndPlacement) {
       setup.topology =
           ranks % 2 == 0 && variant % 2 ? Topology::uniform(ranks, 2) : Topology::uniform(ranks, 1);
       setup.placement = variant == 0 ? contiguous(p, ranks) : scattered(p, ranks, rng, variant >= 2);
-      setup.schedule = {variant ? SchedulePolicy::kChunked : SchedulePolicy::kSequential, Exchange::kGateway,
-                        variant ? variant + 1 : 1};
+      setup.schedule = {variant ? SchedulePolicy::kPipelined : SchedulePolicy::kSequential,
+                        Exchange::kGateway, variant ? variant + 1 : 1};
       setup.even_tokens = variant != 2;
       SCOPED_TRACE(str(ranks, " ranks, variant ", variant, ", seed ", kSeed + 4));
       expect_same_bits(run_layer(p, setup), want);

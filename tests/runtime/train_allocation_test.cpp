@@ -112,7 +112,7 @@ TEST(TrainAllocation, NoneInTheSteadyStateOfAStep) {
                                           "model.copy_experts=1", "model.zero_experts=1"};
   for (const std::vector<std::string>& sets : std::vector<std::vector<std::string>>{
            {},
-           {"schedule.policy=chunked", "schedule.num_chunks=3"},
+           {"schedule.policy=pipelined", "schedule.num_chunks=3"},
            {"schedule.exchange=direct", "runtime.save=rows"},
            {"routing.policy=softmax_topk", "routing.z_loss=0.01", "routing.aux_loss=0.01"},
            {"routing.policy=sigmoid_topk"},

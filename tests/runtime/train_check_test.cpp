@@ -38,7 +38,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(
         CheckCase{"Relu1", {}, 1}, CheckCase{"Relu4", {"routing.relu_lambda0=0.1"}, 4},
         CheckCase{"Nodes",
-                  {"topology.nodes=[[0,3],[1,2]]", "schedule.policy=chunked", "routing.relu_lambda0=0.1"},
+                  {"topology.nodes=[[0,3],[1,2]]", "schedule.policy=pipelined", "routing.relu_lambda0=0.1"},
                   4},
         CheckCase{
             "Softmax", {"routing.policy=softmax_topk", "routing.aux_loss=0.01", "routing.z_loss=0.01"}, 3},

@@ -110,7 +110,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(
         GradientCase{"Relu1", kRelu, 1}, GradientCase{"Relu4", kRelu, 4},
         GradientCase{"Relu4Nodes",
-                     with(kRelu, {"topology.nodes=2", "schedule.policy=chunked", "schedule.num_chunks=3"}),
+                     with(kRelu, {"topology.nodes=2", "schedule.policy=pipelined", "schedule.num_chunks=3"}),
                      4},
         GradientCase{"Softmax4", kAllChosen, 4},
         GradientCase{"Sigmoid2", {"routing.policy=sigmoid_topk", "routing.top_k=6"}, 2},
@@ -143,8 +143,8 @@ TEST(TrainWorld, SchedulesAndThreadsGiveTheSameBits) {
                                            "model.copy_experts=1"};
     const train::TrainReport want = run_train(tiny_config(base), 4, text);
     for (const std::vector<std::string>& sets :
-         std::vector<std::vector<std::string>>{{"schedule.policy=chunked", "schedule.num_chunks=2"},
-                                               {"schedule.policy=chunked", "schedule.num_chunks=5"},
+         std::vector<std::vector<std::string>>{{"schedule.policy=pipelined", "schedule.num_chunks=2"},
+                                               {"schedule.policy=pipelined", "schedule.num_chunks=5"},
                                                {"schedule.exchange=direct"},
                                                {"runtime.threads_per_rank=2"},
                                                {"runtime.save=rows"}}) {

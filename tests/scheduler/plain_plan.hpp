@@ -226,17 +226,22 @@ class PlainPlanner {
       }
     const std::int32_t num_slots = plan.num_local_slots, num_chunks = options_.num_chunks;
     std::vector<std::vector<Work>>& group = group_;
-    group.resize(num_slots * num_chunks);
+    group.resize(num_slots * options_.num_blocks());
     for (auto& list : group) list.clear();
     start_list(recv2);
     for (std::size_t i = 0; i < recv2.segments.size(); ++i) {
-      const std::int64_t num_tokens = plan.source_tokens[recv2.segments[i].source];
+      const std::int32_t source = recv2.segments[i].source;
+      const std::int64_t num_tokens = plan.source_tokens[source];
+      std::int32_t part = 0;
+      if (options_.split == SourceSplit::kSelfApart) part = source == rank_ ? 1 : 0;
+      if (options_.split == SourceSplit::kByDistance)
+        part = source == rank_ ? 2 : topology_.same_node(RankId(source), RankId(rank_)) ? 1 : 0;
       read_segment(
           recv2, recv2.segments[i], block[i],
           [&](std::int32_t row, std::int32_t route, std::int32_t token, std::int32_t slot, float weight) {
             std::int32_t chunk = 0;
             while (token >= chunk_begin(num_tokens, chunk + 1, num_chunks)) ++chunk;
-            group[chunk * num_slots + slot].push_back({row, route, weight});
+            group[(part * num_chunks + chunk) * num_slots + slot].push_back({row, route, weight});
             return slot;
           });
     }
@@ -259,10 +264,10 @@ class PlainPlanner {
     std::vector<std::int32_t> wgrad_position, wgrad_row;
     for (std::int32_t l = 0; l < num_slots; ++l) {
       std::vector<Work> all;
-      for (std::int32_t c = 0; c < num_chunks; ++c)
-        all.insert(all.end(), group[c * num_slots + l].begin(), group[c * num_slots + l].end());
+      for (std::int32_t b = 0; b < options_.num_blocks(); ++b)
+        all.insert(all.end(), group[b * num_slots + l].begin(), group[b * num_slots + l].end());
       slot_ptr.push_back(slot_ptr.back() + static_cast<std::int64_t>(all.size()));
-      if (num_chunks == 1) continue;
+      if (options_.num_blocks() == 1) continue;
       std::sort(all.begin(), all.end(), [](const Work& a, const Work& b) { return a.route < b.route; });
       for (const Work& w : all) {
         wgrad_position.push_back(position_of_route[w.route]);

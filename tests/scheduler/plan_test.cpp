@@ -112,9 +112,9 @@ std::vector<std::vector<float>> run_plans(const World& world, const std::vector<
   for (std::size_t d = 0; d < n; ++d) {
     const Plan& plan = plans[d];
     std::vector<float> out(static_cast<std::size_t>(plan.num_positions()), kPoison);
-    for (std::int32_t c = 0; c < plan.options.num_chunks; ++c)
+    for (std::int32_t b = 0; b < plan.options.num_blocks(); ++b)
       for (std::int32_t l = 0; l < plan.num_local_slots; ++l) {
-        const auto g = static_cast<std::size_t>(c * plan.num_local_slots + l);
+        const auto g = static_cast<std::size_t>(b * plan.num_local_slots + l);
         const std::int32_t expert = world.placement.experts_of(plan.rank)[l];
         for (auto p = plan.group_ptr[g]; p < plan.group_ptr[g + 1]; ++p)
           out[p] = expert_value(expert, recv2[d].at(static_cast<std::size_t>(plan.expert_row[p])));
@@ -303,7 +303,7 @@ TEST(Plan, RandomWorldsEvaluateTheOneReductionTree) {
     World world = make_world(rng, Topology(nodes), num_experts, rng() % 4 ? 40 : 2, dense ? num_experts : 0,
                              max_routes, double(rng() % 3), rng() % 2 == 0, zero);
     PlanOptions options{rng() % 2 ? Exchange::kGateway : Exchange::kDirect,
-                        static_cast<std::int32_t>(1 + rng() % 5)};
+                        static_cast<std::int32_t>(1 + rng() % 5), static_cast<SourceSplit>(rng() % 3)};
     check_world(world, options);
     if (HasFatalFailure()) return;
   }

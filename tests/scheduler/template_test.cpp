@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "expect_error.hpp"
 
 namespace sluice {
@@ -13,6 +15,9 @@ std::vector<Template> templates_of(const Topology& topology, const ScheduleOptio
     out.push_back(build_template(RankId(r), topology, schedule));
   return out;
 }
+
+constexpr SchedulePolicy kPolicies[] = {SchedulePolicy::kSequential, SchedulePolicy::kPipelined,
+                                        SchedulePolicy::kBySource, SchedulePolicy::kHierarchical};
 
 TEST(Template, GroupsFitTogether) {
   const std::vector<std::vector<std::vector<std::int32_t>>> topologies = {{{0}},
@@ -27,21 +32,21 @@ TEST(Template, GroupsFitTogether) {
                                                                           {{0}, {1}, {2}, {3, 4, 5, 6, 7}}};
   for (const auto& nodes : topologies)
     for (const Exchange exchange : {Exchange::kGateway, Exchange::kDirect})
-      for (const std::int32_t chunks : {1, 2, 5}) {
-        const Topology topology(nodes);
-        SCOPED_TRACE(topology.describe() + " chunks " + std::to_string(chunks));
-        const auto templates = templates_of(
-            topology,
-            {chunks == 1 ? SchedulePolicy::kSequential : SchedulePolicy::kChunked, exchange, chunks});
-        EXPECT_NO_THROW(validate_group(templates));
-        for (const Template& t : templates) EXPECT_EQ(t.schedule_hash(), templates[0].schedule_hash());
-      }
+      for (const SchedulePolicy policy : kPolicies)
+        for (const std::int32_t chunks : {1, 2, 5}) {
+          if (policy == SchedulePolicy::kSequential && chunks > 1) continue;
+          const Topology topology(nodes);
+          SCOPED_TRACE(str(topology.describe(), " ", to_string(policy), " chunks ", chunks));
+          const auto templates = templates_of(topology, {policy, exchange, chunks});
+          EXPECT_NO_THROW(validate_group(templates));
+          for (const Template& t : templates) EXPECT_EQ(t.schedule_hash(), templates[0].schedule_hash());
+        }
 }
 
 // The checks can fail: each kind of damage is found.
 TEST(Template, DamageIsFound) {
   const Topology topology({{0, 1}, {2, 3}});
-  const ScheduleOptions schedule{SchedulePolicy::kChunked, Exchange::kGateway, 2};
+  const ScheduleOptions schedule{SchedulePolicy::kPipelined, Exchange::kGateway, 2};
   const auto good = templates_of(topology, schedule);
   const auto find = [](PassTemplate& p, OpKind kind) -> Op& {
     for (Op& op : p.ops)
@@ -75,7 +80,7 @@ TEST(Template, DamageIsFound) {
 TEST(Template, HashTellsSchedulesApart) {
   const Topology topology({{0, 1}, {2, 3}});
   const auto hash = [&](std::int32_t chunks, Exchange exchange, std::int32_t rank) {
-    return build_template(RankId(rank), topology, {SchedulePolicy::kChunked, exchange, chunks}).hash();
+    return build_template(RankId(rank), topology, {SchedulePolicy::kPipelined, exchange, chunks}).hash();
   };
   EXPECT_EQ(hash(2, Exchange::kGateway, 0), hash(2, Exchange::kGateway, 0));
   EXPECT_NE(hash(2, Exchange::kGateway, 0), hash(3, Exchange::kGateway, 0));
@@ -83,11 +88,34 @@ TEST(Template, HashTellsSchedulesApart) {
   EXPECT_NE(hash(2, Exchange::kGateway, 0), hash(2, Exchange::kGateway, 1));
 }
 
+// Remote rows leave before own rows are copied, remote blocks are preferred to own ones, and their results to both.
+TEST(Template, BySourcePrefersWhatPeersWaitFor) {
+  const Template t =
+      build_template(RankId(0), Topology({{0}, {1}}), {SchedulePolicy::kBySource, Exchange::kGateway, 2});
+  const auto first = [&](auto&& is) {
+    const auto& ops = t.forward.ops;
+    return std::find_if(ops.begin(), ops.end(), is) - ops.begin();
+  };
+  const auto work = [&](OpKind kind, std::int32_t part) {
+    return first([&](const Op& op) { return op.kind == kind && op.part == part; });
+  };
+  const auto put = first([](const Op& op) { return op.kind == OpKind::kPut; });
+  const auto self_copy = first([](const Op& op) { return op.kind == OpKind::kPack && op.hop == 0; });
+  EXPECT_LT(put, self_copy);
+  EXPECT_LT(work(OpKind::kReduce, 0), work(OpKind::kExpertGemm1, 0));
+  EXPECT_LT(work(OpKind::kExpertGemm1, 0), work(OpKind::kExpertGemm1, 1));
+  EXPECT_LT(work(OpKind::kExpertGemm1, 0), self_copy);
+  // An own block waits for nothing that travels.
+  for (const CounterWait& w : t.forward.ops[static_cast<std::size_t>(work(OpKind::kExpertGemm1, 1))].waits)
+    EXPECT_TRUE(w.completion);
+}
+
 TEST(Template, PrintsItself) {
   const Template t = build_template(RankId(1), Topology({{0, 1}, {2, 3}}),
-                                    {SchedulePolicy::kChunked, Exchange::kGateway, 2});
+                                    {SchedulePolicy::kPipelined, Exchange::kGateway, 2});
   const std::string text = t.explain();
-  for (const char* word : {"rank 1", "chunked", "pack1", "expert_gemm1", "arrived2[1] >= ", "wgrad"})
+  for (const char* word : {"rank 1", "pipelined", "pack1", "expert_gemm1",
+                           "arrived_across[1] >= ", "returned_handed_on[0]", "wgrad"})
     EXPECT_NE(text.find(word), std::string::npos) << word << " is not in\n" << text;
   EXPECT_NE(t.to_json().find("\"expert_dgrad1\""), std::string::npos);
 }
@@ -95,7 +123,7 @@ TEST(Template, PrintsItself) {
 TEST(Template, RefusesContradictions) {
   const Topology topology = Topology::uniform(2, 1);
   expect_error(ErrorCode::kInvalidArgument, {"num_chunks", "0"}, [&] {
-    build_template(RankId(0), topology, {SchedulePolicy::kChunked, Exchange::kGateway, 0});
+    build_template(RankId(0), topology, {SchedulePolicy::kPipelined, Exchange::kGateway, 0});
   });
   expect_error(ErrorCode::kInvalidArgument, {"sequential", "3"}, [&] {
     build_template(RankId(0), topology, {SchedulePolicy::kSequential, Exchange::kGateway, 3});

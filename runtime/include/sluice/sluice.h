@@ -306,7 +306,12 @@ enum {
   SLUICE_SAVE_NONE = 2          // nothing: forward only
 };
 typedef int32_t sluice_schedule;
-enum { SLUICE_SCHEDULE_SEQUENTIAL = 0, SLUICE_SCHEDULE_CHUNKED = 1 };
+enum {  // all give the same bits
+  SLUICE_SCHEDULE_SEQUENTIAL = 0,   // dispatch, experts, combine one after the other
+  SLUICE_SCHEDULE_PIPELINED = 1,    // one chunk of rows computes while the next travels
+  SLUICE_SCHEDULE_BY_SOURCE = 2,    // and own rows compute while remote rows travel
+  SLUICE_SCHEDULE_HIERARCHICAL = 3  // and remote rows apart by level
+};
 typedef int32_t sluice_exchange;
 enum {
   SLUICE_EXCHANGE_GATEWAY = 0,  // a row crosses to a node once
@@ -324,7 +329,7 @@ typedef struct sluice_layer_options {
   sluice_save save;
   sluice_schedule schedule;
   sluice_exchange exchange;
-  int32_t num_chunks;  // chunked only; 0 means 1
+  int32_t num_chunks;  // 1 for a sequential schedule; 0 means 1
 } sluice_layer_options;
 
 // Weights of one local slot, and where its gradients accumulate. Pre-activation columns are 2 * ffn for SwiGLU, else ffn.

@@ -16,7 +16,7 @@ std::vector<std::vector<std::string>> sweep_sets() {
     out.push_back({"schedule.policy=sequential", "schedule.exchange=" + exchange});
     for (const int chunks : {2, 4, 8})
       out.push_back(
-          {"schedule.policy=chunked", str("schedule.num_chunks=", chunks), "schedule.exchange=" + exchange});
+          {"schedule.policy=pipelined", str("schedule.num_chunks=", chunks), "schedule.exchange=" + exchange});
   }
   return out;
 }
