@@ -265,6 +265,17 @@ Prefetch GroupedGemm::rows_of(const RowSource& source, std::int64_t first_row, s
   return prefetch;
 }
 
+// `rows` rows of `row_floats` floats, `stride` floats apart, of packed A.
+Prefetch GroupedGemm::packed_rows(const float* first, std::int64_t stride, std::int64_t rows,
+                                  std::int64_t row_floats) {
+  Prefetch prefetch;
+  prefetch.base = reinterpret_cast<const char*>(first);
+  prefetch.row_bytes = stride * 4;
+  prefetch.lines_a_row = ceil_div(row_floats * 4, kCacheLine);
+  prefetch.rows_left = rows;
+  return prefetch;
+}
+
 // True when A's part for this step is to be packed now: the worker has just come to the block.
 bool GroupedGemm::begin_step(Worker& worker, const Step& step) {
   if (worker.block_in_a != step.block) {
@@ -290,8 +301,8 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
     tiles_a_panel += ceil_div(segment.count, width);
   }
 
-  // Tiles ask for the weights of the next step; when packing, the first tiles of a panel ask for the rows of the next
-  // panel instead.
+  // Tiles ask for the weights and first rows of the next step; the first tiles of a panel ask for the rows of the next
+  // panel instead, as they are to be packed or already packed.
   Prefetch weights, more_weights, first_rows;
   const float* next_c = nullptr;  // first tile of the next step
   if (next && !block_of(*next).few) {
@@ -302,15 +313,17 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
     const std::int64_t next_first_row =
         call.group_ptr[static_cast<std::size_t>(next_block.group)] + next_block.row_begin;
     if (direct) next_c = call.out.row_as<float>(next_first_row) + coming.list[0].first;
-    if (next->block != step.block || (packing && next->task == step.task)) {
-      const KRange next_k = k_range(next_block, next->k_block);
+    const KRange next_k = k_range(next_block, next->k_block);
+    if (next->block != step.block || (packing && next->task == step.task))
       first_rows = rows_of(call.rows_a, next_first_row, next_block.panel_rows, next_k.begin, next_k.steps);
-    }
+    else
+      first_rows =
+          packed_rows(worker.a + next->k_block * block.a_floats, kRowStrideA, block.panel_rows, next_k.steps);
     const std::int64_t lines = weights.rows_left * weights.lines_a_row +
                                more_weights.rows_left * more_weights.lines_a_row +
                                first_rows.rows_left * first_rows.lines_a_row;
     const std::int64_t rounds =
-        (tiles_a_panel - (packing && tiles_a_panel > 1)) * block.num_panels * (k.steps / kStepsARound);
+        (tiles_a_panel - (tiles_a_panel > 1)) * block.num_panels * (k.steps / kStepsARound);
     weights.lines_a_round = more_weights.lines_a_round = first_rows.lines_a_round =
         ceil_div(lines, std::max<std::int64_t>(1, rounds));
   }
@@ -326,6 +339,7 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
   for (std::int64_t row = 0; row < block.rows; row += block.panel_rows) {
     const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
     float* const a = worker.a + (call.keeps_a() ? step.k_block * block.a_floats + row * kRowStrideA : 0);
+    const std::int64_t next_rows = std::min(block.panel_rows, block.rows - row - rows);
     Prefetch rows_ahead;
     if (packing) {
       // Each panel right before its first use, so that it is still in cache.
@@ -333,11 +347,12 @@ void GroupedGemm::run_step(const Call& call, Worker& worker, const Step& step, c
       ops_.copy_rows(src + k.begin * element_bytes(source.view.dtype), source.view.dtype,
                      source.view.row_bytes_stride(), at(source.index, first_row + row), rows, k.steps, a,
                      kRowStrideA);
-      rows_ahead = rows_of(source, first_row + row + rows,
-                           std::min(block.panel_rows, block.rows - row - rows), k.begin, k.steps);
-      // All of them within one tile: a line holds at least kStepGrain steps of a row.
-      rows_ahead.lines_a_round = kStepsARound * kMaxTileRows / kStepGrain + 1;
+      rows_ahead = rows_of(source, first_row + row + rows, next_rows, k.begin, k.steps);
+    } else {
+      rows_ahead = packed_rows(a + rows * kRowStrideA, kRowStrideA, next_rows, k.steps);
     }
+    // All of them within one tile: a line holds at least kStepGrain steps of a row.
+    rows_ahead.lines_a_round = kStepsARound * kMaxTileRows / kStepGrain + 1;
     const TileFunction tile = ops_.tile_row_major[rows];
     const float* const below = row + rows < block.rows ? tile_of_c(row + rows, segments.list[0]) : next_c;
     for (const Segment& segment : segments) {
@@ -450,15 +465,21 @@ void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& s
     const std::int64_t row = panel * block.panel_rows;
     const std::int64_t rows = std::min(block.panel_rows, block.rows - row);
     const TileFunction tile = ops_.tile_step_major[rows];
+    Prefetch next_panel;
+    if (a.step_stride == kStepStrideA && panel + 1 < block.num_panels) {
+      next_panel = packed_rows(a.data + (panel + 1) * a.panel_stride, 0, 1, k.steps * kStepStrideA);
+      next_panel.lines_a_round = kStepsARound;
+    }
     for (std::int64_t col = 0; col < segment.count; col += width, ++coming) {
       float* const c = grads + row * call.cols + col;
       const float* const a_panel = a.data + panel * a.panel_stride;
       const float* const b_panel = b.data + col / width * b.panel_stride;
       const float* const coming_c = tile_of_c(coming);
+      Prefetch& prefetch = next_panel.rows_left > 0 ? next_panel : rows_ahead;
       const std::int64_t cols = std::min(width, segment.count - col);
       if (cols == width) {
         tile(k.steps, a_panel, a.step_stride, b_panel, b.step_stride, c, call.cols, false, coming_c,
-             rows_ahead);
+             prefetch);
       } else {
         float* const copy = worker.c;
         for (std::int64_t r = 0; r < rows; ++r) {
@@ -466,7 +487,7 @@ void GroupedGemm::run_wgrad_step(const Call& call, Worker& worker, const Step& s
           std::fill_n(copy + r * kTileStride + cols, width - cols, 0.0f);
         }
         tile(k.steps, a_panel, a.step_stride, b_panel, b.step_stride, copy, kTileStride, false, nullptr,
-             rows_ahead);
+             prefetch);
         for (std::int64_t r = 0; r < rows; ++r) std::copy_n(copy + r * kTileStride, cols, c + r * call.cols);
       }
       if (rows_ahead.rows_left == 0 && more_rows.rows_left > 0) std::swap(rows_ahead, more_rows);

@@ -130,6 +130,8 @@ class GroupedGemm {
   Prefetch weights_of(const Call& call, const Step& step, const Segment& segment) const;
   static Prefetch rows_of(const RowSource& source, std::int64_t first_row, std::int64_t rows,
                           std::int64_t first_col, std::int64_t cols);
+  static Prefetch packed_rows(const float* first, std::int64_t stride, std::int64_t rows,
+                              std::int64_t row_floats);
   KRange k_range(const Block& block, std::int64_t k_block) const;
 
   const IsaOps& ops_;
