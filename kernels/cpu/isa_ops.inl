@@ -212,15 +212,37 @@ void transpose_block(const std::byte* src, std::int64_t row_bytes, std::int64_t 
   for (std::int64_t k = 0; k < num_steps; ++k) Vec::store(dst + k * stride, Vec::load(columns + k * kWidth));
 }
 
+// Rows are first copied next to each other: they are often 4 KiB apart, where L1 keeps only a few of them, and may
+// begin within a line.
 template <typename T>
 void pack_transposed_as(const std::byte* src, std::int64_t row_bytes, std::int64_t cols, std::int64_t steps,
                         float* dst) {
-  constexpr auto kElement = static_cast<std::int64_t>(sizeof(typename T::Element));
+  constexpr std::int64_t kPiece = 128, kStride = kPiece + 16;
+  static_assert(kPiece % kWidth == 0);
+  alignas(64) float rows[kWidth * kStride], columns[kWidth * kWidth];
   for (std::int64_t c = 0; c < kPanelWidth; c += kWidth) {
-    const std::int64_t num_cols = cols - c < kWidth ? (cols > c ? cols - c : 0) : kWidth;
-    for (std::int64_t k = 0; k < steps; k += kWidth)
-      transpose_block<T>(src + c * row_bytes + k * kElement, row_bytes, num_cols,
-                         steps - k < kWidth ? steps - k : kWidth, dst + k * kPanelWidth + c, kPanelWidth);
+    for (std::int64_t first = 0; first < steps; first += kPiece) {
+      const std::int64_t n = steps - first < kPiece ? steps - first : kPiece;
+      for (std::int64_t r = 0; r < kWidth; ++r) {
+        const auto* row = reinterpret_cast<const typename T::Element*>(src + (c + r) * row_bytes) + first;
+        float* const out = rows + r * kStride;
+        for (std::int64_t k = 0; k < n; k += kWidth) {
+          F x = Vec::zero();
+          if (c + r < cols) x = k + kWidth <= n ? T::load(row + k) : load_part<T>(row + k, n - k);
+          Vec::store(out + k, x);
+        }
+      }
+      for (std::int64_t k = 0; k < n; k += kWidth) {
+        float* const out = dst + (first + k) * kPanelWidth + c;
+        if (k + kWidth <= n) {
+          Vec::transpose(rows + k, kStride, out, kPanelWidth);
+        } else {
+          Vec::transpose(rows + k, kStride, columns, kWidth);
+          for (std::int64_t i = 0; k + i < n; ++i)
+            Vec::store(out + i * kPanelWidth, Vec::load(columns + i * kWidth));
+        }
+      }
+    }
   }
 }
 void pack_transposed(const std::byte* src, DType dtype, std::int64_t row_bytes, std::int64_t cols,
