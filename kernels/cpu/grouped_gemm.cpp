@@ -59,6 +59,12 @@ std::int64_t tiles_ahead(std::int64_t steps) {
   return std::max<std::int64_t>(1, 112 / std::max<std::int64_t>(1, steps));
 }
 
+// Cache lines that `bytes` bytes at `p` touch.
+std::int64_t lines_of(const char* p, std::int64_t bytes) {
+  return ceil_div(static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kCacheLine) + bytes,
+                  kCacheLine);
+}
+
 std::int64_t element_bytes(DType dtype) {
   return static_cast<std::int64_t>(size_of(dtype));
 }
@@ -245,7 +251,7 @@ Prefetch GroupedGemm::weights_of(const Call& call, const Step& step, const Segme
   prefetch.base = reinterpret_cast<const char*>(call.weights[static_cast<std::size_t>(block.group)]) +
                   (forward ? segment.first : k.begin) * prefetch.row_bytes +
                   (forward ? k.begin : segment.first) * element;
-  prefetch.lines_a_row = ceil_div((forward ? k.steps : segment.count) * element, kCacheLine);
+  prefetch.lines_a_row = lines_of(prefetch.base, (forward ? k.steps : segment.count) * element);
   prefetch.rows_left = forward ? segment.count : k.steps;
   return prefetch;
 }
@@ -260,7 +266,7 @@ Prefetch GroupedGemm::rows_of(const RowSource& source, std::int64_t first_row, s
       first_col * element;
   prefetch.index = at(source.index, first_row);
   prefetch.row_bytes = source.view.row_bytes_stride();
-  prefetch.lines_a_row = ceil_div(cols * element, kCacheLine);
+  prefetch.lines_a_row = lines_of(prefetch.base, cols * element);
   prefetch.rows_left = rows;
   return prefetch;
 }
