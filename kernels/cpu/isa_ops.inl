@@ -106,6 +106,7 @@ void tile(std::int64_t steps, const float* a, std::int64_t a_stride, const float
   for (std::int64_t t = 0; t < rounds; ++t) {
     for (std::int64_t i = 0; i < c_rows_a_round && c_rows_left > 0; ++i, --c_rows_left) {
       for (int v = 0; v < kPanelVecs; ++v) __builtin_prefetch(coming_c + v * kWidth, 1, 3);
+      __builtin_prefetch(coming_c + kPanelWidth - 1, 1, 3);  // another line unless C is aligned
       coming_c += ldc;
     }
     for (std::int64_t i = 0; i < p.lines_a_round && p.rows_left > 0; ++i) {
