@@ -117,9 +117,11 @@ struct Config {
 
   struct Runtime {
     enum class Save : std::uint8_t { kRows, kActivations };
+    enum class Progress : std::uint8_t { kAuto, kInline, kThread };
     std::int32_t threads_per_rank;
     LogLevel log_level;
     Save save;
+    Progress progress;
     std::string timeline;
   } runtime;
 

@@ -29,6 +29,7 @@ constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmo
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 1> kPlacementPolicies = {"contiguous"};
 constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
+constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 4> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical"};
 constexpr std::array<Text, 2> kExchanges = {"gateway", "direct"};
 constexpr std::array<Text, 4> kLogLevels = {"error", "warn", "info", "debug"};
@@ -362,6 +363,16 @@ const Row kRows[] = {
      .doc = "What forward keeps for backward: activations (the inner rows of the experts), or rows only, and "
             "inner "
             "rows are computed again: less memory, more work, the same bits."},
+    {.key = "runtime.progress",
+     .member = SLUICE_ENUM(runtime.progress),
+     .allowed = kProgressModes,
+     .default_text = "auto",
+     .kind = Kind::kLocal,
+     .doc =
+         "Who moves transfers along while a rank computes. auto: a thread where the transport needs the "
+         "host's "
+         "attention and a core is left for it; inline: the computing thread, between ops; thread: a thread "
+         "of each rank."},
     {.key = "runtime.timeline",
      .member = SLUICE_MEMBER(runtime.timeline),
      .unit = "path",

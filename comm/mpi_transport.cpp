@@ -287,7 +287,7 @@ class MpiTransport final : public Transport {
   }
 
   std::string_view name() const override { return "mpi"; }
-  Caps caps() const override { return {}; }
+  Caps caps() const override { return {.needs_progress = true}; }
   Perf perf(RankId peer) const override {
     require_rank(peer, "perf");
     return {};

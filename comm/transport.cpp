@@ -8,6 +8,7 @@ Status Transport::wait(const WaitSpec& spec) {
     if (!aborted()) {
       if (signal(spec.channel, spec.signal) >= spec.value) break;
       if (progress()) continue;
+      if (idle_work_ && idle_work_()) continue;
     }
     if (Status status = idle({&spec, 1}); !status.ok()) return status;
   }
@@ -17,7 +18,7 @@ Status Transport::wait(const WaitSpec& spec) {
 
 Status Transport::wait_for_puts(std::uint32_t channel, std::uint64_t num_puts) {
   while (puts_completed(channel) < num_puts) {
-    if (!aborted() && progress()) continue;
+    if (!aborted() && (progress() || (idle_work_ && idle_work_()))) continue;
     if (Status status = idle({}); !status.ok()) return status;
   }
   return {};

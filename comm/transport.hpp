@@ -30,6 +30,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -49,6 +50,7 @@ struct Caps {
   bool device_initiated = false;    // kernels may put
   bool needs_host_counts = true;    // sizes must be known on the host
   bool graph_capturable = false;    // a pass can be recorded into a device graph
+  bool needs_progress = false;      // transfers move only while the host is inside a call
   bool survives_peer_loss = false;  // the survivors can form a new group in this process
   std::int64_t max_in_flight = 0;   // puts outstanding before put() has to progress; 0 = no limit
 };
@@ -146,11 +148,18 @@ class Transport {
   // Called when something came, or when the rank goes on to compute; restarts the deadline.
   virtual void advanced() = 0;
 
-  // Blocks until the signal total is reached: progress + idle.
+  // What wait() and wait_for_puts() call before they idle: other work of the rank, which must not block. It returns
+  // whether it did anything. Empty: nothing.
+  void set_idle_work(std::function<bool()> work) { idle_work_ = std::move(work); }
+
+  // Blocks until the signal total is reached: progress, idle work, idle.
   Status wait(const WaitSpec& spec);
   // Blocks until all own puts of the channel are complete, so that their sources may be reused. num_puts: all
   // puts ever made on the channel.
   Status wait_for_puts(std::uint32_t channel, std::uint64_t num_puts);
+
+ private:
+  std::function<bool()> idle_work_;
 };
 
 // Where ranks are threads of this process. Element r serves rank r. Links that the topology declares limited

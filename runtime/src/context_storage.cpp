@@ -40,7 +40,7 @@ void RowBuffer::release() {
   capacity_bytes_ = 0;
 }
 
-ContextStorage::ContextStorage() = default;
+ContextStorage::ContextStorage() : pass(std::make_unique<PassSlot>()) {}
 ContextStorage::~ContextStorage() = default;
 
 void ContextStorage::set_allocator(const Allocator& allocator) {
@@ -62,7 +62,7 @@ std::int64_t ContextStorage::capacity_bytes() const {
 ContextPool::~ContextPool() {
   comm::Transport& transport = runtime_.transport();
   for (auto& storage : storages_) {
-    storage->open_pass.reset();
+    storage->pass->run.reset();
     bool quiet = false;
     try {
       if (!storage->poisoned && transport.wait_for_puts(storage->channel, storage->num_puts).ok()) {

@@ -69,7 +69,6 @@ struct PassTables {
   std::vector<std::int32_t> recv2_segment;               // [num_ranks], by source
   std::vector<std::int32_t> source_index, member_index;  // [num_ranks]
   std::vector<comm::Expect> expects;
-  std::vector<comm::WaitSpec> pending;
 };
 
 // Rows laid out for a caller's own experts (dispatcher.cpp).
@@ -80,7 +79,7 @@ struct ExpertRows {
   GrowArray<float> dw;  // f32 [recv2 routes]
 };
 
-class PassRun;
+struct PassSlot;
 
 struct ContextStorage {
   ContextStorage();
@@ -103,7 +102,7 @@ struct ContextStorage {
   std::uint64_t num_puts = 0;              // on the channel, ever
   PassTables tables;
   ExpertRows expert_rows;
-  std::unique_ptr<PassRun> open_pass;         // between a dispatch and its combine
+  std::unique_ptr<PassSlot> pass;             // never null; its run is there while a pass is in flight
   std::span<std::byte> windows[kNumWindows];  // as last registered
 
   void set_allocator(const Allocator& allocator);

@@ -5,6 +5,7 @@
 
 #include "sluice/base/hash.hpp"
 #include "sluice/runtime/src/context_storage.hpp"
+#include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/pass_run.hpp"
 #include "sluice/runtime/src/plan_exchange.hpp"
 #include "sluice/runtime/src/plan_pool.hpp"
@@ -155,9 +156,10 @@ void require_own(bool valid, bool own, std::string_view call) {
 
 ContextStorage& require_open(ContextStorage* storage, bool open, bool backward, std::string_view call,
                              std::string_view needs) {
-  const bool is_open = storage->open_pass != nullptr && storage->open_pass->is_backward() == backward;
-  Require(is_open == open && (open || storage->open_pass == nullptr), ErrorCode::kInvalidState, call,
-          " needs ", needs, " on this context before it");
+  const std::optional<PassRun>& pass = storage->pass->run;
+  const bool is_open = pass && pass->is_backward() == backward;
+  Require(is_open == open && (open || !pass), ErrorCode::kInvalidState, call, " needs ", needs,
+          " on this context before it");
   return *storage;
 }
 
@@ -174,13 +176,13 @@ Context Dispatcher::dispatch(const std::shared_ptr<const Plan>& plan, ConstMatri
   context.storage_ = &s.pool->acquire();
   ContextStorage& storage = *context.storage_;
   run_in_flight(s.runtime, storage, "dispatch", [&] {
-    storage.open_pass =
-        std::make_unique<PassRun>(s.runtime, s.shape, *plan, s.format, storage, PassKind::kForward);
-    storage.open_pass->start(x);
-    storage.open_pass->run_dispatch();
+    PassRun& pass =
+        storage.pass->run.emplace(s.runtime, s.shape, *plan, s.format, storage, PassKind::kForward);
+    pass.start(x);
+    pass.run_dispatch();
     if (s.expert_layout()) {
       s.lay_out(*plan, storage);
-      s.fill(*plan, storage, storage.open_pass->received(), false);
+      s.fill(*plan, storage, pass.received(), false);
     }
   });
   return context;
@@ -188,10 +190,10 @@ Context Dispatcher::dispatch(const std::shared_ptr<const Plan>& plan, ConstMatri
 
 ConstMatrixView Dispatcher::rows(const Context& context) const {
   require_own(context.valid(), context.pool_ == state_->pool, "rows");
-  Require(context.storage_->open_pass != nullptr, ErrorCode::kInvalidState,
+  Require(context.storage_->pass->run.has_value(), ErrorCode::kInvalidState,
           "there are rows only between dispatch and combine, or combine_backward and dispatch_backward");
   const ContextStorage& storage = *context.storage_;
-  return state_->expert_layout() ? storage.expert_rows.rows.view() : storage.open_pass->received().view();
+  return state_->expert_layout() ? storage.expert_rows.rows.view() : storage.pass->run->received().view();
 }
 
 std::span<const std::int64_t> Dispatcher::slot_begin(const Context& context) const {
@@ -214,11 +216,12 @@ void Dispatcher::combine(Context& context, ConstMatrixView out, MatrixView y) {
   check_view(out, "out", shape.rows, shape.cols, s.options.combine_dtype);
   check_view(y, "y", context.plan_->num_tokens, s.options.hidden, s.options.dtype);
   run_in_flight(s.runtime, storage, "combine", [&] {
-    RowsWork work(*storage.open_pass, *context.plan_, out, s.expert_layout() ? &storage.expert_rows : nullptr,
-                  {});
-    storage.open_pass->run_all(work, y, {});
+    PassRun& pass = *storage.pass->run;
+    RowsWork work(pass, *context.plan_, out, s.expert_layout() ? &storage.expert_rows : nullptr, {});
+    pass.set_work(work, y, {});
+    s.runtime.state().executor->finish(pass);
   });
-  storage.open_pass.reset();
+  storage.pass->run.reset();
 }
 
 void Dispatcher::combine_backward(Context& context, ConstMatrixView dy, ConstMatrixView out) {
@@ -234,12 +237,12 @@ void Dispatcher::combine_backward(Context& context, ConstMatrixView dy, ConstMat
             "rank rows: dw is the caller's, so out must be empty");
   }
   run_in_flight(s.runtime, storage, "combine_backward", [&] {
-    storage.open_pass =
-        std::make_unique<PassRun>(s.runtime, s.shape, plan, s.format, storage, PassKind::kBackward);
-    storage.open_pass->start(dy);
-    storage.open_pass->run_dispatch();
+    PassRun& pass =
+        storage.pass->run.emplace(s.runtime, s.shape, plan, s.format, storage, PassKind::kBackward);
+    pass.start(dy);
+    pass.run_dispatch();
     if (s.expert_layout()) {
-      const RowBuffer& received = storage.open_pass->received();
+      const RowBuffer& received = pass.received();
       ExpertRows& e = storage.expert_rows;
       const auto routes = static_cast<std::size_t>(plan.num_positions());
       e.dw.resize(routes);
@@ -270,11 +273,13 @@ void Dispatcher::dispatch_backward(Context& context, ConstMatrixView drows,
   Require(received_dw.size() == expected, ErrorCode::kInvalidArgument, "received_dw has ", received_dw.size(),
           " elements, must have ", expected);
   run_in_flight(s.runtime, storage, "dispatch_backward", [&] {
-    RowsWork work(*storage.open_pass, plan, drows, s.expert_layout() ? &storage.expert_rows : nullptr,
+    PassRun& pass = *storage.pass->run;
+    RowsWork work(pass, plan, drows, s.expert_layout() ? &storage.expert_rows : nullptr,
                   s.expert_layout() ? std::span<const float>(storage.expert_rows.dw) : received_dw);
-    storage.open_pass->run_all(work, dx, dw);
+    pass.set_work(work, dx, dw);
+    s.runtime.state().executor->finish(pass);
   });
-  storage.open_pass.reset();
+  storage.pass->run.reset();
 }
 
 }  // namespace sluice

@@ -5,6 +5,7 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/context_storage.hpp"
+#include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/pass_run.hpp"
 #include "sluice/runtime/src/plan_exchange.hpp"
 #include "sluice/runtime/src/plan_pool.hpp"
@@ -39,6 +40,9 @@ Context& Context::operator=(Context&& other) noexcept {
   storage_ = std::exchange(other.storage_, nullptr);
   pool_ = std::move(other.pool_);
   x_ = other.x_;
+  in_ = other.in_;
+  out_ = other.out_;
+  dw_ = other.dw_;
   backward_done_ = other.backward_done_;
   return *this;
 }
@@ -48,9 +52,9 @@ Context::~Context() {
 
 void Context::release() noexcept {
   if (storage_) {
-    // Given up between dispatch and combine: peers may still write here, so this channel is never used again.
-    if (storage_->open_pass) storage_->poisoned = true;
-    storage_->open_pass.reset();
+    // Given up while a pass is in flight: peers may still write here, so this channel is never used again.
+    if (storage_->pass->run) storage_->poisoned = true;
+    storage_->pass->run.reset();
     if (!storage_->poisoned) storage_->in_use = false;
   }
   storage_ = nullptr;
@@ -106,102 +110,98 @@ struct MoeLayer::State {
                      .value();
   }
 
-  // A failure between start and end of a pass leaves peers waiting: the group ends, with the reason.
+  void start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in, MatrixView out,
+             std::span<float> dw);
   void add_copies(const Plan& plan, ConstMatrixView x, MatrixView y);
+  void add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x, std::span<float> dw);
 };
 
 namespace {
 
-// The work of this rank's experts in one pass.
+// The work of this rank's experts, pass by pass of one storage.
 class LayerWork : public ExpertWork {
  public:
-  LayerWork(kernels::Kernels& kernels, PassRun& pass, const Plan& plan, ContextStorage& s,
-            kernels::Activation activation, const MoeLayerOptions& options, std::int64_t h_cols,
-            std::span<const std::byte* const> w1, std::span<const std::byte* const> w2,
-            std::span<float* const> grad_w1, std::span<float* const> grad_w2, std::int32_t num_wgrad_pieces,
-            bool backward)
-      : kernels_(kernels),
-        pass_(pass),
-        plan_(plan),
-        s_(s),
-        activation_(activation),
-        options_(options),
-        h_cols_(h_cols),
-        w1_(w1),
-        w2_(w2),
-        grad_w1_(grad_w1),
-        grad_w2_(grad_w2),
-        num_wgrad_pieces_(num_wgrad_pieces) {
+  LayerWork(MoeLayer::State& layer, ContextStorage& s)
+      : layer_(layer), kernels_(layer.runtime.kernels()), s_(s) {}
+
+  void begin(PassRun& pass, const Plan& plan) {
+    pass_ = &pass;
+    plan_ = &plan;
+    const MoeLayerOptions& o = layer_.options;
     const std::int64_t positions = plan.num_positions();
-    if (!backward) {
-      if (options.save == Save::kActivations) s.hidden.resize(positions, h_cols, options.dtype);
-      s.activation.resize(positions, options.ffn, options.dtype);
-      s.out.resize(positions, options.hidden, options.dtype);
+    if (!pass.is_backward()) {
+      if (o.save == Save::kActivations) s_.hidden.resize(positions, layer_.h_cols, o.dtype);
+      s_.activation.resize(positions, o.ffn, o.dtype);
+      s_.out.resize(positions, o.hidden, o.dtype);
     } else {
-      if (options.save == Save::kRows) s.hidden.resize(positions, h_cols, options.dtype);
-      s.dw_position.resize(static_cast<std::size_t>(positions));
+      if (o.save == Save::kRows) s_.hidden.resize(positions, layer_.h_cols, o.dtype);
+      s_.dw_position.resize(static_cast<std::size_t>(positions));
     }
   }
 
   void run(const Op& op) override {
-    const auto slots = static_cast<std::size_t>(plan_.num_local_slots);
+    const MoeLayerOptions& o = layer_.options;
+    const std::span<float*const> grad_w1 = layer_.grad_w1, grad_w2 = layer_.grad_w2;
+    const auto slots = static_cast<std::size_t>(plan_->num_local_slots);
     // The op's block; wgrad works on all of them.
     const auto first = op.kind == OpKind::kWgrad
                            ? 0
-                           : static_cast<std::size_t>(plan_.options.block(op.part, op.chunk)) * slots;
-    const std::span<const std::int64_t> group_ptr = plan_.group_ptr.span(first, slots + 1);
+                           : static_cast<std::size_t>(plan_->options.block(op.part, op.chunk)) * slots;
+    const std::span<const std::int64_t> group_ptr = plan_->group_ptr.span(first, slots + 1);
     const std::int64_t begin = group_ptr.front(), end = group_ptr.back();
-    const kernels::Groups with_w1{group_ptr, w1_}, with_w2{group_ptr, w2_};
+    const kernels::Groups with_w1{group_ptr, layer_.w1}, with_w2{group_ptr, layer_.w2};
     switch (op.kind) {
       case OpKind::kExpertGemm1:
-        if (pass_.is_backward()) {
-          if (options_.save == Save::kRows)
-            kernels_.grouped_gemm_forward(with_w1, s_.recv2.view(), plan_.expert_row, options_.dtype, h_cols_,
-                                          activation_, s_.hidden.view(), {});
+        if (pass_->is_backward()) {
+          if (o.save == Save::kRows)
+            kernels_.grouped_gemm_forward(with_w1, s_.recv2.view(), plan_->expert_row, o.dtype, layer_.h_cols,
+                                          layer_.activation, s_.hidden.view(), {});
         } else {
           kernels_.grouped_gemm_forward(
-              with_w1, s_.recv2.view(), plan_.expert_row, options_.dtype, h_cols_, activation_,
-              options_.save == Save::kActivations ? s_.hidden.view() : MatrixView{}, s_.activation.view());
+              with_w1, s_.recv2.view(), plan_->expert_row, o.dtype, layer_.h_cols, layer_.activation,
+              o.save == Save::kActivations ? s_.hidden.view() : MatrixView{}, s_.activation.view());
         }
         break;
       case OpKind::kExpertGemm2:
-        kernels_.grouped_gemm_forward(with_w2, s_.activation.view(), {}, options_.dtype, options_.hidden,
-                                      activation_, s_.out.view(), {});
+        kernels_.grouped_gemm_forward(with_w2, s_.activation.view(), {}, o.dtype, o.hidden, layer_.activation,
+                                      s_.out.view(), {});
         break;
       case OpKind::kExpertDgrad2:
-        kernels_.grouped_gemm_dgrad(with_w2, pass_.received().view(), plan_.expert_row, options_.dtype,
+        kernels_.grouped_gemm_dgrad(with_w2, pass_->received().view(), plan_->expert_row, o.dtype,
                                     s_.activation.view());
         break;
       case OpKind::kActivationBackward:
-        kernels_.activation_backward(activation_, s_.hidden.view(), s_.activation.view(), plan_.expert_weight,
-                                     s_.dw_position, s_.hidden.view(), s_.activation.view(), begin, end);
+        kernels_.activation_backward(layer_.activation, s_.hidden.view(), s_.activation.view(),
+                                     plan_->expert_weight, s_.dw_position, s_.hidden.view(),
+                                     s_.activation.view(), begin, end);
         break;
       case OpKind::kExpertDgrad1:
-        kernels_.grouped_gemm_dgrad(with_w1, s_.hidden.view(), {}, options_.dtype, s_.out.view());
+        kernels_.grouped_gemm_dgrad(with_w1, s_.hidden.view(), {}, o.dtype, s_.out.view());
         break;
       case OpKind::kReduce:
-        if (pass_.is_backward()) {
-          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, {}, op);
-          pass_.send_dw(s_.dw_position, plan_.position_of_route, op);
+        if (pass_->is_backward()) {
+          pass_->reduce_rows(s_.out.view(), plan_->position_of_route, {}, op);
+          pass_->send_dw(s_.dw_position, plan_->position_of_route, op);
         } else {
-          pass_.reduce_rows(s_.out.view(), plan_.position_of_route, plan_.recv2.weight, op);
+          pass_->reduce_rows(s_.out.view(), plan_->position_of_route, plan_->recv2.weight, op);
         }
         break;
       case OpKind::kWgrad: {
         // A slot's rows in receive order, whatever the blocks: positions are in that order only with one.
-        const bool cut = plan_.options.num_blocks() > 1;
-        const std::span<const std::int32_t> position = plan_.wgrad_position;
-        const std::span<const std::int32_t> row = cut ? plan_.wgrad_row : plan_.expert_row;
+        const bool cut = plan_->options.num_blocks() > 1;
+        const std::span<const std::int32_t> position = plan_->wgrad_position;
+        const std::span<const std::int32_t> row = cut ? plan_->wgrad_row : plan_->expert_row;
         const auto slot_of = [&](std::int32_t piece) {
-          return slots * static_cast<std::size_t>(piece) / static_cast<std::size_t>(num_wgrad_pieces_);
+          return slots * static_cast<std::size_t>(piece) /
+                 static_cast<std::size_t>(layer_.shape.num_wgrad_pieces);
         };
         const std::size_t begin_slot = slot_of(op.part), num_slots = slot_of(op.part + 1) - begin_slot;
         if (num_slots == 0) break;
-        const std::span<const std::int64_t> slot_ptr = plan_.slot_ptr.span(begin_slot, num_slots + 1);
-        kernels_.grouped_gemm_wgrad(slot_ptr, pass_.received().view(), row, s_.activation.view(), position,
-                                    grad_w2_.subspan(begin_slot, num_slots));
+        const std::span<const std::int64_t> slot_ptr = plan_->slot_ptr.span(begin_slot, num_slots + 1);
+        kernels_.grouped_gemm_wgrad(slot_ptr, pass_->received().view(), row, s_.activation.view(), position,
+                                    grad_w2.subspan(begin_slot, num_slots));
         kernels_.grouped_gemm_wgrad(slot_ptr, s_.hidden.view(), position, s_.recv2.view(), row,
-                                    grad_w1_.subspan(begin_slot, num_slots));
+                                    grad_w1.subspan(begin_slot, num_slots));
         break;
       }
       default:
@@ -210,17 +210,17 @@ class LayerWork : public ExpertWork {
   }
 
  private:
+  MoeLayer::State& layer_;
   kernels::Kernels& kernels_;
-  PassRun& pass_;
-  const Plan& plan_;
   ContextStorage& s_;
-  kernels::Activation activation_;
-  const MoeLayerOptions& options_;
-  std::int64_t h_cols_;
-  std::span<const std::byte*const> w1_, w2_;
-  std::span<float*const> grad_w1_, grad_w2_;
-  std::int32_t num_wgrad_pieces_;
+  PassRun* pass_ = nullptr;
+  const Plan* plan_ = nullptr;
 };
+
+LayerWork& work_of(MoeLayer::State& layer, ContextStorage& storage) {
+  if (!storage.pass->work) storage.pass->work = std::make_unique<LayerWork>(layer, storage);
+  return static_cast<LayerWork&>(*storage.pass->work);
+}
 
 }  // namespace
 
@@ -298,6 +298,17 @@ void MoeLayer::State::add_copies(const Plan& plan, ConstMatrixView x, MatrixView
 }
 
 Context MoeLayer::forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y) {
+  Context context = start_forward(plan, x, y);
+  finish(context);
+  return context;
+}
+
+void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw) {
+  start_backward(context, dy, dx, dw);
+  finish(context);
+}
+
+Context MoeLayer::start_forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y) {
   State& s = *state_;
   Require(plan != nullptr, ErrorCode::kInvalidArgument, "forward was given no plan");
   s.exchange.require_own(*plan, "forward");
@@ -308,24 +319,19 @@ Context MoeLayer::forward(const std::shared_ptr<const Plan>& plan, ConstMatrixVi
   context.plan_ = plan;
   context.pool_ = s.pool;
   context.storage_ = &s.pool->acquire();
-  context.x_ = x;
-  ContextStorage& storage = *context.storage_;
-  run_in_flight(s.runtime, storage, "forward", [&] {
-    PassRun pass(s.runtime, s.shape, *plan, s.format, storage, PassKind::kForward);
-    LayerWork work(s.runtime.kernels(), pass, *plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
-                   s.grad_w1, s.grad_w2, s.shape.num_wgrad_pieces, false);
-    pass.start(x);
-    pass.run_all(work, y, {});
-    s.add_copies(*plan, x, y);
-  });
+  context.x_ = context.in_ = x;
+  context.out_ = y;
+  s.start(*context.storage_, *plan, PassKind::kForward, x, y, {});
   return context;
 }
 
-void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw) {
+void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw) {
   State& s = *state_;
   Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
           "backward needs a context that forward of this layer returned");
   Require(!context.backward_done_, ErrorCode::kInvalidState, "backward was already run on this context");
+  Require(!context.storage_->pass->run, ErrorCode::kInvalidState,
+          "backward on a context whose forward is still in flight; finish() it first");
   Require(s.options.save != Save::kNone, ErrorCode::kInvalidState,
           "the layer keeps nothing for backward; set save to rows or activations");
   Require(s.trainable, ErrorCode::kInvalidState, "set_weights gave no gradients for some slot");
@@ -335,23 +341,50 @@ void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std
   Require(dw.size() == static_cast<std::size_t>(plan.num_routes), ErrorCode::kInvalidArgument, "dw has ",
           dw.size(), " elements, the routing has ", plan.num_routes, " routes");
   context.backward_done_ = true;
-  ContextStorage& storage = *context.storage_;
-  run_in_flight(s.runtime, storage, "backward", [&] {
-    PassRun pass(s.runtime, s.shape, plan, s.format, storage, PassKind::kBackward);
-    LayerWork work(s.runtime.kernels(), pass, plan, storage, s.activation, s.options, s.h_cols, s.w1, s.w2,
-                   s.grad_w1, s.grad_w2, s.shape.num_wgrad_pieces, true);
-    pass.start(dy);
-    pass.run_all(work, dx, dw);
-    s.add_copies(plan, dy, dx);  // copy: J = 1, so dx += w dy
-    const EverywhereRoutes& routes = plan.everywhere;
-    for (std::size_t i = 0; i < routes.token.size(); ++i) {
-      float value = 0;  // zero: E(x) = 0
-      if (s.placement.kind[static_cast<std::size_t>(routes.expert[i])] == ExpertKind::kCopy)
-        s.runtime.kernels().row_dots(dy, routes.token.span(i, 1), context.x_, routes.token.span(i, 1),
-                                     std::span<float>(&value, 1));
-      dw[static_cast<std::size_t>(routes.route[i])] = value;
-    }
+  context.in_ = dy;
+  context.out_ = dx;
+  context.dw_ = dw;
+  s.start(*context.storage_, plan, PassKind::kBackward, dy, dx, dw);
+}
+
+void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
+                            MatrixView out, std::span<float> dw) {
+  run_in_flight(runtime, storage, to_string(kind), [&] {
+    PassRun& pass = storage.pass->run.emplace(runtime, shape, plan, format, storage, kind);
+    LayerWork& work = work_of(*this, storage);
+    work.begin(pass, plan);
+    pass.start(in);
+    pass.set_work(work, out, dw);
   });
+}
+
+void MoeLayer::finish(Context& context) {
+  State& s = *state_;
+  Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
+          "finish needs a context of this layer");
+  ContextStorage& storage = *context.storage_;
+  Require(storage.pass->run.has_value(), ErrorCode::kInvalidState,
+          "finish on a context that has no pass in flight");
+  PassRun& pass = *storage.pass->run;
+  const Plan& plan = *context.plan_;
+  run_in_flight(s.runtime, storage, pass.is_backward() ? "backward" : "forward", [&] {
+    s.runtime.state().executor->finish(pass);
+    s.add_copies(plan, context.in_, context.out_);  // copy: J = 1, so dx += w dy
+    if (pass.is_backward()) s.add_everywhere_dw(plan, context.in_, context.x_, context.dw_);
+  });
+  storage.pass->run.reset();
+}
+
+void MoeLayer::State::add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x,
+                                        std::span<float> dw) {
+  const EverywhereRoutes& routes = plan.everywhere;
+  for (std::size_t i = 0; i < routes.token.size(); ++i) {
+    float value = 0;  // zero: E(x) = 0
+    if (placement.kind[static_cast<std::size_t>(routes.expert[i])] == ExpertKind::kCopy)
+      runtime.kernels().row_dots(dy, routes.token.span(i, 1), x, routes.token.span(i, 1),
+                                 std::span<float>(&value, 1));
+    dw[static_cast<std::size_t>(routes.route[i])] = value;
+  }
 }
 
 void MoeLayer::sync_replica_gradients() {

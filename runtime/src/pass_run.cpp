@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "sluice/base/telemetry.hpp"
+#include "sluice/runtime/src/executor.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 
@@ -24,13 +26,18 @@ PassRun::PassRun(Runtime& runtime, const Template& shape, const Plan& plan, cons
       recv1_segment_(storage.tables.recv1_segment),
       send2_segment_(storage.tables.send2_segment),
       recv2_segment_(storage.tables.recv2_segment),
-      expects_(storage.tables.expects),
-      pending_(storage.tables.pending) {
+      expects_(storage.tables.expects) {
   done_.assign(pass_.ops.size(), 0);
-  // How many waits are open at once is a matter of timing; room for all of them is not.
-  std::size_t num_waits = 0;
-  for (const Op& op : pass_.ops) num_waits += op.waits.size();
-  pending_.reserve(num_waits);
+}
+
+PassRun::~PassRun() {
+  runtime_.state().executor->remove(*this);
+}
+
+std::size_t PassRun::num_waits() const {
+  std::size_t n = 0;
+  for (const Op& op : pass_.ops) n += op.waits.size();
+  return n;
 }
 
 template <typename List>
@@ -65,6 +72,7 @@ void PassRun::start(ConstMatrixView in) {
     in_ = s_.rounded.view();
   }
   announce();
+  runtime_.state().executor->add(*this);
 }
 
 void PassRun::index_segments() {
@@ -195,7 +203,9 @@ void PassRun::announce() {
 
 // ---- the loop --------------------------------------------------------------------------------------------------------
 
-bool PassRun::may_run(const Op& op) const {
+bool PassRun::may_run(std::size_t index) const {
+  const Op& op = pass_.ops[index];
+  if (done_[index] || (!work_ && phase_of(op.kind) != Phase::kDispatch)) return false;
   for (const CounterWait& w : op.waits) {
     if (w.completion) {
       if (!done_[w.index]) return false;
@@ -206,13 +216,61 @@ bool PassRun::may_run(const Op& op) const {
   return true;
 }
 
+void PassRun::mark_done(std::size_t op) {
+  done_[op] = 1;
+  ++num_done_;
+  while (first_open_ < done_.size() && done_[first_open_]) ++first_open_;
+}
+
+bool PassRun::step() {
+  for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
+    if (!may_run(i)) continue;
+    run_op(pass_.ops[i]);
+    mark_done(i);
+    return true;
+  }
+  return false;
+}
+
+bool PassRun::post() {
+  for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
+    if (pass_.ops[i].resource == Resource::kCompute || !may_run(i)) continue;
+    run_op(pass_.ops[i]);
+    mark_done(i);
+    return true;
+  }
+  return false;
+}
+
+bool PassRun::add_pending(std::vector<comm::WaitSpec>& pending) const {
+  bool any_may_run = false;
+  for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
+    const Op& op = pass_.ops[i];
+    if (done_[i] || (!work_ && phase_of(op.kind) != Phase::kDispatch)) continue;
+    for (const CounterWait& w : op.waits)
+      if (!w.completion && transport_.signal(s_.channel, w.index) < s_.signal_base[w.index] + w.value)
+        pending.push_back(
+            {s_.channel, w.index, s_.signal_base[w.index] + w.value, to_string(phase_of(op.kind)), op.chunk});
+    any_may_run |= may_run(i);  // asked last: a signal that was there above is there now
+  }
+  return any_may_run;
+}
+
+void PassRun::set_work(ExpertWork& work, MatrixView out, std::span<float> dw) {
+  work_ = &work;
+  out_ = out;
+  dw_ = dw;
+}
+
+void PassRun::close() {
+  for (std::size_t i = 0; i < s_.signal_base.size(); ++i) s_.signal_base[i] += pass_.signal_totals[i];
+}
+
 void PassRun::run_dispatch() {
-  dispatch_only_ = true;
   std::size_t target = 0;
   for (const Op& op : pass_.ops) target += phase_of(op.kind) == Phase::kDispatch;
-  run_until(target, nullptr);
+  runtime_.state().executor->run_while([&] { return num_done_ < target; });
   // The last rows from peers: what the first expert op waits for.
-  dispatch_only_ = false;
   for (const Op& op : pass_.ops)
     if (op.kind == OpKind::kExpertGemm1 || op.kind == OpKind::kExpertDgrad2)
       for (const CounterWait& w : op.waits)
@@ -223,60 +281,11 @@ void PassRun::run_dispatch() {
               .throw_if_error();
 }
 
-void PassRun::run_all(ExpertWork& work, MatrixView out, std::span<float> dw) {
-  out_ = out;
-  dw_ = dw;
-  run_until(pass_.ops.size(), &work);
-  for (std::size_t i = 0; i < s_.signal_base.size(); ++i) s_.signal_base[i] += pass_.signal_totals[i];
-}
-
-void PassRun::run_until(std::size_t target, ExpertWork* work) {
-  while (num_done_ < target) {
-    bool ran = false;
-    for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
-      const Op& op = pass_.ops[i];
-      if (done_[i] || (dispatch_only_ && phase_of(op.kind) != Phase::kDispatch) || !may_run(op)) continue;
-      run_op(op, work);
-      done_[i] = 1;
-      ++num_done_;
-      while (first_open_ < done_.size() && done_[first_open_]) ++first_open_;
-      transport_.advanced();
-      transport_.progress();
-      ran = true;
-      break;
-    }
-    if (!ran) wait();
-  }
-}
-
-void PassRun::wait() {
-  const Span span(runtime_.recorder(), "wait", "idle");
-  if (!transport_.progress()) {
-    pending_.clear();
-    for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
-      const Op& op = pass_.ops[i];
-      if (done_[i] || (dispatch_only_ && phase_of(op.kind) != Phase::kDispatch)) continue;
-      for (const CounterWait& w : op.waits)
-        if (!w.completion && transport_.signal(s_.channel, w.index) < s_.signal_base[w.index] + w.value)
-          pending_.push_back({s_.channel, w.index, s_.signal_base[w.index] + w.value,
-                              to_string(phase_of(op.kind)), op.chunk});
-    }
-    if (!pending_.empty()) {
-      transport_.idle(pending_).throw_if_error();
-    } else {
-      // Signals came between the scan and here.
-      Require(std::any_of(pass_.ops.begin(), pass_.ops.end(),
-                          [&](const Op& op) {
-                            return !done_[static_cast<std::size_t>(&op - pass_.ops.data())] && may_run(op);
-                          }),
-              ErrorCode::kInternal, "a pass has ops left that nothing can release");
-    }
-  }
-}
-
-void PassRun::run_op(const Op& op, ExpertWork* work) {
+void PassRun::run_op(const Op& op) {
   const Span span(runtime_.recorder(), StaticText::promised(to_string(op.kind)),
                   StaticText::promised(to_string(op.resource)), op.chunk);
+  std::optional<ComputeTurn> turn;
+  if (op.resource == Resource::kCompute) turn.emplace(*runtime_.state().executor);
   switch (op.kind) {
     case OpKind::kReady:
       put(op.peer, static_cast<std::uint32_t>(op.raises_signal), kWindowRet2, 0, {});
@@ -306,7 +315,7 @@ void PassRun::run_op(const Op& op, ExpertWork* work) {
     case OpKind::kExpertDgrad1:
     case OpKind::kReduce:
     case OpKind::kWgrad:
-      work->run(op);
+      work_->run(op);
       break;
   }
 }

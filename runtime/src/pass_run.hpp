@@ -1,8 +1,10 @@
-// The executor: runs one pass of a template with the numbers of a plan, on the calling thread. It is the CPU lowering of
-// the template: an op is a function call, a counter wait is a comparison, and the transport moves along between ops.
+// One pass of a template with the numbers of a plan, while it is in flight: which ops are done, and what each of them
+// does. The executor (executor.hpp) decides when they run.
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -34,14 +36,28 @@ class PassRun {
   // All references must outlive the run.
   PassRun(Runtime& runtime, const Template& shape, const Plan& plan, const PassFormat& format,
           ContextStorage& storage, PassKind kind);
+  ~PassRun();  // leaves the executor
+  PassRun(const PassRun&) = delete;
+  PassRun& operator=(const PassRun&) = delete;
 
-  // Sizes buffers, registers windows, announces what will come and tells the peers that they may put.
-  // in: dtype [num_tokens, hidden], x or dy
+  // Sizes buffers, registers windows, announces what will come, and joins the passes in flight.
+  // in: dtype [num_tokens, hidden], x or dy; stays valid until the pass is over
   void start(ConstMatrixView in);
+  // Without expert work, ops run only as far as it is not needed.
+  void set_work(ExpertWork& work, MatrixView out, std::span<float> dw);
   // Runs until the received rows are complete (every chunk), without expert work.
   void run_dispatch();
-  // Runs what is left. out: dtype [num_tokens, hidden], y or dx; dw: f32 [num_routes], backward only
-  void run_all(ExpertWork& work, MatrixView out, std::span<float> dw);
+
+  // Runs the first op that may run; false if none may.
+  bool step();
+  // Runs the first link op that may run, for the progress thread.
+  bool post();
+  bool done() const { return num_done_ == pass_.ops.size(); }
+  // Adds what the ops left wait for. Returns whether one of them may run.
+  bool add_pending(std::vector<comm::WaitSpec>& pending) const;
+  std::size_t num_waits() const;
+  // The pass is over: signals of the next one on this channel count from here.
+  void close();
 
   // For ExpertWork, on an op's block: rows of one rank's experts are added up and laid where they leave from.
   // src: dtype [*, hidden]; position: int32 [recv2 routes]; weight: f32 [recv2 routes] or empty
@@ -79,10 +95,9 @@ class PassRun {
   void put(std::int32_t peer, std::uint32_t signal, Window window, std::int64_t offset_bytes,
            std::span<const std::byte> source);
 
-  bool may_run(const Op& op) const;
-  void run_until(std::size_t target, ExpertWork* work);
-  void wait();
-  void run_op(const Op& op, ExpertWork* work);
+  bool may_run(std::size_t op) const;
+  void mark_done(std::size_t op);
+  void run_op(const Op& op);
   void pack(const Op& op);
   void put_rows(const Op& op);
   void hand_on(const Op& op);
@@ -104,14 +119,19 @@ class PassRun {
   MatrixView out_;
   std::span<float> dw_;
 
+  ExpertWork* work_ = nullptr;
   std::size_t num_done_ = 0;
   std::size_t first_open_ = 0;
-  bool dispatch_only_ = false;
   // Kept in the storage, so that a pass allocates nothing once its sizes are known.
   std::vector<char>& done_;
   std::vector<std::int32_t>&send1_segment_, &recv1_segment_, &send2_segment_, &recv2_segment_;
   std::vector<comm::Expect>& expects_;
-  std::vector<comm::WaitSpec>& pending_;
+};
+
+// A storage's room for its pass in flight, so that steps allocate nothing.
+struct PassSlot {
+  std::optional<PassRun> run;
+  std::unique_ptr<ExpertWork> work;  // the layer's, reused pass by pass
 };
 
 }  // namespace sluice

@@ -98,6 +98,17 @@ RuntimeOptions runtime_options(const Config& config) {
   RuntimeOptions out;
   out.timeout = std::chrono::milliseconds(config.comm.timeout_ms);
   out.threads_per_rank = config.runtime.threads_per_rank;
+  switch (config.runtime.progress) {
+    case Config::Runtime::Progress::kAuto:
+      out.progress = ProgressMode::kAuto;
+      break;
+    case Config::Runtime::Progress::kInline:
+      out.progress = ProgressMode::kInline;
+      break;
+    case Config::Runtime::Progress::kThread:
+      out.progress = ProgressMode::kThread;
+      break;
+  }
   return out;
 }
 

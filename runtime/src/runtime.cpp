@@ -1,5 +1,8 @@
 #include "sluice/runtime.hpp"
 
+#include <thread>
+
+#include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
@@ -21,9 +24,31 @@ std::unique_ptr<RuntimeState> make_state(std::unique_ptr<comm::Transport> transp
   return state;
 }
 
+// Worth a thread where transfers wait for the host to look, and a core is left for it.
+bool wants_progress_thread(const RuntimeState& state) {
+  switch (state.options.progress) {
+    case ProgressMode::kInline:
+      return false;
+    case ProgressMode::kThread:
+      return true;
+    case ProgressMode::kAuto:
+      break;
+  }
+  const comm::Transport& t = *state.transport;
+  const auto ranks_here = t.topology().ranks_of(t.topology().node_of(t.rank())).size();
+  const std::size_t cores = std::thread::hardware_concurrency();
+  return t.caps().needs_progress &&
+         cores >= ranks_here * (static_cast<std::size_t>(state.options.threads_per_rank) + 1);
+}
+
 }  // namespace
 
-Runtime::Runtime(std::unique_ptr<RuntimeState> state) : state_(std::move(state)) {}
+RuntimeState::RuntimeState() = default;
+RuntimeState::~RuntimeState() = default;
+
+Runtime::Runtime(std::unique_ptr<RuntimeState> state) : state_(std::move(state)) {
+  state_->executor = std::make_unique<Executor>(*this, wants_progress_thread(*state_));
+}
 Runtime::~Runtime() = default;
 
 std::vector<std::unique_ptr<Runtime>> Runtime::create_local(const Topology& topology,

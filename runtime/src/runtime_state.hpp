@@ -11,9 +11,12 @@
 
 namespace sluice {
 
+class Executor;
 struct ContextStorage;
 
 struct RuntimeState {
+  RuntimeState();
+  ~RuntimeState();
   RuntimeOptions options;
   // Buffers that a failed or abandoned pass left to the transport; freed after it, so declared before it.
   // Room for every storage is made when it is made (ContextPool), since they retire in destructors.
@@ -21,6 +24,7 @@ struct RuntimeState {
   std::unique_ptr<comm::Transport> transport;
   std::unique_ptr<comm::Collectives> collectives;
   std::unique_ptr<kernels::Kernels> kernels;
+  std::unique_ptr<Executor> executor;
   SpanRecorder* recorder = nullptr;
   std::uint32_t next_channel = 1;  // 0 belongs to the collectives
 };

@@ -414,7 +414,7 @@ TEST(CApi, PlacementsAndLayerOptionsAreChecked) {
   refused("wire_dtype is -1", [](auto& o) { o.wire_dtype = -1; });
   refused("combine_dtype is 9", [](auto& o) { o.combine_dtype = 9; });
   refused("save is 3", [](auto& o) { o.save = 3; });
-  refused("schedule is 2", [](auto& o) { o.schedule = 2; });
+  refused("schedule is 4", [](auto& o) { o.schedule = 4; });
   refused("exchange is 2", [](auto& o) { o.exchange = 2; });
   refused("num_chunks", [](auto& o) { o.num_chunks = -1; });
 

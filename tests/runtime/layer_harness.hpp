@@ -255,6 +255,7 @@ struct LayerSetup {
   DType combine_dtype = DType::kF32;
   Save save = Save::kActivations;
   int threads = 1;
+  ProgressMode progress = ProgressMode::kAuto;
   bool even_tokens = true;
 };
 
@@ -345,6 +346,7 @@ inline Result run_layer(const Problem& p, const LayerSetup& setup) {
   RuntimeOptions options;
   options.timeout = std::chrono::seconds(20);
   options.threads_per_rank = setup.threads;
+  options.progress = setup.progress;
   auto group = Runtime::create_local(setup.topology, options);
   run_ranks(group, [&](Runtime& runtime) { run_layer_rank(runtime, p, setup, out); });
   return out;

@@ -116,6 +116,7 @@ TEST(MoeLayer, BitsDoNotDependOnScheduleExchangeChunksThreadsOrSave) {
           LayerSetup other = setup;
           other.schedule = {policy, exchange, chunks};
           other.threads = threads;
+          other.progress = threads == 1 ? ProgressMode::kInline : ProgressMode::kThread;
           // With bf16 a recomputed pre-activation is the kept one: both are rounded once.
           other.save = chunks % 2 ? Save::kRows : Save::kActivations;
           SCOPED_TRACE(str("dtype ", to_string(dtype), " ", to_string(policy), " chunks ", chunks,
@@ -405,6 +406,98 @@ TEST(MoeLayer, DisagreementIsNamedOnEveryRank) {
   EXPECT_NE(messages[0].find("rank 0 disagrees with rank(s) 1"), std::string::npos) << messages[0];
   EXPECT_NE(messages[1].find("rank 1 disagrees with rank(s) 0, 2"), std::string::npos) << messages[1];
   EXPECT_NE(messages[2].find("rank(s) 1"), std::string::npos) << messages[2];
+}
+
+// Several passes in flight, begun in the same order on all ranks and finished in another one on each, with plans built
+// and gradients computed in between: every result has the bits of a pass that ran alone.
+TEST(MoeLayer, PassesInFlightDoNotTouchEachOther) {
+  constexpr int kPasses = 3;
+  for (const ProgressMode progress : {ProgressMode::kInline, ProgressMode::kThread}) {
+    SCOPED_TRACE(static_cast<int>(progress));
+    Topology topology({{0, 1}, {2, 3}});
+    topology.across_nodes = {20e6, std::chrono::microseconds(200)};  // slow enough that passes meet
+    RuntimeOptions runtime_options;
+    runtime_options.progress = progress;
+    auto group = Runtime::create_local(topology, runtime_options);
+    testing::run_ranks(group, [&](Runtime& runtime) {
+      const auto rank = static_cast<std::size_t>(runtime.rank().value);
+      std::mt19937_64 rng(kSeed + rank);
+      std::uniform_real_distribution<float> uniform(-1, 1);
+      const auto random = [&](std::size_t n) {
+        std::vector<float> v(n);
+        for (float& e : v) e = uniform(rng);
+        return v;
+      };
+      MoeLayerOptions options;
+      options.hidden = 8;
+      options.ffn = 12;
+      options.schedule = {SchedulePolicy::kBySource, Exchange::kGateway, 2};
+      MoeLayer layer(runtime, contiguous_placement(8, 4), options);
+      std::vector<std::vector<float>> w1, w2, g1, g2;
+      for (int i = 0; i < 2; ++i) {
+        w1.push_back(random(24 * 8));
+        w2.push_back(random(8 * 12));
+        g1.emplace_back(24 * 8, 0.0f);
+        g2.emplace_back(8 * 12, 0.0f);
+      }
+      std::vector<ExpertWeights> weights;
+      for (std::size_t i = 0; i < 2; ++i)
+        weights.push_back({ConstMatrixView(w1[i].data(), 24, 8), ConstMatrixView(w2[i].data(), 8, 12),
+                           g1[i].data(), g2[i].data()});
+      layer.set_weights(weights);
+
+      struct Batch {
+        Routing routing;
+        std::vector<float> x, dy, y, dx, dw;
+      };
+      std::vector<Batch> batches(kPasses);
+      for (Batch& b : batches) {
+        b.routing.num_experts = 8;
+        const std::size_t tokens = 5 + rng() % 20;
+        for (std::size_t t = 0; t < tokens; ++t) {
+          for (std::int32_t e = 0; e < 8; ++e)
+            if (rng() % 3 == 0) {
+              b.routing.expert.push_back(e);
+              b.routing.weight.push_back(uniform(rng));
+            }
+          b.routing.row_ptr.push_back(static_cast<std::int64_t>(b.routing.expert.size()));
+        }
+        b.x = random(tokens * 8);
+        b.dy = random(tokens * 8);
+      }
+      const auto rows = [](std::vector<float>& v) {
+        return MatrixView(v.data(), static_cast<std::int64_t>(v.size() / 8), 8);
+      };
+      const auto clear = [&](Batch& b) {
+        b.y.assign(b.x.size(), std::nanf(""));
+        b.dx.assign(b.x.size(), std::nanf(""));
+        b.dw.assign(b.routing.expert.size(), std::nanf(""));
+      };
+      std::vector<Batch> alone = batches;
+      for (Batch& b : alone) {
+        clear(b);
+        Context context = layer.forward(layer.plan(b.routing), rows(b.x), rows(b.y));
+        layer.backward(context, rows(b.dy), rows(b.dx), b.dw);
+      }
+      std::vector<Context> contexts;
+      for (Batch& b : batches) {
+        clear(b);
+        contexts.push_back(layer.start_forward(layer.plan(b.routing), rows(b.x), rows(b.y)));
+      }
+      for (std::size_t i = 0; i < kPasses; ++i) layer.finish(contexts[(i + rank) % kPasses]);
+      for (std::size_t i = 0; i < kPasses; ++i)
+        layer.start_backward(contexts[i], rows(batches[i].dy), rows(batches[i].dx), batches[i].dw);
+      EXPECT_THROW(layer.start_backward(contexts[0], rows(batches[0].dy), rows(batches[0].dx), batches[0].dw),
+                   Error);
+      for (std::size_t i = 0; i < kPasses; ++i) layer.finish(contexts[(i + 2 * rank) % kPasses]);
+      EXPECT_THROW(layer.finish(contexts[0]), Error);  // nothing in flight
+      for (std::size_t i = 0; i < kPasses; ++i) {
+        EXPECT_TRUE(testing::same_bits(batches[i].y, alone[i].y)) << "y of pass " << i;
+        EXPECT_TRUE(testing::same_bits(batches[i].dx, alone[i].dx)) << "dx of pass " << i;
+        EXPECT_TRUE(testing::same_bits(batches[i].dw, alone[i].dw)) << "dw of pass " << i;
+      }
+    });
+  }
 }
 
 // A rank that dies in the middle: the others come back within the deadline with its name.

@@ -35,7 +35,8 @@ TEST(RoutingTrace, RoundTrip) {
 }
 
 TEST(RoutingTrace, CommentsAndBlankLines) {
-  const RoutingTrace trace = read("# c\n\nsluice-trace 1 layers 1 experts 4\n  # more\n0 0 1:1 2:0.5\r\n\n0 0\n");
+  const RoutingTrace trace =
+      read("# c\n\nsluice-trace 1 layers 1 experts 4\n  # more\n0 0 1:1 2:0.5\r\n\n0 0\n");
   EXPECT_EQ(trace.layers[0][0].num_tokens(), 2);
   EXPECT_EQ(trace.layers[0][0].num_routes(), 2);
 }

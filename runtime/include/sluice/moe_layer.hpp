@@ -96,6 +96,9 @@ class Context {
   ContextStorage* storage_ = nullptr;
   std::shared_ptr<void> pool_;  // owns the storage; outlives the layer if need be
   ConstMatrixView x_;           // for copy experts' dw
+  ConstMatrixView in_;          // of the pass in flight: x or dy
+  MatrixView out_;              // y or dx
+  std::span<float> dw_;
   bool backward_done_ = false;
 };
 
@@ -124,6 +127,14 @@ class MoeLayer {
   // the caller's route order, overwritten. Weight gradients accumulate. Ends the context's use; release it after.
   void backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw);
 
+  // Collective. As forward and backward, but they return when the pass has begun; it goes on whenever this rank blocks in
+  // a call of the group (plan, finish, collectives). Several may be in flight; all ranks start them in the same order.
+  // in and out views stay valid and untouched until finish(); the layer outlives its passes.
+  Context start_forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y);
+  void start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw);
+  // Blocks until the context's pass is over.
+  void finish(Context& context);
+
   // Collective. Sums the gradients of replicated experts over their slots, ranks ascending, so that every copy holds
   // the same sum. Without replicas it returns at once.
   void sync_replica_gradients();
@@ -135,8 +146,9 @@ class MoeLayer {
   };
   Memory memory() const;
 
- private:
   struct State;
+
+ private:
   std::unique_ptr<State> state_;
 };
 

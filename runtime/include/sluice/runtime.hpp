@@ -40,10 +40,18 @@ struct Allocator {
   void* user = nullptr;
 };
 
+// Who posts transfers and moves them along while a rank computes.
+enum class ProgressMode : std::uint8_t {
+  kAuto,    // a thread where transfers need the host's attention and a core is left for it, else kInline
+  kInline,  // the computing thread, between ops
+  kThread,  // a thread of the rank
+};
+
 struct RuntimeOptions {
   // How long a wait may go without anything it waits for arriving.
   std::chrono::nanoseconds timeout = std::chrono::seconds(30);
   int threads_per_rank = 1;  // compute threads, the calling thread among them
+  ProgressMode progress = ProgressMode::kAuto;
   Allocator allocator;
 };
 
