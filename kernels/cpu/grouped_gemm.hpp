@@ -5,10 +5,13 @@
 //   dgrad    M = rows of the group, K = out_cols, N = in_cols,  B = W
 //   wgrad    M = out_cols,          K = rows of the group, N = in_cols, A = dc^T, B = a, accumulating
 // A task is a block of rows of one group times kBlockN columns. Threads draw tasks from one counter, largest
-// blocks first, so one big group is shared by all of them. A thread keeps the packed A of the block it works on.
+// blocks first, so one big group is shared by all of them. A thread keeps the packed A of the block it works on if
+// other tasks read it again; else one buffer serves panel after panel (forward, dgrad) or step after step (wgrad).
+// Panels that are rows of an fp32 matrix already (B of dgrad, A and B of wgrad without an index) are read where they
+// lie, unless they are too many pages apart.
 // The K loop is cut into blocks of kBlockK, one step each; between them C rests in fp32, so the chain of each
 // element is unbroken. Weights are read once a block and usually from memory: while a thread computes, its tiles
-// ask for what its next step will pack (forward, dgrad) or for the next tile to accumulate into (wgrad).
+// ask for what its next step will read, for the next panel of A and for a tile of C that comes later.
 // Groups of at most kFewRows rows are multiplied without packing B: there, reading the weights is the work.
 //
 // Ownership: holds scratch that grows to its high-water mark. Thread-safety: one call at a time. Arguments are
