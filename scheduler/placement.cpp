@@ -299,8 +299,10 @@ std::string Placement::describe() const {
   return out;
 }
 
-void choose_replicas(const Placement& placement, const Topology& topology,
-                     std::span<const std::int64_t> demand, RankId source, std::span<std::int32_t> slot_of) {
+namespace {
+
+void check_choice(const Placement& placement, const Topology& topology,
+                  std::span<const std::int64_t> demand) {
   require_plannable(placement);
   Require(topology.num_ranks() == placement.num_ranks, kBad, "the topology has ", topology.num_ranks(),
           " ranks, the placement ", placement.num_ranks);
@@ -308,17 +310,43 @@ void choose_replicas(const Placement& placement, const Topology& topology,
   Require(needless || demand.size() == at(placement.num_ranks) * at(placement.num_experts), kBad,
           "demand has ", demand.size(), " entries, must be num_ranks ", placement.num_ranks,
           " times num_experts ", placement.num_experts);
+}
+
+// Right wherever there is no choice.
+void take_first_slots(const Placement& placement, std::span<std::int32_t> slot_of) {
+  for (std::int32_t e = 0; e < placement.num_experts; ++e) {
+    const auto slots = placement.slots_of(ExpertId(e));
+    slot_of[at(e)] = slots.empty() ? -1 : slots[0];
+  }
+}
+
+}  // namespace
+
+void choose_replicas(const Placement& placement, const Topology& topology,
+                     std::span<const std::int64_t> demand, RankId source, std::span<std::int32_t> slot_of) {
+  check_choice(placement, topology, demand);
   Require(slot_of.size() == at(placement.num_experts), kBad, "slot_of has ", slot_of.size(),
           " entries, must be ", placement.num_experts);
   Require(source.value >= 0 && source.value < placement.num_ranks, kBad, "source rank ", source.value,
           " is outside 0..", placement.num_ranks - 1);
-  for (std::int32_t e = 0; e < placement.num_experts; ++e) {  // right wherever there is no choice
-    const auto slots = placement.slots_of(ExpertId(e));
-    slot_of[at(e)] = slots.empty() ? -1 : slots[0];
-  }
+  take_first_slots(placement, slot_of);
   if (placement.replicated.empty()) return;
   decide(placement, topology, demand, [&](std::int32_t rank, std::int32_t expert, std::int32_t slot) {
     if (rank == source.value) slot_of[at(expert)] = slot;
+  });
+}
+
+void choose_all_replicas(const Placement& placement, const Topology& topology,
+                         std::span<const std::int64_t> demand, std::span<std::int32_t> slot_of) {
+  check_choice(placement, topology, demand);
+  const std::size_t num_experts = at(placement.num_experts);
+  Require(slot_of.size() == at(placement.num_ranks) * num_experts, kBad, "slot_of has ", slot_of.size(),
+          " entries, must be ", at(placement.num_ranks) * num_experts);
+  for (std::int32_t r = 0; r < placement.num_ranks; ++r)
+    take_first_slots(placement, slot_of.subspan(at(r) * num_experts, num_experts));
+  if (placement.replicated.empty()) return;
+  decide(placement, topology, demand, [&](std::int32_t rank, std::int32_t expert, std::int32_t slot) {
+    slot_of[at(rank) * num_experts + at(expert)] = slot;
   });
 }
 

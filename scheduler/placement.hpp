@@ -139,4 +139,8 @@ void require_plannable(const Placement& placement);
 void choose_replicas(const Placement& placement, const Topology& topology,
                      std::span<const std::int64_t> demand, RankId source, std::span<std::int32_t> slot_of);
 
+// The same for all sources at once, at the cost of one. slot_of: int32 [num_ranks, num_experts]
+void choose_all_replicas(const Placement& placement, const Topology& topology,
+                         std::span<const std::int64_t> demand, std::span<std::int32_t> slot_of);
+
 }  // namespace sluice
