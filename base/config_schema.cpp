@@ -378,7 +378,9 @@ const Row kRows[] = {
      .unit = "path",
      .default_text = "",
      .kind = Kind::kLocal,
-     .doc = "File for a timeline (Chrome trace JSON, opens in Perfetto); empty: none."},
+     .doc = "File for a timeline of train and bench: Chrome trace JSON (opens in Perfetto), or a page for "
+            "any browser "
+            "if it ends in .html; empty: none."},
 
     // ---- train ----
     {.key = "train.steps",

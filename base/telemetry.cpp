@@ -159,8 +159,8 @@ std::string chrome_trace(std::span<const std::string> events_of_ranks) {
   return out + "\n]}\n";
 }
 
-void write_chrome_trace(const std::filesystem::path& file, std::span<const std::string> events_of_ranks) {
-  const std::string text = chrome_trace(events_of_ranks);
+namespace {
+void write_text(const std::filesystem::path& file, const std::string& text) {
   std::FILE* const out = std::fopen(file.c_str(), "wb");
   Require(out != nullptr, ErrorCode::kIo, "timeline ", file.string(),
           " cannot be written: ", std::strerror(errno));
@@ -168,6 +168,16 @@ void write_chrome_trace(const std::filesystem::path& file, std::span<const std::
   const bool closed = std::fclose(out) == 0;
   Require(written && closed, ErrorCode::kIo, "timeline ", file.string(),
           " cannot be written: ", std::strerror(errno));
+}
+}  // namespace
+
+void write_chrome_trace(const std::filesystem::path& file, std::span<const std::string> events_of_ranks) {
+  write_text(file, chrome_trace(events_of_ranks));
+}
+
+void write_timeline_page(const std::filesystem::path& file, const std::string& title,
+                         std::span<const std::string> events_of_ranks) {
+  write_text(file, timeline_page(title, events_of_ranks));
 }
 
 }  // namespace sluice

@@ -156,4 +156,10 @@ std::string chrome_trace(std::span<const std::string> events_of_ranks);
 // chrome_trace to a file. Throws kIo naming the file.
 void write_chrome_trace(const std::filesystem::path& file, std::span<const std::string> events_of_ranks);
 
+// A page that shows the same events in any browser, without a network: rows a rank and resource, a table of phases.
+// `title` says what ran. Throws kIo naming the file.
+std::string timeline_page(const std::string& title, std::span<const std::string> events_of_ranks);
+void write_timeline_page(const std::filesystem::path& file, const std::string& title,
+                         std::span<const std::string> events_of_ranks);
+
 }  // namespace sluice

@@ -254,7 +254,7 @@ class Group {
   // Books the put on the outgoing link of its source and the incoming link of its peer, both full duplex and
   // one per level: it starts when both are free, holds them for bytes / bandwidth, and is due the latency
   // later.
-  void book(const Transfer& t) {
+  LinkTime book(const Transfer& t) {
     Endpoint& from = *endpoints_[t.source];
     Endpoint& to = *endpoints_[t.peer];
     const LinkSpeed& speed = link(t.source, t.peer);
@@ -266,6 +266,7 @@ class Group {
     from.outstanding_to[t.peer].fetch_add(1, std::memory_order_relaxed);
     from.outstanding.fetch_add(1, std::memory_order_relaxed);
     bool is_next = false;
+    LinkTime time;
     {
       const std::lock_guard lock(calendar_mutex_);
       Transfer* booked = nullptr;
@@ -279,6 +280,7 @@ class Group {
       *booked = t;
       const Clock::time_point start = std::max({Clock::now(), from.out_free[level], to.in_free[level]});
       from.out_free[level] = to.in_free[level] = start + span;
+      time = {start, start + span};
       booked->due = start + span + speed.latency;
       booked->order = next_order_++;
       calendar_.push_back(booked);
@@ -286,6 +288,7 @@ class Group {
       is_next = calendar_.front() == booked;
     }
     if (is_next) calendar_event_.notify();
+    return time;
   }
 
   // Removes what `rank` has put and not landed; its sources may be gone afterwards.
@@ -595,10 +598,13 @@ class LocalTransport final : public Transport {
     t.source_channel = &channel;
     ++num_puts_;
     if (group_->limited(rank_, t.peer)) {
-      group_->book(t);
+      link_time_ = group_->book(t);
       return;
     }
-    switch (group_->land(t, INT64_MAX, true)) {
+    const Clock::time_point begin = Clock::now();
+    const Landing at_once = group_->land(t, INT64_MAX, true);
+    link_time_ = {begin, Clock::now()};
+    switch (at_once) {
       case Landing::kDone:
         return;
       case Landing::kNotReady:
@@ -614,6 +620,8 @@ class LocalTransport final : public Transport {
     const Landing landing = group_->land_or_park(t);
     if (landing != Landing::kNotReady) group_->account_late(t, landing);
   }
+
+  std::optional<LinkTime> last_link_time() const override { return link_time_; }
 
   bool progress() override {
     const std::uint32_t ticket = self_.arrivals.ticket();
@@ -772,6 +780,7 @@ class LocalTransport final : public Transport {
   std::vector<std::unique_ptr<ChannelTable>> channel_tables_;
   std::vector<std::uint64_t> wait_bits_;
   Patience patience_;
+  LinkTime link_time_;  // of the last put
   std::uint32_t progress_ticket_ = 0;
   std::uint64_t num_puts_ = 0;
   int num_exceptions_;

@@ -32,6 +32,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -99,6 +100,11 @@ struct WaitSpec {
   std::int32_t chunk = -1;
 };
 
+// When a put is on its link, where the backend knows.
+struct LinkTime {
+  Clock::time_point begin, end;
+};
+
 class Transport {
  public:
   virtual ~Transport() = default;
@@ -120,6 +126,8 @@ class Transport {
   // expected. Throws kInvalidArgument if one lies outside its window.
   virtual void expect(std::span<const Expect> expects) = 0;
   virtual void put(const Put& put) = 0;
+  // Of the last put, for timelines; none where the backend cannot tell.
+  virtual std::optional<LinkTime> last_link_time() const { return {}; }
   // Moves things along without blocking. True if anything happened.
   virtual bool progress() = 0;
 

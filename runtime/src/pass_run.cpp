@@ -282,13 +282,16 @@ void PassRun::run_dispatch() {
 }
 
 void PassRun::run_op(const Op& op) {
+  // Where the backend knows when a put is on its link, that is the op's span; posting it is the host's work.
+  const bool on_link = op.resource == Resource::kInNodeLink || op.resource == Resource::kAcrossNodesLink;
+  const Resource busy = on_link && transport_.last_link_time() ? Resource::kHost : op.resource;
   const Span span(runtime_.recorder(), StaticText::promised(to_string(op.kind)),
-                  StaticText::promised(to_string(op.resource)), op.chunk);
+                  StaticText::promised(to_string(busy)), op.chunk);
   std::optional<ComputeTurn> turn;
   if (op.resource == Resource::kCompute) turn.emplace(*runtime_.state().executor);
   switch (op.kind) {
     case OpKind::kReady:
-      put(op.peer, static_cast<std::uint32_t>(op.raises_signal), kWindowRet2, 0, {});
+      put(op, kWindowRet2, 0, {});
       break;
     case OpKind::kPack:
       pack(op);
@@ -320,17 +323,25 @@ void PassRun::run_op(const Op& op) {
   }
 }
 
-void PassRun::put(std::int32_t peer, std::uint32_t signal, Window window, std::int64_t offset_bytes,
-                  std::span<const std::byte> source) {
+void PassRun::put(const Op& op, Window window, std::int64_t offset_bytes, std::span<const std::byte> source) {
   comm::Put p;
-  p.peer = RankId(peer);
+  p.peer = RankId(op.peer);
   p.channel = s_.channel;
   p.window = window;
   p.offset_bytes = offset_bytes;
   p.source = source;
-  p.signal = signal;
+  p.signal = static_cast<std::uint32_t>(op.raises_signal);
   transport_.put(p);
   ++s_.num_puts;
+  SpanRecorder* recorder = runtime_.recorder();
+  if (!recorder || source.empty()) return;
+  if (const auto time = transport_.last_link_time()) {
+    const auto ns = [](Clock::time_point t) {
+      return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count();
+    };
+    recorder->record(StaticText::promised(to_string(op.kind)), StaticText::promised(to_string(op.resource)),
+                     ns(time->begin), ns(time->end), op.chunk);
+  }
 }
 
 // ---- ops -------------------------------------------------------------------------------------------------------------
@@ -379,14 +390,13 @@ void PassRun::hand_on(const Op& op) {
 }
 
 void PassRun::put_rows(const Op& op) {
-  const auto signal = static_cast<std::uint32_t>(op.raises_signal);
   const auto put_segment = [&](const SendList& list, const RowBuffer& buffer, std::int32_t index,
                                Window window) {
     const Range r = chunk_rows(list, index, op.chunk);
     const std::int64_t shift = index < 0 ? 0
                                          : list.segments[static_cast<std::size_t>(index)].peer_row_begin -
                                                list.segments[static_cast<std::size_t>(index)].row_begin;
-    put(op.peer, signal, window, (r.begin + shift) * buffer.row_bytes(), buffer.bytes(r.begin, r.end));
+    put(op, window, (r.begin + shift) * buffer.row_bytes(), buffer.bytes(r.begin, r.end));
   };
   if (op.hop == 1) {
     const auto i = static_cast<std::size_t>(std::find(shape_.hop1_to.begin(), shape_.hop1_to.end(), op.peer) -
@@ -452,18 +462,16 @@ void PassRun::send_dw(std::span<const float> value, std::span<const std::int32_t
 }
 
 void PassRun::send_back(const Op& op) {
-  const auto signal = static_cast<std::uint32_t>(op.raises_signal);
   const auto return_segment = [&](const ReceiveList& list, std::int32_t index, const RowBuffer& buffer,
                                   Window window, const GrowArray<float>& dw, Window dw_window) {
     const Segment none;
     const Segment& seg = index < 0 ? none : list.segments[static_cast<std::size_t>(index)];
     const Range r = chunk_rows(list, index, op.chunk);
-    put(op.peer, signal, window,
-        (r.begin + std::int64_t{seg.peer_row_begin} - seg.row_begin) * buffer.row_bytes(),
+    put(op, window, (r.begin + std::int64_t{seg.peer_row_begin} - seg.row_begin) * buffer.row_bytes(),
         buffer.bytes(r.begin, r.end));
     if (!backward_) return;
     const Range q = chunk_routes(list, index, op.chunk);
-    put(op.peer, signal, dw_window, (q.begin + std::int64_t{seg.peer_route_begin} - seg.route_begin) * 4,
+    put(op, dw_window, (q.begin + std::int64_t{seg.peer_route_begin} - seg.route_begin) * 4,
         std::as_bytes(dw.span(static_cast<std::size_t>(q.begin), static_cast<std::size_t>(q.end - q.begin))));
   };
   if (op.hop == 1) {

@@ -92,8 +92,7 @@ class PassRun {
   void announce();
   void expect(std::int32_t peer, SignalKind kind, std::int32_t chunk, Window window,
               std::int64_t offset_bytes, std::int64_t bytes);
-  void put(std::int32_t peer, std::uint32_t signal, Window window, std::int64_t offset_bytes,
-           std::span<const std::byte> source);
+  void put(const Op& op, Window window, std::int64_t offset_bytes, std::span<const std::byte> source);
 
   bool may_run(std::size_t op) const;
   void mark_done(std::size_t op);

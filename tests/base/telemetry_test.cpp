@@ -187,6 +187,23 @@ TEST(Telemetry, ChromeTraceHasRowsPerRankAndResource) {
   EXPECT_TRUE(nlohmann::json::parse(chrome_trace({}))["traceEvents"].empty());
 }
 
+// The page holds the trace as it is, cannot be ended by a name, and loads nothing.
+TEST(Telemetry, PageHoldsTheTraceAndLoadsNothing) {
+  SpanRecorder a(RankId(0), 8);
+  a.record("</script>", "host", 0, 1500, 3);
+  const std::vector<std::string> events = {chrome_trace_events(a, 0)};
+  const std::string page = timeline_page("2 ranks </script> \"x\"", events);
+  const auto element = [&](const std::string& id) {
+    const std::string open = "<script type=\"application/json\" id=\"" + id + "\">";
+    const std::size_t begin = page.find(open) + open.size();
+    return nlohmann::json::parse(page.substr(begin, page.find("</script>", begin) - begin));
+  };
+  EXPECT_EQ(element("trace"), nlohmann::json::parse(chrome_trace(events)));
+  EXPECT_EQ(element("name"), "2 ranks </script> \"x\"");
+  for (const char* outside : {"http:", "https:", "src=", "@import", "url("})
+    EXPECT_EQ(page.find(outside), std::string::npos) << outside;
+}
+
 TEST(Telemetry, TraceIsWrittenToAFile) {
   SpanRecorder a(RankId(0), 8);
   a.record("x", "host", 0, 1);

@@ -14,9 +14,12 @@
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
+#include "sluice/runtime/src/timeline.hpp"
 
 namespace sluice {
 namespace {
+
+constexpr std::size_t kTimelineSpans = 1 << 14;
 
 // A batch and the weights of one rank; a function of the seed, the rank and the expert.
 struct Inputs {
@@ -119,10 +122,14 @@ std::int64_t total(Runtime& runtime, std::int64_t mine) {
   return sum;
 }
 
+// A schedule under measurement.
 struct Arm {
-  std::unique_ptr<MoeLayer> layer;
+  Arm(Runtime& runtime, const Placement& placement, const MoeLayerOptions& options)
+      : layer(runtime, placement, options), forward_spans(runtime.rank()), backward_spans(runtime.rank()) {}
+  MoeLayer layer;
   std::shared_ptr<const Plan> plan;
-  std::vector<double> forward_us, backward_us;
+  std::vector<double> forward_us, backward_us, plan_us;
+  SpanRecorder forward_spans, backward_spans;
 };
 
 // The rows of one pass at this rank by level: what leaves, and what comes.
@@ -212,6 +219,9 @@ nlohmann::json number(double v) {
 nlohmann::json sample_json(const Sample& s) {
   return {{"median", s.median_us}, {"mad", s.mad_us}};
 }
+nlohmann::json ratio_json(const PairedRatio& r) {
+  return {{"median", number(r.median)}, {"upper95", number(r.upper95)}};
+}
 nlohmann::json floor_json(const Floor& f) {
   return {{"compute", f.compute_us}, {"in_node", f.in_node_us}, {"across_nodes", f.across_nodes_us}};
 }
@@ -238,8 +248,31 @@ double PassFigures::overlap_efficiency() const {
   return (sequential.median_us - scheduled.median_us) / (sequential.median_us - floor.largest_us());
 }
 
-LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& loaded) {
-  const Config& config = loaded.config;
+PairedRatio paired_ratio(std::span<const double> values, std::span<const double> baseline) {
+  std::vector<double> ratio;
+  for (std::size_t i = 0; i < values.size(); ++i) ratio.push_back(values[i] / baseline[i]);
+  std::sort(ratio.begin(), ratio.end());
+  PairedRatio out;
+  out.median = sample_of(ratio).median_us;
+  // The median is below the k-th smallest of n with the probability that fewer than k of n fair coins show heads.
+  const auto n = static_cast<double>(ratio.size());
+  double below = 0;
+  std::size_t k = 0;
+  while (k < ratio.size() && below < 0.95) {
+    below += std::exp(std::lgamma(n + 1) - std::lgamma(double(k) + 1) - std::lgamma(n - double(k) + 1) -
+                      n * std::log(2.0));
+    ++k;
+  }
+  out.upper95 = below >= 0.95 ? ratio[k - 1] : std::nan("");
+  return out;
+}
+
+std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const LoadedConfig> configs) {
+  Require(!configs.empty(), ErrorCode::kInvalidArgument, "nothing to measure");
+  const Config& config = configs.front().config;
+  for (const LoadedConfig& other : configs)
+    Require(semantic_hash(other.config) == semantic_hash(config), ErrorCode::kInvalidArgument,
+            "schedules are compared on one model, routing and group; the configs differ in more");
   const Placement placement = placement_of(config, runtime.num_ranks());
   const MoeLayerOptions options = layer_options(config);
   Inputs in = make_inputs(config, options, placement, runtime.rank());
@@ -250,42 +283,45 @@ LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& loaded) {
                          options.hidden),
          ConstMatrixView(in.w2[i].data(), options.dtype, options.hidden, options.ffn, options.ffn),
          in.g1[i].data(), in.g2[i].data()});
+  // The last arm is the baseline.
+  std::vector<std::unique_ptr<Arm>> arms;
+  for (const LoadedConfig& c : configs)
+    arms.push_back(std::make_unique<Arm>(runtime, placement, layer_options(c.config)));
   MoeLayerOptions sequential = options;
   sequential.schedule = {SchedulePolicy::kSequential, options.schedule.exchange, 1};
-  Arm arms[2];
-  std::vector<double> plan_us;
-  for (int a = 0; a < 2; ++a) {
-    arms[a].layer = std::make_unique<MoeLayer>(runtime, placement, a == 0 ? options : sequential);
-    arms[a].layer->set_weights(weights);
-    arms[a].plan = arms[a].layer->plan(in.routing);
-  }
+  arms.push_back(std::make_unique<Arm>(runtime, placement, sequential));
+  for (const auto& arm : arms) arm->layer.set_weights(weights);
 
   const std::int64_t tokens = config.bench.tokens_per_rank;
   const auto view = [&](std::vector<std::byte>& b) {
     return MatrixView(b.data(), options.dtype, tokens, options.hidden, options.hidden);
   };
-  SpanRecorder forward_spans(runtime.rank()), backward_spans(runtime.rank());
+  SpanRecorder timeline(runtime.rank(), config.runtime.timeline.empty() ? 0 : kTimelineSpans);
   std::vector<std::byte> first_y, first_dx;
   const std::int64_t rounds = config.bench.warmup + config.bench.iterations;
   for (std::int64_t round = 0; round < rounds; ++round) {
     const bool measured = round >= config.bench.warmup;
-    for (int i = 0; i < 2; ++i) {
-      Arm& arm = arms[(round + i) % 2];
-      const bool scheduled = &arm == &arms[0];
+    for (std::size_t i = 0; i < arms.size(); ++i) {
+      Arm& arm = *arms[(static_cast<std::size_t>(round) + i) % arms.size()];
+      const auto timed = [&](std::vector<double>& us, SpanRecorder* spans, auto&& call) {
+        runtime.barrier("bench");
+        runtime.set_recorder(measured ? spans : nullptr);
+        const auto begin = Clock::now();
+        call();
+        if (measured) us.push_back(elapsed_us(begin));
+        runtime.set_recorder(nullptr);
+      };
+      timed(arm.plan_us, nullptr, [&] {
+        arm.plan.reset();
+        arm.plan = arm.layer.plan(in.routing);
+      });
       std::memset(in.y.data(), 0xff, in.y.size());
       std::memset(in.dx.data(), 0xff, in.dx.size());
-      runtime.barrier("bench");
-      runtime.set_recorder(measured && scheduled ? &forward_spans : nullptr);
-      auto begin = Clock::now();
-      Context context = arm.layer->forward(arm.plan, view(in.x), view(in.y));
-      if (measured) arm.forward_us.push_back(elapsed_us(begin));
-      runtime.set_recorder(nullptr);
-      runtime.barrier("bench");
-      runtime.set_recorder(measured && scheduled ? &backward_spans : nullptr);
-      begin = Clock::now();
-      arm.layer->backward(context, view(in.dy), view(in.dx), in.dw);
-      if (measured) arm.backward_us.push_back(elapsed_us(begin));
-      runtime.set_recorder(nullptr);
+      Context context;
+      timed(arm.forward_us, &arm.forward_spans,
+            [&] { context = arm.layer.forward(arm.plan, view(in.x), view(in.y)); });
+      timed(arm.backward_us, &arm.backward_spans,
+            [&] { arm.layer.backward(context, view(in.dy), view(in.dx), in.dw); });
       if (first_y.empty()) {
         first_y = in.y;
         first_dx = in.dx;
@@ -293,48 +329,64 @@ LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& loaded) {
       Require(first_y == in.y && first_dx == in.dx, ErrorCode::kInternal,
               "schedules gave different bits on rank ", runtime.rank().value);
     }
-    if (measured) {
-      runtime.barrier("bench");
-      const auto begin = Clock::now();
-      arms[0].plan.reset();
-      arms[0].plan = arms[0].layer->plan(in.routing);
-      plan_us.push_back(elapsed_us(begin));
-    }
+  }
+  if (!config.runtime.timeline.empty()) {
+    Arm& arm = *arms.front();
+    runtime.barrier("bench");
+    runtime.set_recorder(&timeline);
+    Context context = arm.layer.forward(arm.plan, view(in.x), view(in.y));
+    arm.layer.backward(context, view(in.dy), view(in.dx), in.dw);
+    runtime.set_recorder(nullptr);
+    write_timeline(runtime, timeline, config.runtime.timeline);
   }
 
-  LayerBenchReport out;
-  const Plan& plan = *arms[0].plan;
-  out.device = cpu_name();
-  out.num_ranks = runtime.num_ranks();
-  out.topology = runtime.topology().describe();
-  out.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
-  out.policy = to_string(options.schedule.policy);
-  out.exchange = options.schedule.exchange == Exchange::kGateway ? "gateway" : "direct";
-  out.num_chunks = options.schedule.num_chunks;
-  out.config_hash = semantic_hash(config);
-  out.plan = sample_of(slowest(runtime, plan_us));
-  out.forward.scheduled = sample_of(slowest(runtime, arms[0].forward_us));
-  out.forward.sequential = sample_of(slowest(runtime, arms[1].forward_us));
-  out.backward.scheduled = sample_of(slowest(runtime, arms[0].backward_us));
-  out.backward.sequential = sample_of(slowest(runtime, arms[1].backward_us));
-  out.forward.floor = measure_floor(runtime, forward_spans, plan, options, config.bench.iterations);
-  out.backward.floor = measure_floor(runtime, backward_spans, plan, options, config.bench.iterations);
-  std::tie(out.forward.dense_gemm_us, out.backward.dense_gemm_us) = dense_gemm_us(runtime, plan, options, in);
-  for (PassFigures* p : {&out.forward, &out.backward})
-    p->exposed_comm_us = std::max(0.0, p->scheduled.median_us - p->floor.compute_us);
-  const std::int64_t both_ways = options.hidden * static_cast<std::int64_t>(size_of(options.wire_dtype) +
-                                                                            size_of(options.combine_dtype));
-  const Traffic& t = plan.traffic;
-  out.bytes_in_node = total(runtime, t.rows_in_node) * both_ways;
-  out.bytes_across_nodes = total(runtime, t.rows_across_nodes) * both_ways;
-  out.flat_bytes_in_node = total(runtime, t.flat_rows_in_node) * both_ways;
-  out.flat_bytes_across_nodes = total(runtime, t.flat_rows_across_nodes) * both_ways;
-  const double all_tokens = static_cast<double>(std::max<std::int64_t>(1, total(runtime, tokens)));
-  out.crossings_same_rank = static_cast<double>(total(runtime, t.rows_same_rank)) / all_tokens;
-  out.crossings_in_node = static_cast<double>(total(runtime, t.rows_in_node)) / all_tokens;
-  out.crossings_across_nodes = static_cast<double>(total(runtime, t.rows_across_nodes)) / all_tokens;
-  out.memory_bytes = std::llround(largest(runtime, static_cast<double>(arms[0].layer->memory().total())));
-  return out;
+  const Arm& baseline = *arms.back();
+  const std::vector<double> baseline_forward = slowest(runtime, baseline.forward_us);
+  const std::vector<double> baseline_backward = slowest(runtime, baseline.backward_us);
+  const auto dense = dense_gemm_us(runtime, *baseline.plan, options, in);
+  std::vector<LayerBenchReport> reports;
+  for (std::size_t i = 0; i < configs.size(); ++i) {
+    const Arm& arm = *arms[i];
+    const MoeLayerOptions& o = arm.layer.options();
+    const Plan& plan = *arm.plan;
+    LayerBenchReport out;
+    out.device = cpu_name();
+    out.num_ranks = runtime.num_ranks();
+    out.topology = runtime.topology().describe();
+    out.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
+    out.policy = to_string(o.schedule.policy);
+    out.exchange = o.schedule.exchange == Exchange::kGateway ? "gateway" : "direct";
+    out.num_chunks = o.schedule.num_chunks;
+    out.config_hash = semantic_hash(config);
+    out.plan = sample_of(slowest(runtime, arm.plan_us));
+    const std::vector<double> forward = slowest(runtime, arm.forward_us);
+    const std::vector<double> backward = slowest(runtime, arm.backward_us);
+    out.forward.scheduled = sample_of(forward);
+    out.forward.sequential = sample_of(baseline_forward);
+    out.forward.to_sequential = paired_ratio(forward, baseline_forward);
+    out.backward.scheduled = sample_of(backward);
+    out.backward.sequential = sample_of(baseline_backward);
+    out.backward.to_sequential = paired_ratio(backward, baseline_backward);
+    out.forward.floor = measure_floor(runtime, arm.forward_spans, plan, o, config.bench.iterations);
+    out.backward.floor = measure_floor(runtime, arm.backward_spans, plan, o, config.bench.iterations);
+    std::tie(out.forward.dense_gemm_us, out.backward.dense_gemm_us) = dense;
+    for (PassFigures* p : {&out.forward, &out.backward})
+      p->exposed_comm_us = std::max(0.0, p->scheduled.median_us - p->floor.compute_us);
+    const std::int64_t both_ways = options.hidden * static_cast<std::int64_t>(size_of(options.wire_dtype) +
+                                                                              size_of(options.combine_dtype));
+    const Traffic& t = plan.traffic;
+    out.bytes_in_node = total(runtime, t.rows_in_node) * both_ways;
+    out.bytes_across_nodes = total(runtime, t.rows_across_nodes) * both_ways;
+    out.flat_bytes_in_node = total(runtime, t.flat_rows_in_node) * both_ways;
+    out.flat_bytes_across_nodes = total(runtime, t.flat_rows_across_nodes) * both_ways;
+    const double all_tokens = static_cast<double>(std::max<std::int64_t>(1, total(runtime, tokens)));
+    out.crossings_same_rank = static_cast<double>(total(runtime, t.rows_same_rank)) / all_tokens;
+    out.crossings_in_node = static_cast<double>(total(runtime, t.rows_in_node)) / all_tokens;
+    out.crossings_across_nodes = static_cast<double>(total(runtime, t.rows_across_nodes)) / all_tokens;
+    out.memory_bytes = std::llround(largest(runtime, static_cast<double>(arm.layer.memory().total())));
+    reports.push_back(std::move(out));
+  }
+  return reports;
 }
 
 std::string LayerBenchReport::to_json() const {
@@ -349,6 +401,8 @@ std::string LayerBenchReport::to_json() const {
       {"backward_us", sample_json(backward.scheduled)},
       {"sequential_forward_us", sample_json(forward.sequential)},
       {"sequential_backward_us", sample_json(backward.sequential)},
+      {"forward_to_sequential", ratio_json(forward.to_sequential)},
+      {"backward_to_sequential", ratio_json(backward.to_sequential)},
       {"floor_us", floor_json(forward.floor)},
       {"floor_backward_us", floor_json(backward.floor)},
       {"dense_gemm_us", {{"forward", forward.dense_gemm_us}, {"backward", backward.dense_gemm_us}}},
@@ -379,6 +433,9 @@ std::string LayerBenchReport::to_text() const {
   const auto spread = [](const Sample& s) { return fixed(s.median_us, 1) + " +- " + fixed(s.mad_us, 1); };
   both("scheduled", [&](const PassFigures& p) { return spread(p.scheduled); });
   both("sequential", [&](const PassFigures& p) { return spread(p.sequential); });
+  both("ratio to sequential, pairwise", [](const PassFigures& p) {
+    return fixed(p.to_sequential.median, 3) + ", 95% below " + fixed(p.to_sequential.upper95, 3);
+  });
   table.add_rule();
   both("floor: compute", [](const PassFigures& p) { return fixed(p.floor.compute_us, 1); });
   both("floor: in node", [](const PassFigures& p) { return fixed(p.floor.in_node_us, 1); });

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -29,8 +30,16 @@ struct Floor {
   double largest_us() const { return std::max(compute_us, std::max(in_node_us, across_nodes_us)); }
 };
 
+// Time of a pass over the sequential one's in the same round, over the rounds.
+struct PairedRatio {
+  double median = 0;
+  double upper95 = 0;  // one-sided 95 % bound on the median, from order statistics: no distribution is assumed
+};
+PairedRatio paired_ratio(std::span<const double> values, std::span<const double> baseline);
+
 struct PassFigures {
   Sample scheduled, sequential;
+  PairedRatio to_sequential;
   Floor floor;
   double dense_gemm_us = 0;    // one large GEMM for each of the pass's, of as many rows, without the exchange
   double exposed_comm_us = 0;  // scheduled median less the compute floor
@@ -57,7 +66,8 @@ struct LayerBenchReport {
   std::string to_text() const;  // a table
 };
 
-// Collective. The report is complete on rank 0.
-LayerBenchReport run_layer_bench(Runtime& runtime, const LoadedConfig& config);
+// Collective. The configs differ in their schedules only; they and the sequential schedule take turns, round by round.
+// One report a config, complete on rank 0. The first config's last round goes to its runtime.timeline, if it names one.
+std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const LoadedConfig> configs);
 
 }  // namespace sluice

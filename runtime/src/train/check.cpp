@@ -8,7 +8,7 @@
 #include <numbers>
 
 #include "sluice/base/text_table.hpp"
-#include "sluice/runtime/src/train/gather.hpp"
+#include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/train/model.hpp"
 #include "sluice/runtime/src/train/trainer.hpp"
 #include "sluice/scheduler/selection/factory.hpp"

@@ -10,8 +10,9 @@
 #include "sluice/base/telemetry.hpp"
 #include "sluice/base/text_table.hpp"
 #include "sluice/comm/transport.hpp"
+#include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
-#include "sluice/runtime/src/train/gather.hpp"
+#include "sluice/runtime/src/timeline.hpp"
 
 namespace sluice::train {
 namespace {
@@ -41,15 +42,6 @@ double evaluate(Runtime& runtime, Model& model, BatchReader& reader, std::span<c
   Require(std::isfinite(bits), ErrorCode::kInvalidState,
           "the loss on the held-out text is not finite; lower train.learning_rate");
   return bits;
-}
-
-void write_timeline(Runtime& runtime, const SpanRecorder& recorder, const std::string& file) {
-  const std::vector<SpanRecord> spans = recorder.spans();
-  const std::int64_t mine = spans.empty() ? SpanRecorder::now_ns() : spans.front().begin_ns;
-  const std::vector<std::int64_t> begins = runtime.all_gather(std::span(&mine, 1), "timeline");
-  const auto events = gather_to_root(
-      runtime, chrome_trace_events(recorder, *std::min_element(begins.begin(), begins.end())), "timeline");
-  if (runtime.rank() == RankId(0)) write_chrome_trace(file, events);
 }
 
 // Mean microseconds a step and rank, by name; on rank 0.

@@ -7,9 +7,9 @@
 
 #include "sluice/runtime.hpp"
 
-namespace sluice::train {
+namespace sluice {
 
 // Rank 0 gets the bytes of every rank, in order of ranks; others get an empty list. Sizes may differ.
 std::vector<std::string> gather_to_root(Runtime& runtime, std::string_view mine, std::string_view phase);
 
-}  // namespace sluice::train
+}  // namespace sluice

@@ -1,8 +1,8 @@
-#include "sluice/runtime/src/train/gather.hpp"
+#include "sluice/runtime/src/gather.hpp"
 
 #include "sluice/comm/collectives.hpp"
 
-namespace sluice::train {
+namespace sluice {
 
 std::vector<std::string> gather_to_root(Runtime& runtime, std::string_view mine, std::string_view phase) {
   const auto num_ranks = static_cast<std::size_t>(runtime.num_ranks());
@@ -24,4 +24,4 @@ std::vector<std::string> gather_to_root(Runtime& runtime, std::string_view mine,
   return out;
 }
 
-}  // namespace sluice::train
+}  // namespace sluice
