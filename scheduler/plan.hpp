@@ -217,6 +217,10 @@ class PlanBuilder {
   // Validates the routing (kInvalidRouting) and starts. `extra_hash` joins the agreement check (template, channel).
   void begin(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash = 0);
 
+  // Another cut than the constructor's for this plan only, between begin() and take_summaries(); the exchange stays.
+  // All ranks must come to the same one: it joins the agreement check of take_counts().
+  void set_cut(std::int32_t num_chunks, SourceSplit split);
+
   static constexpr std::int64_t kCountsPerPeer = 6;
   static constexpr std::int64_t kOffsetsPerPeer = 4;
   std::span<const std::int64_t> summary() const;                // int64 [num_experts + 2]

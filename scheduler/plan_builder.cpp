@@ -138,7 +138,8 @@ struct PlanBuilder::State {
   RankId rank;
   const Topology& topology;
   const Placement& placement;
-  PlanOptions options;
+  PlanOptions given;    // the constructor's
+  PlanOptions options;  // of this plan
   // The topology that the exchange follows: the real one, or all ranks as one node.
   Topology exchange;
   NodeId my_node;
@@ -204,6 +205,7 @@ struct PlanBuilder::State {
       : rank(r),
         topology(t),
         placement(p),
+        given(o),
         options(o),
         exchange(o.exchange == Exchange::kGateway ? t : Topology::uniform(t.num_ranks(), 1)) {
     Require(r.value >= 0 && r.value < t.num_ranks(), ErrorCode::kInvalidArgument, "rank ", r.value,
@@ -307,6 +309,7 @@ void PlanBuilder::begin(const RoutingView& routing, Plan& plan, std::uint64_t ex
           " routes; a rank may have up to ", kMaxCount - 1, " of each");
   s.routing = routing;
   s.plan = &plan;
+  s.options = s.given;
   plan.rank = s.rank;
   plan.options = s.options;
   plan.num_tokens = static_cast<std::int32_t>(routing.num_tokens());
@@ -336,6 +339,13 @@ void PlanBuilder::State::count_demand() {
   out[0] = plan->num_tokens;
   out[1] = std::bit_cast<std::int64_t>(prehash);
   for (std::size_t e = 0; e < num_experts; ++e) out[e + 2] = static_cast<std::int64_t>(by_expert[e].routes);
+}
+
+void PlanBuilder::set_cut(std::int32_t num_chunks, SourceSplit split) {
+  Require(num_chunks >= 1, ErrorCode::kInvalidArgument, "num_chunks is ", num_chunks, ", must be at least 1");
+  state_->options.num_chunks = num_chunks;
+  state_->options.split = split;
+  state_->plan->options = state_->options;
 }
 
 std::span<const std::int64_t> PlanBuilder::summary() const {
@@ -369,6 +379,7 @@ void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
     for (std::int32_t e = 0; e < plan.num_experts; ++e) totals[e] += static_cast<std::uint64_t>(demand[e]);
   }
   agreement.add_ints(std::span<const std::uint64_t>(s.totals));
+  agreement.add_int(s.options.num_chunks).add_int(static_cast<int>(s.options.split));
   plan.agreement_hash = agreement.value();
 
   s.choose_slots(gathered);
@@ -570,7 +581,8 @@ void PlanBuilder::take_counts(std::span<const std::int64_t> received) {
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* in = &received[static_cast<std::size_t>(r * kCountsPerPeer)];
     if (std::bit_cast<std::uint64_t>(in[5]) != plan.agreement_hash)
-      s.blame(r, "its agreement hash differs: ranks saw different demand counts");
+      s.blame(r,
+              "its agreement hash differs: ranks saw different demand counts, or cut their rows differently");
     const std::int64_t tokens = plan.source_tokens[static_cast<std::size_t>(r)];
     for (const int k : {0, 3}) {
       const bool gateway_only =

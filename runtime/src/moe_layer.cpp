@@ -1,6 +1,7 @@
 #include "sluice/moe_layer.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
@@ -68,7 +69,8 @@ struct MoeLayer::State {
   Runtime& runtime;
   Placement placement;
   MoeLayerOptions options;
-  Template shape;
+  std::vector<std::unique_ptr<const Template>> shapes;  // the first is of options.schedule
+  const Template* last_shape = nullptr;
   kernels::Activation activation;
   std::int64_t h_cols = 0;
   PassFormat format;
@@ -84,15 +86,17 @@ struct MoeLayer::State {
   std::vector<float> scale;              // per token, for copy experts
   std::vector<float> replica_sum;
 
+  ScheduleChoice choice;
+  std::vector<std::int64_t> chosen_for;  // the demand that `choice` was made for
+
   State(Runtime& r, Placement p, const MoeLayerOptions& o)
       : runtime(r),
         placement(std::move(p)),
         options(o),
-        shape(build_template(r.rank(), r.topology(), o.schedule)),
         activation(kernel_activation(o.activation)),
         h_cols(kernels::preactivation_cols(activation, o.ffn)),
         format{o.hidden, o.wire_dtype, o.combine_dtype},
-        pool(std::make_shared<ContextPool>(r, num_signals(r.num_ranks(), o.schedule.num_chunks))),
+        pool(std::make_shared<ContextPool>(r, num_signals(r.num_ranks(), most_chunks(o)))),
         exchange(r, placement, o.schedule.plan_options()) {
     Require(o.hidden >= 1 && o.ffn >= 1, ErrorCode::kInvalidArgument, "hidden is ", o.hidden, " and ffn ",
             o.ffn, "; both must be at least 1");
@@ -106,10 +110,21 @@ struct MoeLayer::State {
                      .add_int(static_cast<int>(o.dtype))
                      .add_int(static_cast<int>(o.wire_dtype))
                      .add_int(static_cast<int>(o.combine_dtype))
-                     .add(shape.schedule_hash())
+                     .add(o.auto_profile ? o.auto_profile->hash() : 0)
                      .value();
+    last_shape = &shape_of(o.schedule);
+    layer_hash = Hasher().add(layer_hash).add(last_shape->schedule_hash()).value();
+    if (o.auto_profile) o.auto_profile->validate();
   }
 
+  static std::int32_t most_chunks(const MoeLayerOptions& o) {
+    if (!o.auto_profile) return o.schedule.num_chunks;
+    const SearchSpace space;
+    return *std::max_element(space.chunks.begin(), space.chunks.end());
+  }
+  const Template& shape_of(const ScheduleOptions& schedule);
+  const Template& shape_of(const Plan& plan);
+  PlanOptions choose(std::span<const std::int64_t> gathered);
   void start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in, MatrixView out,
              std::span<float> dw);
   void add_copies(const Plan& plan, ConstMatrixView x, MatrixView y);
@@ -127,6 +142,7 @@ class LayerWork : public ExpertWork {
   void begin(PassRun& pass, const Plan& plan) {
     pass_ = &pass;
     plan_ = &plan;
+    num_wgrad_pieces_ = layer_.shape_of(plan).num_wgrad_pieces;
     const MoeLayerOptions& o = layer_.options;
     const std::int64_t positions = plan.num_positions();
     if (!pass.is_backward()) {
@@ -192,8 +208,7 @@ class LayerWork : public ExpertWork {
         const std::span<const std::int32_t> position = plan_->wgrad_position;
         const std::span<const std::int32_t> row = cut ? plan_->wgrad_row : plan_->expert_row;
         const auto slot_of = [&](std::int32_t piece) {
-          return slots * static_cast<std::size_t>(piece) /
-                 static_cast<std::size_t>(layer_.shape.num_wgrad_pieces);
+          return slots * static_cast<std::size_t>(piece) / static_cast<std::size_t>(num_wgrad_pieces_);
         };
         const std::size_t begin_slot = slot_of(op.part), num_slots = slot_of(op.part + 1) - begin_slot;
         if (num_slots == 0) break;
@@ -215,6 +230,7 @@ class LayerWork : public ExpertWork {
   ContextStorage& s_;
   PassRun* pass_ = nullptr;
   const Plan* plan_ = nullptr;
+  std::int32_t num_wgrad_pieces_ = 1;
 };
 
 LayerWork& work_of(MoeLayer::State& layer, ContextStorage& storage) {
@@ -235,7 +251,61 @@ const Placement& MoeLayer::placement() const {
   return state_->placement;
 }
 const Template& MoeLayer::exchange_template() const {
-  return state_->shape;
+  return *state_->last_shape;
+}
+const ScheduleChoice* MoeLayer::schedule_choice() const {
+  return state_->choice.ranked.empty() ? nullptr : &state_->choice;
+}
+
+const Template& MoeLayer::State::shape_of(const ScheduleOptions& schedule) {
+  for (const auto& shape : shapes)
+    if (shape->schedule == schedule) return *shape;
+  shapes.push_back(
+      std::make_unique<const Template>(build_template(runtime.rank(), runtime.topology(), schedule)));
+  return *shapes.back();
+}
+
+// A plan knows how its rows are cut; there is one schedule for each way.
+const Template& MoeLayer::State::shape_of(const Plan& plan) {
+  if (!options.auto_profile) return *shapes.front();
+  for (const auto& shape : shapes)
+    if (shape->schedule.plan_options() == plan.options) return *shape;
+  throw Error(ErrorCode::kInvalidArgument, "the plan is cut as no plan of this layer was");
+}
+
+// The schedule of a batch. Demand that is much like the one of the last choice keeps it: a simulation of all candidates
+// costs more than it could win then. Ranks see the same demands, so they keep and change together.
+PlanOptions MoeLayer::State::choose(std::span<const std::int64_t> gathered) {
+  constexpr double kMuchAlike = 0.05;
+  const std::size_t stride = static_cast<std::size_t>(placement.num_experts) + 2;
+  bool alike = chosen_for.size() == gathered.size();
+  if (alike) {
+    double sum = 0, difference = 0;
+    for (std::size_t i = 0; i < gathered.size(); ++i) {
+      if (i % stride == 1) continue;  // a hash
+      sum += static_cast<double>(gathered[i]);
+      difference += std::abs(static_cast<double>(gathered[i]) - static_cast<double>(chosen_for[i]));
+    }
+    alike = difference <= kMuchAlike * sum;
+  }
+  if (!alike) {
+    SearchSpace space;
+    space.exchanges = {options.schedule.exchange};
+    space.backward = options.save != Save::kNone;
+    LayerShape layer;
+    layer.hidden = options.hidden;
+    layer.ffn = options.ffn;
+    layer.pre_cols = h_cols;
+    layer.dtype = options.dtype;
+    layer.wire_dtype = options.wire_dtype;
+    layer.combine_dtype = options.combine_dtype;
+    layer.recompute = options.save == Save::kRows;
+    layer.threads = runtime.options().threads_per_rank;
+    choice = choose_schedule(runtime.topology(), placement, gathered, layer, *options.auto_profile, space);
+    chosen_for.assign(gathered.begin(), gathered.end());
+    last_shape = &shape_of(choice.schedule());
+  }
+  return choice.schedule().plan_options();
 }
 
 void MoeLayer::set_weights(std::span<const ExpertWeights> slots) {
@@ -270,7 +340,10 @@ void MoeLayer::set_weights(std::span<const ExpertWeights> slots) {
 std::shared_ptr<const Plan> MoeLayer::plan(const RoutingView& routing) {
   State& s = *state_;
   std::shared_ptr<Plan> plan = s.plans.acquire();
-  s.exchange.build(routing, *plan, Hasher().add(s.layer_hash).add(s.pool->state_hash()).value());
+  PlanExchange::Choose choose;
+  if (s.options.auto_profile)
+    choose = [&s](std::span<const std::int64_t> gathered) { return s.choose(gathered); };
+  s.exchange.build(routing, *plan, Hasher().add(s.layer_hash).add(s.pool->state_hash()).value(), choose);
   return plan;
 }
 
@@ -311,7 +384,7 @@ void MoeLayer::backward(Context& context, ConstMatrixView dy, MatrixView dx, std
 Context MoeLayer::start_forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y) {
   State& s = *state_;
   Require(plan != nullptr, ErrorCode::kInvalidArgument, "forward was given no plan");
-  s.exchange.require_own(*plan, "forward");
+  s.exchange.require_own(*plan, "forward", s.options.auto_profile != nullptr);
   Require(s.weights_set, ErrorCode::kInvalidState, "forward before set_weights");
   check_rows(x, "x", *plan, s.options.hidden, s.options.dtype);
   check_rows(y, "y", *plan, s.options.hidden, s.options.dtype);
@@ -350,7 +423,7 @@ void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView d
 void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
                             MatrixView out, std::span<float> dw) {
   run_in_flight(runtime, storage, to_string(kind), [&] {
-    PassRun& pass = storage.pass->run.emplace(runtime, shape, plan, format, storage, kind);
+    PassRun& pass = storage.pass->run.emplace(runtime, shape_of(plan), plan, format, storage, kind);
     LayerWork& work = work_of(*this, storage);
     work.begin(pass, plan);
     pass.start(in);

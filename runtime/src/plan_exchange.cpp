@@ -14,17 +14,19 @@ PlanExchange::PlanExchange(Runtime& runtime, const Placement& placement, PlanOpt
       options_(options),
       builder_(runtime.rank(), runtime.topology(), placement, options) {}
 
-void PlanExchange::require_own(const Plan& plan, std::string_view call) const {
+void PlanExchange::require_own(const Plan& plan, std::string_view call, bool any_cut) const {
   Require(plan.rank == runtime_.rank() && plan.num_experts == placement_.num_experts &&
               plan.num_local_slots == placement_.num_slots_of(runtime_.rank()) &&
-              plan.placement_version == placement_.version && plan.options == options_,
+              plan.placement_version == placement_.version &&
+              (any_cut ? plan.options.exchange == options_.exchange : plan.options == options_),
           ErrorCode::kInvalidArgument, call, " was given a plan of rank ", plan.rank.value, " for ",
           plan.num_experts, " experts, ", plan.num_local_slots, " slots, placement version ",
           plan.placement_version, ", in ", plan.options.num_chunks,
           " chunks; it does not fit: plans belong to the layer or dispatcher that made them");
 }
 
-void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash) {
+void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash,
+                         const Choose& choose) {
   comm::Collectives& all = runtime_.collectives();
   SpanRecorder* recorder = runtime_.recorder();
   const auto ranks = static_cast<std::size_t>(runtime_.num_ranks());
@@ -40,7 +42,13 @@ void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t e
   planned([&] { builder_.begin(routing, plan, extra_hash); });
   received_.resize(builder_.summary().size() * ranks);
   exchanged([&] { return all.all_gather(builder_.summary(), received_, kPhase); });
-  planned([&] { builder_.take_summaries(received_); });
+  planned([&] {
+    if (choose) {
+      const PlanOptions cut = choose(received_);
+      builder_.set_cut(cut.num_chunks, cut.split);
+    }
+    builder_.take_summaries(received_);
+  });
 
   received_.resize(builder_.counts().size());
   exchanged([&] { return all.all_to_all(builder_.counts(), received_, kPhase); });

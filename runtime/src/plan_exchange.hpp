@@ -13,11 +13,16 @@ class PlanExchange {
   // References must outlive the object.
   PlanExchange(Runtime& runtime, const Placement& placement, PlanOptions options);
 
-  // Collective, blocking. Builds into `plan`, whose memory is reused. extra_hash joins the agreement check.
-  void build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash);
+  // How to cut the rows of a batch, from the demand of all ranks: a pure function of it, and of what ranks agree on.
+  // gathered: int64 [num_ranks * (num_experts + 2)], as PlanBuilder::take_summaries has it
+  using Choose = std::function<PlanOptions(std::span<const std::int64_t> gathered)>;
 
-  // Throws kInvalidArgument when the plan cannot be of this placement, rank and schedule.
-  void require_own(const Plan& plan, std::string_view call) const;
+  // Collective, blocking. Builds into `plan`, whose memory is reused. extra_hash joins the agreement check. Without
+  // `choose` rows are cut as the constructor was told.
+  void build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash, const Choose& choose = {});
+
+  // Throws kInvalidArgument when the plan cannot be of this placement, rank and exchange, or is cut otherwise.
+  void require_own(const Plan& plan, std::string_view call, bool any_cut = false) const;
 
  private:
   void exchange_headers(const PlanBuilder::Headers& out, std::span<const PlanBuilder::Message> in);

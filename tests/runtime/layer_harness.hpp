@@ -256,6 +256,7 @@ struct LayerSetup {
   Save save = Save::kActivations;
   int threads = 1;
   ProgressMode progress = ProgressMode::kAuto;
+  std::shared_ptr<const MachineProfile> auto_profile;
   bool even_tokens = true;
 };
 
@@ -271,6 +272,7 @@ inline void run_layer_rank(Runtime& runtime, const Problem& p, const LayerSetup&
   options.wire_dtype = setup.wire_dtype;
   options.combine_dtype = setup.combine_dtype;
   options.schedule = setup.schedule;
+  options.auto_profile = setup.auto_profile;
   options.save = setup.save;
   MoeLayer layer(runtime, setup.placement, options);
   const auto experts = setup.placement.experts_of(runtime.rank());

@@ -408,6 +408,58 @@ TEST(MoeLayer, DisagreementIsNamedOnEveryRank) {
   EXPECT_NE(messages[2].find("rank(s) 1"), std::string::npos) << messages[2];
 }
 
+std::shared_ptr<const MachineProfile> declared_machine(double link_bytes_per_us) {
+  auto m = std::make_shared<MachineProfile>();
+  m->name = "test";
+  m->link_model = LinkModel::kCalendar;
+  for (LinkProfile* link : {&m->in_node, &m->across_nodes})
+    *link = {Curve::line(0, link_bytes_per_us), 1, Curve::line(0.1, 1e6), Curve::line(0.1, 1e6)};
+  m->roofline = GemmRoofline{1e9, 1e10};
+  m->gather = m->reduce = m->activation_backward = Curve::line(0, 1e4);
+  return m;
+}
+
+// The choice follows the machine and the batch, ranks agree on it, and it never changes a bit.
+TEST(MoeLayer, AutomaticScheduleFollowsTheMachineAndKeepsTheBits) {
+  std::mt19937_64 rng(kSeed + 6);
+  const Problem p = random_problem(rng, Shape{8, 24, 32}, 96, 1, 4);
+  LayerSetup setup;
+  setup.topology = Topology({{0, 1}, {2, 3}});
+  setup.placement = contiguous(p, 4);
+  const Result base = run_layer(p, setup);
+  for (const double speed : {1e9, 3.0, 0.1}) {
+    SCOPED_TRACE(speed);
+    setup.auto_profile = declared_machine(speed);
+    expect_same_bits(run_layer(p, setup), base);
+  }
+
+  RuntimeOptions runtime_options;
+  auto group = Runtime::create_local(Topology({{0}, {1}}), runtime_options);
+  testing::run_ranks(group, [&](Runtime& runtime) {
+    const auto policy = [&](double speed, std::int32_t first_expert) {
+      MoeLayerOptions options;
+      options.hidden = 64;
+      options.ffn = 64;
+      options.auto_profile = declared_machine(speed);
+      MoeLayer layer(runtime, contiguous_placement(8, 2), options);
+      EXPECT_EQ(layer.schedule_choice(), nullptr);
+      Routing routing;
+      routing.num_experts = 8;
+      for (std::int32_t t = 0; t < 256; ++t) {
+        routing.expert.push_back((first_expert + t % 4) % 8);
+        routing.weight.push_back(1);
+        routing.row_ptr.push_back(t + 1);
+      }
+      layer.plan(routing);
+      return layer.schedule_choice()->schedule();
+    };
+    // Nothing to hide behind a link that costs nothing; much to hide behind a slow one; nothing when every token stays.
+    EXPECT_EQ(policy(1e9, 0).policy, SchedulePolicy::kSequential);
+    EXPECT_NE(policy(20, 2).policy, SchedulePolicy::kSequential);
+    EXPECT_EQ(policy(20, runtime.rank().value * 4).policy, SchedulePolicy::kSequential);
+  });
+}
+
 // Several passes in flight, begun in the same order on all ranks and finished in another one on each, with plans built
 // and gradients computed in between: every result has the bits of a pass that ran alone.
 TEST(MoeLayer, PassesInFlightDoNotTouchEachOther) {

@@ -31,6 +31,8 @@
 #include "sluice/base/dtype.hpp"
 #include "sluice/base/tensor_view.hpp"
 #include "sluice/runtime.hpp"
+#include "sluice/scheduler/choose_schedule.hpp"
+#include "sluice/scheduler/cost_model.hpp"
 #include "sluice/scheduler/placement.hpp"
 #include "sluice/scheduler/plan.hpp"
 #include "sluice/scheduler/template.hpp"
@@ -55,6 +57,10 @@ struct MoeLayerOptions {
   DType wire_dtype = DType::kF32;     // rows are rounded to it before they are dispatched (own rows as well)
   DType combine_dtype = DType::kF32;  // sums are rounded to it at every edge of the reduction tree
   ScheduleOptions schedule;
+  // Null: `schedule` as it is. Else the layer chooses policy and chunks plan by plan, by simulating the candidates on
+  // the machine of this profile with the demand of the batch (choose_schedule.hpp); schedule.exchange stays. Equal on
+  // all ranks (checked by plan()).
+  std::shared_ptr<const MachineProfile> auto_profile;
   Save save = Save::kActivations;
 };
 
@@ -112,7 +118,10 @@ class MoeLayer {
 
   const MoeLayerOptions& options() const;
   const Placement& placement() const;
+  // Of the options' schedule, or of the last plan's with an auto_profile.
   const Template& exchange_template() const;
+  // Why the last plan got its schedule; null without an auto_profile, or before the first plan.
+  const ScheduleChoice* schedule_choice() const;
 
   // slots: one for each local slot, in local order. Views are kept until the next call.
   void set_weights(std::span<const ExpertWeights> slots);
