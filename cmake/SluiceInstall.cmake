@@ -16,6 +16,7 @@ endif()
 # The public headers, and what they include of the rooms.
 set(sluice_include_dir ${CMAKE_INSTALL_INCLUDEDIR}/sluice)
 install(FILES
+  runtime/include/sluice/chain_layer.hpp
   runtime/include/sluice/dispatcher.hpp
   runtime/include/sluice/moe_layer.hpp
   runtime/include/sluice/runtime.hpp
@@ -26,7 +27,7 @@ install(FILES
   base/tensor_view.hpp base/topology.hpp
   DESTINATION ${sluice_include_dir}/base)
 install(FILES
-  scheduler/placement.hpp scheduler/plan.hpp scheduler/routing.hpp scheduler/template.hpp
+  scheduler/placement.hpp scheduler/plan.hpp scheduler/routing.hpp scheduler/selection.hpp scheduler/template.hpp
   DESTINATION ${sluice_include_dir}/scheduler)
 
 set(sluice_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/Sluice)

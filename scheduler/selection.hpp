@@ -104,6 +104,11 @@ class SelectionPolicy {
   virtual ~SelectionPolicy() = default;
   virtual std::string_view name() const = 0;
 
+  // Whether a token's routing depends on its own scores alone, and the rest on sums over all tokens. Then a batch may be
+  // cut into parts with a state each: step() each part, add up their buffers (all kSumAcrossRanks, after the routing),
+  // over ranks too, and give every part the sum; auxiliary losses of the parts add up.
+  virtual bool token_local() const { return false; }
+
   virtual AdaptiveScope adaptive_scope() const { return AdaptiveScope::kNone; }
   // The adaptive state before the first training step. Throws kInvalidConfig if the options do not fit so many
   // experts.

@@ -45,6 +45,7 @@ Context& Context::operator=(Context&& other) noexcept {
   out_ = other.out_;
   dw_ = other.dw_;
   backward_done_ = other.backward_done_;
+  gradients_left_ = other.gradients_left_;
   return *this;
 }
 Context::~Context() {
@@ -85,6 +86,9 @@ struct MoeLayer::State {
   std::vector<float*> grad_w1, grad_w2;  // [num_local_slots]
   std::vector<float> scale;              // per token, for copy experts
   std::vector<float> replica_sum;
+  // Of one source's rows in one context, for weight gradients that are added later.
+  GrowArray<std::int64_t> later_ptr;                  // int64 [num_local_slots + 1]
+  GrowArray<std::int32_t> later_position, later_row;  // int32 [routes]
 
   ScheduleChoice choice;
   std::vector<std::int64_t> chosen_for;  // the demand that `choice` was made for
@@ -126,7 +130,8 @@ struct MoeLayer::State {
   const Template& shape_of(const Plan& plan);
   PlanOptions choose(std::span<const std::int64_t> gathered);
   void start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in, MatrixView out,
-             std::span<float> dw);
+             std::span<float> dw, WeightGradients when = WeightGradients::kNow);
+  void add_gradients_of_source(const Plan& plan, ContextStorage& storage, std::int32_t source);
   void add_copies(const Plan& plan, ConstMatrixView x, MatrixView y);
   void add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x, std::span<float> dw);
 };
@@ -139,7 +144,8 @@ class LayerWork : public ExpertWork {
   LayerWork(MoeLayer::State& layer, ContextStorage& s)
       : layer_(layer), kernels_(layer.runtime.kernels()), s_(s) {}
 
-  void begin(PassRun& pass, const Plan& plan) {
+  void begin(PassRun& pass, const Plan& plan, WeightGradients when) {
+    when_ = when;
     pass_ = &pass;
     plan_ = &plan;
     num_wgrad_pieces_ = layer_.shape_of(plan).num_wgrad_pieces;
@@ -203,6 +209,7 @@ class LayerWork : public ExpertWork {
         }
         break;
       case OpKind::kWgrad: {
+        if (when_ == WeightGradients::kLater) break;
         // A slot's rows in receive order, whatever the blocks: positions are in that order only with one.
         const bool cut = plan_->options.num_blocks() > 1;
         const std::span<const std::int32_t> position = plan_->wgrad_position;
@@ -231,6 +238,7 @@ class LayerWork : public ExpertWork {
   PassRun* pass_ = nullptr;
   const Plan* plan_ = nullptr;
   std::int32_t num_wgrad_pieces_ = 1;
+  WeightGradients when_ = WeightGradients::kNow;
 };
 
 LayerWork& work_of(MoeLayer::State& layer, ContextStorage& storage) {
@@ -398,7 +406,8 @@ Context MoeLayer::start_forward(const std::shared_ptr<const Plan>& plan, ConstMa
   return context;
 }
 
-void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw) {
+void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw,
+                              WeightGradients when) {
   State& s = *state_;
   Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
           "backward needs a context that forward of this layer returned");
@@ -414,18 +423,19 @@ void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView d
   Require(dw.size() == static_cast<std::size_t>(plan.num_routes), ErrorCode::kInvalidArgument, "dw has ",
           dw.size(), " elements, the routing has ", plan.num_routes, " routes");
   context.backward_done_ = true;
+  context.gradients_left_ = when == WeightGradients::kLater;
   context.in_ = dy;
   context.out_ = dx;
   context.dw_ = dw;
-  s.start(*context.storage_, plan, PassKind::kBackward, dy, dx, dw);
+  s.start(*context.storage_, plan, PassKind::kBackward, dy, dx, dw, when);
 }
 
 void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
-                            MatrixView out, std::span<float> dw) {
+                            MatrixView out, std::span<float> dw, WeightGradients when) {
   run_in_flight(runtime, storage, to_string(kind), [&] {
     PassRun& pass = storage.pass->run.emplace(runtime, shape_of(plan), plan, format, storage, kind);
     LayerWork& work = work_of(*this, storage);
-    work.begin(pass, plan);
+    work.begin(pass, plan, when);
     pass.start(in);
     pass.set_work(work, out, dw);
   });
@@ -446,6 +456,54 @@ void MoeLayer::finish(Context& context) {
     if (pass.is_backward()) s.add_everywhere_dw(plan, context.in_, context.x_, context.dw_);
   });
   storage.pass->run.reset();
+}
+
+void MoeLayer::State::add_gradients_of_source(const Plan& plan, ContextStorage& storage,
+                                              std::int32_t source) {
+  const std::vector<Segment>& segments = plan.recv2.segments;
+  const auto segment =
+      std::find_if(segments.begin(), segments.end(), [&](const Segment& s) { return s.source == source; });
+  if (segment == segments.end() || segment->num_routes == 0) return;
+  const std::int32_t begin_row = segment->row_begin, end_row = begin_row + segment->num_rows;
+  // A slot's routes are in receive order, so those of one source stand together.
+  const bool cut = plan.options.num_blocks() > 1;
+  const std::int32_t* const row = (cut ? plan.wgrad_row : plan.expert_row).data();
+  const auto slots = static_cast<std::size_t>(plan.num_local_slots);
+  later_ptr.resize(slots + 1);
+  later_position.resize(static_cast<std::size_t>(segment->num_routes));
+  later_row.resize(static_cast<std::size_t>(segment->num_routes));
+  std::size_t n = 0;
+  for (std::size_t l = 0; l < slots; ++l) {
+    later_ptr[l] = static_cast<std::int64_t>(n);
+    const std::int32_t* const end = row + plan.slot_ptr[l + 1];
+    for (const std::int32_t* r = std::lower_bound(row + plan.slot_ptr[l], end, begin_row);
+         r != end && *r < end_row; ++r, ++n) {
+      const std::ptrdiff_t at = r - row;
+      later_row[n] = *r;
+      later_position[n] =
+          cut ? plan.wgrad_position[static_cast<std::size_t>(at)] : static_cast<std::int32_t>(at);
+    }
+  }
+  later_ptr[slots] = static_cast<std::int64_t>(n);
+  kernels::Kernels& kernels = runtime.kernels();
+  kernels.grouped_gemm_wgrad(later_ptr, storage.recv_dy.view(), later_row, storage.activation.view(),
+                             later_position, grad_w2);
+  kernels.grouped_gemm_wgrad(later_ptr, storage.hidden.view(), later_position, storage.recv2.view(),
+                             later_row, grad_w1);
+}
+
+void MoeLayer::add_weight_gradients(std::span<Context> contexts) {
+  State& s = *state_;
+  for (const Context& context : contexts)
+    Require(
+        context.valid() && context.pool_ == s.pool && context.gradients_left_ && !context.storage_->pass->run,
+        ErrorCode::kInvalidState,
+        "add_weight_gradients needs contexts of this layer whose backward is over and left them for later");
+  const Span span(s.runtime.recorder(), StaticText::promised(to_string(OpKind::kWgrad)), "compute");
+  const ComputeTurn turn(*s.runtime.state().executor);
+  for (std::int32_t source = 0; source < s.runtime.num_ranks(); ++source)
+    for (Context& context : contexts) s.add_gradients_of_source(*context.plan_, *context.storage_, source);
+  for (Context& context : contexts) context.gradients_left_ = false;
 }
 
 void MoeLayer::State::add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x,

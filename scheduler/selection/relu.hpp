@@ -44,6 +44,8 @@ class ReluPolicy final : public TokenLocalPolicy {
   // Throws kInvalidConfig naming the option out of range.
   explicit ReluPolicy(const ReluOptions& options);
   std::string_view name() const override { return "relu"; }
+  // The official load factors count the tokens of one state.
+  bool token_local() const override { return options_.variant == ReluVariant::kPaper; }
   AdaptiveScope adaptive_scope() const override { return AdaptiveScope::kShared; }
   void adapt(std::span<const PolicyState* const> batches, AdaptiveState& adaptive) const override;
 

@@ -16,6 +16,7 @@ namespace sluice {
 
 class TokenLocalPolicy : public SelectionPolicy {
  public:
+  bool token_local() const override { return true; }
   AdaptiveState initial_adaptive_state(std::int32_t num_experts) const final;
   bool step(const Scores& scores, const AdaptiveState& adaptive, bool training,
             PolicyState& state) const final;

@@ -49,6 +49,12 @@ enum class Save : std::uint8_t {
   kActivations,  // received rows and the pre-activation
 };
 
+// When a backward adds to the weight gradients.
+enum class WeightGradients : std::uint8_t {
+  kNow,    // in the pass
+  kLater,  // in add_weight_gradients(), for contexts whose order of summation is not that of their passes
+};
+
 struct MoeLayerOptions {
   std::int64_t hidden = 0;
   std::int64_t ffn = 0;
@@ -106,6 +112,7 @@ class Context {
   MatrixView out_;              // y or dx
   std::span<float> dw_;
   bool backward_done_ = false;
+  bool gradients_left_ = false;  // for add_weight_gradients()
 };
 
 class MoeLayer {
@@ -140,9 +147,14 @@ class MoeLayer {
   // a call of the group (plan, finish, collectives). Several may be in flight; all ranks start them in the same order.
   // in and out views stay valid and untouched until finish(); the layer outlives its passes.
   Context start_forward(const std::shared_ptr<const Plan>& plan, ConstMatrixView x, MatrixView y);
-  void start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw);
+  void start_backward(Context& context, ConstMatrixView dy, MatrixView dx, std::span<float> dw,
+                      WeightGradients when = WeightGradients::kNow);
   // Blocks until the context's pass is over.
   void finish(Context& context);
+  // Adds the weight gradients that the backward of these contexts, now over, left for later: by source rank, then
+  // context, then token. That is the order, and so the bits, of one batch in which each rank's tokens are those of its
+  // contexts one after the other. Not collective.
+  void add_weight_gradients(std::span<Context> contexts);
 
   // Collective. Sums the gradients of replicated experts over their slots, ranks ascending, so that every copy holds
   // the same sum. Without replicas it returns at once.
