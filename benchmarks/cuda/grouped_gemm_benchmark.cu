@@ -1,6 +1,6 @@
 // Grouped GEMM on one GPU against one dense cuBLAS GEMM of the same FLOPs, in the same run.
 //
-// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--iterations N] [--commit HASH] [--date DATE]
+// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--op forward|dgrad|wgrad] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Shapes are one rank's share of a layer on two ranks: T tokens a rank with k routes each, E experts in all, so
 // rows = T * k on E / 2 local experts; gemm1 is [2 * ffn, hidden], gemm2 [hidden, ffn]. Group sizes are T * k draws:
@@ -27,18 +27,12 @@
 #include <vector>
 
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
+#include "timing.cuh"
 
 namespace {
 
 using namespace sluice::kernels::cuda;
-
-#define CHECK(call)                                                                                     \
-  do {                                                                                                  \
-    if (const auto result = (call); static_cast<int>(result) != 0) {                                    \
-      std::fprintf(stderr, "%s:%d: %s gave %d\n", __FILE__, __LINE__, #call, static_cast<int>(result)); \
-      std::exit(1);                                                                                     \
-    }                                                                                                   \
-  } while (0)
+using namespace sluice::benchmarks;
 
 constexpr unsigned kSeed = 20260101;
 
@@ -54,22 +48,6 @@ constexpr Shape kShapes[] = {
     {"olmoe", 16384 * 8, 32, 2048, 1024},
 };
 
-__device__ float hash_value(std::uint64_t i, std::uint64_t salt) {
-  std::uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull ^ salt * 0xD6E8FEB86659FD93ull;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  x ^= x >> 31;
-  // The sum of four uniform values, near enough to a normal one of variance 1.
-  float sum = 0;
-  for (int part = 0; part < 4; ++part)
-    sum += static_cast<float>((x >> (16 * part)) & 0xFFFF) / 65536.0f - 0.5f;
-  return sum * 1.7320508f;
-}
-__global__ void fill(__nv_bfloat16* data, std::int64_t count, std::uint64_t salt, float scale) {
-  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < count;
-       i += std::int64_t{gridDim.x} * blockDim.x)
-    data[i] = __float2bfloat16(hash_value(i, salt) * scale);
-}
 __global__ void read_all(const uint4* data, std::int64_t count, unsigned* sink) {
   unsigned sum = 0;
   std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
@@ -81,63 +59,6 @@ __global__ void read_all(const uint4* data, std::int64_t count, unsigned* sink) 
   for (; i < count; i += step) sum += data[i].x;
   if (sum == 0x12345678) *sink = sum;
 }
-
-template <typename T>
-struct Buffer {
-  T* data = nullptr;
-  explicit Buffer(std::int64_t count) {
-    CHECK(cudaMalloc(&data, std::max<std::int64_t>(count, 1) * sizeof(T)));
-  }
-  ~Buffer() { cudaFree(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-using Bf16 = Buffer<__nv_bfloat16>;
-
-struct Timing {
-  double median_us, mad_us;
-};
-Timing summarize(std::vector<double> us) {
-  const auto median = [](std::vector<double>& v) {
-    std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(v.size() / 2), v.end());
-    return v[v.size() / 2];
-  };
-  const double middle = median(us);
-  for (double& u : us) u = std::abs(u - middle);
-  return {middle, median(us)};
-}
-
-class Timer {
- public:
-  explicit Timer(int iterations) : iterations_(iterations), flush_(std::int64_t{256} << 20) {
-    CHECK(cudaEventCreate(&begin_));
-    CHECK(cudaEventCreate(&end_));
-  }
-  // Times of each arm, taken in turns.
-  std::vector<Timing> run(const std::vector<std::function<void()>>& arms) {
-    std::vector<std::vector<double>> us(arms.size());
-    for (int i = -2; i < iterations_; ++i) {
-      for (std::size_t arm = 0; arm < arms.size(); ++arm) {
-        CHECK(cudaMemsetAsync(flush_.data, i & 0xFF, std::size_t{256} << 20, nullptr));
-        CHECK(cudaEventRecord(begin_, nullptr));
-        arms[arm]();
-        CHECK(cudaEventRecord(end_, nullptr));
-        CHECK(cudaEventSynchronize(end_));
-        float ms = 0;
-        CHECK(cudaEventElapsedTime(&ms, begin_, end_));
-        if (i >= 0) us[arm].push_back(ms * 1e3);
-      }
-    }
-    std::vector<Timing> result;
-    for (auto& arm : us) result.push_back(summarize(std::move(arm)));
-    return result;
-  }
-
- private:
-  int iterations_;
-  Buffer<unsigned char> flush_;
-  cudaEvent_t begin_{}, end_{};
-};
 
 std::vector<std::int64_t> draw_groups(const Shape& shape, bool zipf) {
   std::mt19937 random(kSeed);
@@ -161,6 +82,10 @@ struct Row {
 };
 std::vector<Row> g_rows;
 bool g_json = false;
+std::string g_op;  // one operation only; empty: all
+bool wanted(const char* op) {
+  return g_op.empty() || g_op == op;
+}
 
 void add_row(Row row) {
   std::fprintf(g_json ? stderr : stdout,
@@ -266,42 +191,48 @@ struct Bench {
                              nullptr);
       });
     }
-    auto times = timer.run(arms);
+    std::vector<Timing> times;
     const auto add = [&](const std::string& kase, Timing time, double baseline_us, const char* baseline,
                          std::string more) {
       add_row({label, kase + suffix, baseline, time, baseline_us, flops / time.median_us * 1e-6,
                std::move(more)});
     };
-    add("grouped_gemm_forward_", times[0], times[1].median_us, "cublas_dense", "");
-    if (swiglu) {
-      add("grouped_gemm_forward_swiglu_", times[2], times[1].median_us, "cublas_dense", "");
-      add("grouped_gemm_forward_swiglu_h_", times[3], times[1].median_us, "cublas_dense", "");
+    if (wanted("forward")) {
+      times = timer.run(arms);
+      add("grouped_gemm_forward_", times[0], times[1].median_us, "cublas_dense", "");
+      if (swiglu) {
+        add("grouped_gemm_forward_swiglu_", times[2], times[1].median_us, "cublas_dense", "");
+        add("grouped_gemm_forward_swiglu_h_", times[3], times[1].median_us, "cublas_dense", "");
+      }
+      CHECK(cudaMemset(c.data, 0xFF, rows * out * 2));
+      forward();
+      for (int i = 0; i < 32; ++i) {
+        const std::int64_t row = sample(rows), column = sample(out);
+        const double want = dot(fetch(a.data, row * in, in, 1),
+                                fetch(weights.data, (group_of(row) * out + column) * in, in, 1));
+        expect_near(fetch(c.data, row * out + column, 1, 1)[0], want, std::abs(want) / 128 + 1e-3, "forward");
+      }
+      if (swiglu) fill<<<1024, 256>>>(dc.data, rows * out, 4, 1.0f);
     }
-    CHECK(cudaMemset(c.data, 0xFF, rows * out * 2));
-    forward();
-    for (int i = 0; i < 32; ++i) {
-      const std::int64_t row = sample(rows), column = sample(out);
-      const double want = dot(fetch(a.data, row * in, in, 1),
-                              fetch(weights.data, (group_of(row) * out + column) * in, in, 1));
-      expect_near(fetch(c.data, row * out + column, 1, 1)[0], want, std::abs(want) / 128 + 1e-3, "forward");
-    }
-    if (swiglu) fill<<<1024, 256>>>(dc.data, rows * out, 4, 1.0f);
 
     const auto dgrad = [&] { grouped_gemm_dgrad(g, w, {dc.data, out}, {c.data, in}, nullptr); };
-    times = timer.run({dgrad, [&] {
-                         dense(CUBLAS_OP_N, CUBLAS_OP_N, in, rows, out, weights.data, in, dc.data, out,
-                               c.data, in, false);
-                       }});
-    add("grouped_gemm_dgrad_", times[0], times[1].median_us, "cublas_dense", "");
-    CHECK(cudaMemset(c.data, 0xFF, rows * in * 2));
-    dgrad();
-    for (int i = 0; i < 32; ++i) {
-      const std::int64_t row = sample(rows), column = sample(in);
-      const double want = dot(fetch(dc.data, row * out, out, 1),
-                              fetch(weights.data, group_of(row) * out * in + column, out, in));
-      expect_near(fetch(c.data, row * in + column, 1, 1)[0], want, std::abs(want) / 128 + 1e-3, "dgrad");
+    if (wanted("dgrad")) {
+      times = timer.run({dgrad, [&] {
+                           dense(CUBLAS_OP_N, CUBLAS_OP_N, in, rows, out, weights.data, in, dc.data, out,
+                                 c.data, in, false);
+                         }});
+      add("grouped_gemm_dgrad_", times[0], times[1].median_us, "cublas_dense", "");
+      CHECK(cudaMemset(c.data, 0xFF, rows * in * 2));
+      dgrad();
+      for (int i = 0; i < 32; ++i) {
+        const std::int64_t row = sample(rows), column = sample(in);
+        const double want = dot(fetch(dc.data, row * out, out, 1),
+                                fetch(weights.data, group_of(row) * out * in + column, out, in));
+        expect_near(fetch(c.data, row * in + column, 1, 1)[0], want, std::abs(want) / 128 + 1e-3, "dgrad");
+      }
     }
 
+    if (!wanted("wgrad")) return;
     Buffer<float> grads(groups * out * in);
     CHECK(cudaMemset(grads.data, 0, groups * out * in * 4));
     const auto wgrad = [&] {
@@ -390,6 +321,8 @@ int main(int argc, char** argv) {
       g_json = true;
     } else if (arg == "--shape") {
       only = value();
+    } else if (arg == "--op") {
+      g_op = value();
     } else if (arg == "--iterations") {
       iterations = std::max(1, std::atoi(value().c_str()));
     } else if (arg == "--commit") {
@@ -398,8 +331,9 @@ int main(int argc, char** argv) {
       date = value();
     } else {
       std::fprintf(stderr,
-                   "unknown argument %s\nusage: %s [--json] [--shape NAME] [--iterations N] [--commit HASH] "
-                   "[--date DATE]\n",
+                   "unknown argument %s\nusage: %s [--json] [--shape NAME] [--op forward|dgrad|wgrad] "
+                   "[--iterations N] "
+                   "[--commit HASH] [--date DATE]\n",
                    arg.c_str(), argv[0]);
       return 2;
     }
@@ -417,7 +351,7 @@ int main(int argc, char** argv) {
       bench.matrix(shape, zipf, "gemm2", shape.hidden, shape.ffn, false);
     }
   }
-  if (only.empty() || only == "decode") bench.decode();
+  if ((only.empty() && g_op.empty()) || only == "decode") bench.decode();
 
   for (const char* kase :
        {"grouped_gemm_forward_uniform", "grouped_gemm_forward_zipf", "grouped_gemm_forward_swiglu_uniform",

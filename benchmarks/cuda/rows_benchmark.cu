@@ -1,0 +1,305 @@
+// Gates, plans and work on rows on one GPU, at the sizes of one rank of deepseek-v3 (8,192 tokens, 8 of 256 experts on 8
+// ranks, hidden 7168, ffn 2048), bf16 rows.
+//
+// usage: rows_cuda_benchmark [--json] [--only SUBSTRING] [--iterations N] [--commit HASH] [--date DATE]
+//
+// Memory-bound calls are compared with copying as many bytes (read + written) at the copy bandwidth measured in the same
+// run; each input byte is counted once, each output byte once. The plan is compared with its target of 40 us; it is
+// timed in a CUDA graph: one plan with a cold L2, and 20 plans a graph (routing in L2, as it is behind a gate).
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "sluice/kernels/cuda/routing.hpp"
+#include "sluice/kernels/cuda/rows.hpp"
+#include "timing.cuh"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::kernels;
+using namespace sluice::kernels::cuda;
+using namespace sluice::benchmarks;
+
+constexpr unsigned kSeed = 20260101;
+constexpr std::int64_t kTokens = 8192, kHidden = 7168, kFfn = 2048, kRoutes = kTokens * 8;
+constexpr int kExperts = 256, kRanks = 8, kTopK = 8;
+
+struct Row {
+  std::string kase, shape, baseline;
+  Timing time;
+  double baseline_us;
+  std::string more;
+};
+std::vector<Row> g_rows;
+
+__global__ void fill_floats(float* data, std::int64_t count, std::uint64_t salt, float scale) {
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * blockDim.x)
+    data[i] = hash_value(i, salt) * scale;
+}
+
+struct Bench {
+  Timer timer;
+  bool json = false;
+  std::string only;
+  double copy_bytes_per_us = 0;
+
+  explicit Bench(int iterations) : timer(iterations) {
+    const std::int64_t bytes = std::int64_t{2} << 30;
+    Buffer<unsigned char> from(bytes), to(bytes);
+    fill<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(from.data), bytes / 2, 1, 1.0f);
+    const auto times = timer.run(
+        {[&] { CHECK(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, nullptr)); }});
+    copy_bytes_per_us = 2.0 * static_cast<double>(bytes) / times[0].median_us;
+    std::fprintf(stderr, "copy %.0f GB/s (read + written)\n", copy_bytes_per_us / 1e3);
+  }
+  void add(const std::string& kase, const std::string& shape, Timing time, const char* baseline,
+           double baseline_us, std::string more = "") {
+    std::fprintf(json ? stderr : stdout, "%-28s %-22s %9.2f us (mad %5.2f)  %-16s %9.2f us  ratio %.3f%s\n",
+                 kase.c_str(), shape.c_str(), time.median_us, time.mad_us, baseline, baseline_us,
+                 baseline_us / time.median_us, more.c_str());
+    g_rows.push_back({kase, shape, baseline, time, baseline_us, std::move(more)});
+  }
+  // `bytes`: read and written, each once.
+  void memory(const std::string& kase, const std::string& shape, double bytes,
+              const std::function<void()>& arm) {
+    if (!only.empty() && kase.find(only) == std::string::npos) return;
+    const auto times = timer.run({arm});
+    CHECK(cudaGetLastError());
+    add(kase, shape, times[0], "copy_bandwidth", bytes / copy_bytes_per_us);
+  }
+
+  void rows() {
+    std::mt19937 random(kSeed);
+    Bf16 many(kRoutes * kHidden), other(kRoutes * kHidden), few(kTokens * kHidden);
+    fill<<<1024, 256>>>(many.data, kRoutes * kHidden, 2, 1.0f);
+    fill<<<1024, 256>>>(few.data, kTokens * kHidden, 3, 1.0f);
+    std::vector<std::int32_t> permutation(kRoutes);
+    std::iota(permutation.begin(), permutation.end(), 0);
+    std::shuffle(permutation.begin(), permutation.end(), random);
+    std::vector<std::int64_t> ptr(kTokens + 1);
+    for (std::int64_t t = 0; t <= kTokens; ++t) ptr[static_cast<std::size_t>(t)] = t * kTopK;
+    std::vector<float> weights(kRoutes, 0.125f);
+    const Buffer<std::int32_t> position(permutation);
+    const Buffer<std::int64_t> row_ptr(ptr);
+    const Buffer<float> weight(weights);
+    Buffer<float> dweight(kRoutes);
+    const auto view = [](Bf16& b, std::int64_t rows, std::int64_t cols) {
+      return MatrixView(reinterpret_cast<std::byte*>(b.data), DType::kBF16, rows, cols, cols);
+    };
+    const auto floats = [](Buffer<float>& b, std::int64_t rows, std::int64_t cols) {
+      return MatrixView(reinterpret_cast<std::byte*>(b.data), DType::kF32, rows, cols, cols);
+    };
+    const double row = 2.0 * kHidden, k = kRoutes, t = kTokens;
+    memory("gather_rows", "65536x7168", 2 * k * row, [&] {
+      gather_rows(view(many, kRoutes, kHidden), {}, position.data, view(other, kRoutes, kHidden), nullptr,
+                  nullptr);
+    });
+    memory("weighted_reduce", "65536to8192x7168", (k + t) * row, [&] {
+      weighted_reduce(view(many, kRoutes, kHidden), row_ptr.data, position.data, weight.data,
+                      view(few, kTokens, kHidden), nullptr);
+    });
+    memory("weighted_reduce_backward", "8192to65536x7168", (2 * k + t) * row, [&] {
+      weighted_reduce_backward(view(few, kTokens, kHidden), view(many, kRoutes, kHidden), row_ptr.data,
+                               position.data, weight.data, view(other, kRoutes, kHidden), dweight.data,
+                               nullptr);
+    });
+    memory("row_dots", "65536x7168", 2 * k * row, [&] {
+      row_dots(view(many, kRoutes, kHidden), nullptr, view(other, kRoutes, kHidden), position.data,
+               dweight.data, kRoutes, nullptr);
+    });
+    memory("add_scaled_rows", "65536x7168", 3 * k * row, [&] {
+      add_scaled_rows(view(many, kRoutes, kHidden), weight.data, view(other, kRoutes, kHidden), nullptr);
+    });
+    const double ffn = 2.0 * kFfn;
+    memory("activation_forward_swiglu", "65536x2048", 3 * k * ffn, [&] {
+      activation_forward(Activation::kSwiGLU, view(many, kRoutes, 2 * kFfn), view(other, kRoutes, kFfn), 0,
+                         kRoutes, nullptr, nullptr);
+    });
+    fill<<<1024, 256>>>(other.data, kRoutes * kFfn, 4, 1.0f);
+    Bf16 dh(kRoutes * 2 * kFfn), wa(kRoutes * kFfn);
+    for (const Activation activation : {Activation::kSwiGLU, Activation::kGelu, Activation::kRelu}) {
+      const char* names[] = {"swiglu", "gelu", "relu"};
+      const std::int64_t cols = preactivation_cols(activation, kFfn);
+      memory(std::string("activation_backward_") + names[static_cast<int>(activation)], "65536x2048",
+             k * (4.0 * static_cast<double>(cols) + 2 * ffn), [&] {
+               activation_backward(activation, view(many, kRoutes, cols), view(other, kRoutes, kFfn),
+                                   weight.data, dweight.data, view(dh, kRoutes, cols),
+                                   view(wa, kRoutes, kFfn), 0, kRoutes, nullptr, nullptr);
+             });
+    }
+    Buffer<float> wide(kRoutes * 2048);
+    fill_floats<<<1024, 256>>>(wide.data, kRoutes * 2048, 5, 1.0f);
+    memory("convert_f32_to_bf16", "65536x2048", k * 2048 * 6,
+           [&] { convert_rows(floats(wide, kRoutes, 2048), view(wa, kRoutes, 2048), nullptr, nullptr); });
+    memory("convert_bf16_to_f32", "65536x2048", k * 2048 * 6,
+           [&] { convert_rows(view(wa, kRoutes, 2048), floats(wide, kRoutes, 2048), nullptr, nullptr); });
+  }
+
+  void optimizer() {
+    constexpr std::int64_t kCount = std::int64_t{128} << 20;
+    Buffer<float> w(kCount), g(kCount), m(kCount), v(kCount);
+    Bf16 copy(kCount);
+    fill_floats<<<1024, 256>>>(w.data, kCount, 6, 1.0f);
+    fill_floats<<<1024, 256>>>(g.data, kCount, 7, 0.1f);
+    CHECK(cudaMemset(m.data, 0, kCount * 4));
+    CHECK(cudaMemset(v.data, 0, kCount * 4));
+    std::int64_t step = 0;
+    memory("adamw", "128Mi", 30.0 * kCount, [&] {
+      adamw({1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, ++step}, w.data, g.data, m.data, v.data, copy.data,
+            DType::kBF16, kCount, nullptr);
+    });
+  }
+
+  void gates_and_plan() {
+    Buffer<float> logits(kTokens * kExperts), dlogits(kTokens * kExperts), weight(kTokens * kExperts),
+        dweight(kTokens * kExperts);
+    fill_floats<<<1024, 256>>>(logits.data, kTokens * kExperts, 8, 1.0f);
+    fill_floats<<<1024, 256>>>(dweight.data, kTokens * kExperts, 9, 1.0f);
+    Buffer<std::int64_t> row_ptr(kTokens + 1);
+    Buffer<std::int32_t> expert(kTokens * kExperts), of_expert(kExperts), with_active(kExperts + 1);
+    Buffer<std::uint32_t> status(1);
+    CHECK(cudaMemset(status.data, 0, 4));
+    Buffer<unsigned char> scratch(static_cast<std::int64_t>(gate_relu_scratch_bytes(kTokens)));
+    const GateScores scores{logits.data, kExperts, kTokens, kExperts};
+    const RoutingBuffers routing{row_ptr.data, expert.data, weight.data, kTokens * kExperts, status.data};
+    const GateCounts counts{of_expert.data, with_active.data};
+    const ConstRouting made{row_ptr.data, expert.data, weight.data};
+    const double table = 4.0 * kTokens * kExperts, list = 8.0 * kRoutes + 8.0 * kTokens;
+    const std::string shape = "8192x256";
+    memory("gate_relu", shape, table + 8.0 * kTokens * kExperts / 2,
+           [&] { gate_relu(scores, routing, counts, scratch.data, nullptr); });
+    memory("gate_relu_backward", shape, 2 * table + 8.0 * kTokens * kExperts / 2,
+           [&] { gate_relu_backward(scores, made, dweight.data, nullptr, dlogits.data, kExperts, nullptr); });
+    SigmoidGate sigmoid;
+    sigmoid.top_k = kTopK;
+    sigmoid.num_groups = 8;
+    sigmoid.top_groups = 4;
+    memory("gate_sigmoid_8_groups", shape, table + list,
+           [&] { gate_sigmoid(scores, sigmoid, nullptr, routing, counts, nullptr); });
+    memory("gate_sigmoid_backward", shape, 2 * table + list, [&] {
+      gate_sigmoid_backward(scores, sigmoid, made, dweight.data, dlogits.data, kExperts, nullptr);
+    });
+    const SoftmaxGate softmax{kTopK, false, 1.0f};
+    memory("gate_softmax", shape, table + list,
+           [&] { gate_softmax(scores, softmax, routing, counts, nullptr); });
+    memory("gate_softmax_backward", shape, 2 * table + list, [&] {
+      gate_softmax_backward(scores, softmax, made, dweight.data, nullptr, 0, dlogits.data, kExperts, nullptr);
+    });
+    if (!only.empty() && std::string("plan_build").find(only) == std::string::npos) return;
+
+    // The routing of the softmax gate just made.
+    gate_softmax(scores, softmax, routing, counts, nullptr);
+    std::vector<std::int32_t> ranks, slots;
+    for (int e = 0; e < kExperts; ++e) {
+      ranks.push_back(e / (kExperts / kRanks));
+      slots.push_back(e % (kExperts / kRanks));
+    }
+    const Buffer<std::int32_t> rank_of(ranks), slot_of(slots);
+    Buffer<std::int64_t> expert_ptr(kExperts + 1), rank_ptr(kRanks + 1), rank_route_ptr(kRanks + 1),
+        send_route_ptr(kRoutes + 1), home_ptr(kTokens + 1);
+    Buffer<std::int32_t> position(kRoutes), row_of(kRoutes), send_row(kRoutes), send_route(kRoutes),
+        send_slot(kRoutes), home(kRoutes);
+    Buffer<float> weight_of(kRoutes), send_weight(kRoutes);
+    const PlanBuffers plan{expert_ptr.data, position.data,       row_of.data,      weight_of.data,
+                           rank_ptr.data,   rank_route_ptr.data, send_row.data,    send_route_ptr.data,
+                           send_route.data, send_slot.data,      send_weight.data, home_ptr.data,
+                           home.data};
+    Buffer<unsigned char> plan_scratch(
+        static_cast<std::int64_t>(plan_scratch_bytes(kTokens, kExperts, kRanks)));
+    cudaStream_t stream;
+    CHECK(cudaStreamCreate(&stream));
+    const auto capture = [&](int times) {
+      cudaGraph_t graph;
+      cudaGraphExec_t exec;
+      CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+      for (int i = 0; i < times; ++i)
+        build_plan(made, kTokens, {rank_of.data, slot_of.data, kExperts, kRanks}, plan, plan_scratch.data,
+                   stream);
+      CHECK(cudaStreamEndCapture(stream, &graph));
+      CHECK(cudaGraphInstantiate(&exec, graph, 0));
+      CHECK(cudaGraphDestroy(graph));
+      return exec;
+    };
+    cudaGraphExec_t one = capture(1), twenty = capture(20);
+    const auto times = timer.run(
+        {[&] { CHECK(cudaGraphLaunch(one, nullptr)); }, [&] { CHECK(cudaGraphLaunch(twenty, nullptr)); }});
+    const std::string size = "8192x8of256on8";
+    add("plan_build_device_cold", size, times[0], "target", 40);
+    add("plan_build_device", size, {times[1].median_us / 20, times[1].mad_us / 20}, "target", 40);
+    CHECK(cudaGraphExecDestroy(one));
+    CHECK(cudaGraphExecDestroy(twenty));
+    CHECK(cudaStreamDestroy(stream));
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int iterations = 25;
+  bool json = false;
+  std::string only, commit = "unknown", date = "unknown";
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    const auto value = [&]() -> std::string {
+      if (i + 1 == argc) {
+        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
+        std::exit(2);
+      }
+      return argv[++i];
+    };
+    if (arg == "--json") {
+      json = true;
+    } else if (arg == "--only") {
+      only = value();
+    } else if (arg == "--iterations") {
+      iterations = std::max(1, std::atoi(value().c_str()));
+    } else if (arg == "--commit") {
+      commit = value();
+    } else if (arg == "--date") {
+      date = value();
+    } else {
+      std::fprintf(
+          stderr,
+          "unknown argument %s\nusage: %s [--json] [--only SUBSTRING] [--iterations N] [--commit HASH] "
+          "[--date DATE]\n",
+          arg.c_str(), argv[0]);
+      return 2;
+    }
+  }
+  cudaDeviceProp properties{};
+  CHECK(cudaGetDeviceProperties(&properties, 0));
+  int driver = 0;
+  CHECK(cudaDriverGetVersion(&driver));
+  Bench bench(iterations);
+  bench.json = json;
+  bench.only = only;
+  bench.rows();
+  bench.optimizer();
+  bench.gates_and_plan();
+  if (!json) return 0;
+  std::printf(
+      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%s\", \"driver\": \"CUDA %d.%d\", \"runtime\": "
+      "\"CUDA %d.%d\",\n \"iterations\": %d, \"seed\": %u, \"copy_gb_per_s\": %.0f,\n \"rows\": [\n",
+      date.c_str(), commit.c_str(), properties.name, driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+      CUDART_VERSION % 1000 / 10, iterations, kSeed, bench.copy_bytes_per_us / 1e3);
+  for (std::size_t i = 0; i < g_rows.size(); ++i) {
+    const Row& row = g_rows[i];
+    std::printf(
+        "  {\"shape\": \"%s\", \"case\": \"%s\", \"median_us\": %.2f, \"mad_us\": %.2f, \"baseline\": "
+        "\"%s\", "
+        "\"baseline_us\": %.2f, \"ratio\": %.4f}%s\n",
+        row.shape.c_str(), row.kase.c_str(), row.time.median_us, row.time.mad_us, row.baseline.c_str(),
+        row.baseline_us, row.baseline_us / row.time.median_us, i + 1 < g_rows.size() ? "," : "");
+  }
+  std::printf("]}\n");
+}
