@@ -61,11 +61,17 @@ struct Config {
     std::int32_t zero_experts;
     std::int32_t copy_experts;
     std::int32_t constant_experts;
+    enum class ChainResidual : std::uint8_t { kNone, kInner, kOuter };
+    std::int32_t chain_iterations;
+    ChainResidual chain_residual;
+    bool chain_shared_gate;
+    std::int64_t shared_ffn;
 
     // Experts with weights; their ids come first, then zero, copy and constant experts.
     std::int32_t num_ffn_experts() const {
       return num_experts - zero_experts - copy_experts - constant_experts;
     }
+    std::int32_t num_gates() const { return chain_shared_gate ? 1 : chain_iterations; }  // of a layer
   } model;
 
   struct Routing {
@@ -112,6 +118,7 @@ struct Config {
     enum class Exchange : std::uint8_t { kGateway, kDirect };
     Policy policy;
     std::int32_t num_chunks;
+    std::int32_t chain_chunks;
     Exchange exchange;
   } schedule;
 

@@ -26,6 +26,7 @@ constexpr std::array<Text, 3> kActivations = {"swiglu", "gelu", "relu"};
 constexpr std::array<Text, 2> kDTypes = {"f32", "bf16"};
 constexpr std::array<Text, 3> kWireDTypes = {"f32", "bf16", "rows"};
 constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmoid_topk"};
+constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 1> kPlacementPolicies = {"contiguous"};
 constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
@@ -145,6 +146,35 @@ const Row kRows[] = {
      .default_text = "0",
      .kind = Kind::kSemantic,
      .doc = "Of num_experts, how many give a trained vector that does not depend on the input."},
+    {.key = "model.chain_iterations",
+     .member = SLUICE_MEMBER(model.chain_iterations),
+     .unit = "iterations",
+     .range = between(1, 64),
+     .default_text = "1",
+     .kind = Kind::kSemantic,
+     .doc = "How often a block applies its experts to the same tokens (Chain-of-Experts, docs/chain.md). "
+            "routing.top_k is that of one iteration: for the expert calls of a plain layer with K, set K / "
+            "chain_iterations."},
+    {.key = "model.chain_residual",
+     .member = SLUICE_ENUM(model.chain_residual),
+     .allowed = kChainResiduals,
+     .default_text = "none",
+     .kind = Kind::kSemantic,
+     .doc = "inner: each iteration adds its input to its output. outer: the chain adds its input to its last "
+            "output. The residual of the block itself is there always."},
+    {.key = "model.chain_shared_gate",
+     .member = SLUICE_MEMBER(model.chain_shared_gate),
+     .default_text = "false",
+     .kind = Kind::kSemantic,
+     .doc = "One gate for all iterations of a layer, instead of one each."},
+    {.key = "model.shared_ffn",
+     .member = SLUICE_MEMBER(model.shared_ffn),
+     .unit = "columns",
+     .range = between(0, 262144),
+     .default_text = "0",
+     .kind = Kind::kSemantic,
+     .doc = "Inner width of the shared expert that every token visits in every iteration; 0: none. Several "
+            "shared experts are one of their widths together."},
 
     // ---- routing ----
     {.key = "routing.policy",
@@ -332,6 +362,14 @@ const Row kRows[] = {
      .default_text = "2",
      .kind = Kind::kAgreed,
      .doc = "Parts into which the rows of one transfer are cut; a sequential schedule has 1."},
+    {.key = "schedule.chain_chunks",
+     .member = SLUICE_MEMBER(schedule.chain_chunks),
+     .unit = "chunks",
+     .range = between(1, 256),
+     .default_text = "1",
+     .kind = Kind::kAgreed,
+     .doc = "Parts into which a chain's tokens are cut: an iteration of one part overlaps with the transfers "
+            "of another. With the official variant of relu a chain has 1."},
     {.key = "schedule.exchange",
      .member = SLUICE_ENUM(schedule.exchange),
      .allowed = kExchanges,

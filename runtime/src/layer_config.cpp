@@ -52,6 +52,27 @@ MoeLayerOptions layer_options(const Config& config) {
   return out;
 }
 
+ChainLayerOptions chain_options(const Config& config) {
+  ChainLayerOptions out;
+  out.layer = layer_options(config);
+  out.num_iterations = config.model.chain_iterations;
+  switch (config.model.chain_residual) {
+    case Config::Model::ChainResidual::kNone:
+      out.residual = ChainResidual::kNone;
+      break;
+    case Config::Model::ChainResidual::kInner:
+      out.residual = ChainResidual::kInner;
+      break;
+    case Config::Model::ChainResidual::kOuter:
+      out.residual = ChainResidual::kOuter;
+      break;
+  }
+  out.shared_gate = config.model.chain_shared_gate;
+  out.shared_ffn = config.model.shared_ffn;
+  out.num_chunks = config.schedule.chain_chunks;
+  return out;
+}
+
 std::int64_t preactivation_cols(const MoeLayerOptions& options) {
   return options.activation == ExpertActivation::kSwiGLU ? 2 * options.ffn : options.ffn;
 }

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "sluice/base/config.hpp"
+#include "sluice/chain_layer.hpp"
 #include "sluice/moe_layer.hpp"
 
 namespace sluice {
@@ -11,6 +12,7 @@ namespace sluice {
 // Expert kinds in the order of the configuration: ffn, zero, copy, constant.
 Placement placement_of(const Config& config, std::int32_t num_ranks);
 MoeLayerOptions layer_options(const Config& config);
+ChainLayerOptions chain_options(const Config& config);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);
 // As reports print hashes: 16 hexadecimal digits.
 std::string hash_text(std::uint64_t hash);

@@ -81,6 +81,20 @@ class Program(unittest.TestCase):
         runs = self.document(*BENCH, "--json", "--sweep")["runs"]
         self.assertEqual(len({json.dumps(r["schedule"], sort_keys=True) for r in runs}), 8)
 
+    def test_chain_of_experts(self):
+        config = ["train", "--config", os.path.join(SOURCE, "configs/chain-of-experts.toml"),
+                  "--text", os.path.join(SOURCE, "docs"), "--set", "train.tokens_per_step=256", "--json"]
+        report = self.document(*config, "--set", "train.steps=8")
+        self.assertEqual(len(report["losses"]), 8)
+        self.assertLess(report["losses"][-1], report["losses"][0])
+        self.assertEqual(report["active_experts"]["mean"], 2)
+        # One chunk of tokens gives the same bits as two.
+        one = self.document(*config, "--set", "train.steps=8", "--set", "schedule.chain_chunks=1")
+        self.assertEqual(one["losses"], report["losses"])
+        check = self.document(*config, "--check")
+        self.assertTrue(check["passed"])
+        self.assertLess(check["errors"]["gradient"]["error"], check["errors"]["gradient"]["limit"])
+
     def test_plan(self):
         trace = self.file("a.trace", TRACE)
         plan = self.document("plan", "--trace", trace, "--set", "topology.nodes=2x1", "--json", "--explain")

@@ -117,7 +117,9 @@ TEST(TrainAllocation, NoneInTheSteadyStateOfAStep) {
            {"routing.policy=softmax_topk", "routing.z_loss=0.01", "routing.aux_loss=0.01"},
            {"routing.policy=sigmoid_topk"},
            {"model.dtype=bf16", "runtime.threads_per_rank=2"},
-           {"comm.wire_dtype=bf16"}}) {
+           {"comm.wire_dtype=bf16"},
+           {"model.chain_iterations=3", "model.chain_residual=inner", "model.shared_ffn=10",
+            "schedule.chain_chunks=3", "routing.policy=softmax_topk"}}) {
     std::vector<std::string> all = fixed;
     all.insert(all.end(), sets.begin(), sets.end());
     EXPECT_EQ(allocations(tiny_config(all), 4, 8, 8, 2), 0) << (sets.empty() ? "defaults" : sets[0]);

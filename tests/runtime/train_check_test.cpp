@@ -25,8 +25,10 @@ TEST_P(TrainCheck, Agrees) {
     EXPECT_EQ(report.steps, 3);
     for (const auto* figure : {&report.loss, &report.scores, &report.gradient, &report.grad_norm})
       EXPECT_GT(figure->error, 0);
-    // Names: embedding, projection, head, gain; a gate and a gain a layer; two matrices an expert.
-    EXPECT_EQ(report.num_parameters, 4 + 2 * 2 + 2 * 2 * loaded.config.model.num_ffn_experts());
+    // Names: embedding, projection, head, gain; gates and a gain a layer; two matrices an expert.
+    const Config::Model& m = loaded.config.model;
+    const int num_experts = m.num_ffn_experts() + (m.shared_ffn > 0 ? 1 : 0);
+    EXPECT_EQ(report.num_parameters, 4 + 2 * (m.num_gates() + 1) + 2 * 2 * num_experts);
     const auto json = nlohmann::json::parse(train::to_json(report));
     EXPECT_TRUE(json["passed"].get<bool>());
     EXPECT_LE(json["errors"]["gradient"]["error"], json["errors"]["gradient"]["limit"]);
@@ -46,6 +48,23 @@ INSTANTIATE_TEST_SUITE_P(
         CheckCase{"Sigmoid", {"routing.policy=sigmoid_topk", "routing.route_scale=2.5"}, 2},
         CheckCase{"ZeroAndCopyExperts", {"model.zero_experts=1", "model.copy_experts=2"}, 3},
         CheckCase{"RankWithoutExperts", {"placement.slots_per_rank=[4,0,2]"}, 3},
+        CheckCase{"Chain",
+                  {"model.chain_iterations=2", "model.chain_residual=inner", "model.shared_ffn=10",
+                   "routing.policy=softmax_topk", "routing.renormalize=false", "routing.aux_loss=0.01",
+                   "topology.nodes=2", "schedule.chain_chunks=3"},
+                  4},
+        CheckCase{"ChainOfRelu",
+                  {"model.chain_iterations=3", "model.chain_residual=outer", "model.copy_experts=1",
+                   "routing.relu_lambda0=0.1", "schedule.chain_chunks=2"},
+                  2},
+        CheckCase{"ChainSharedGate",
+                  {"model.chain_iterations=2", "model.chain_shared_gate=true", "routing.policy=sigmoid_topk",
+                   "runtime.save=rows", "schedule.chain_chunks=2"},
+                  3},
+        CheckCase{"ChainBf16",
+                  {"model.chain_iterations=2", "model.chain_residual=inner", "model.shared_ffn=8",
+                   "model.dtype=bf16", "schedule.chain_chunks=2"},
+                  2},
         CheckCase{"Gelu", {"model.activation=gelu"}, 2},
         CheckCase{"ReluExperts", {"model.activation=relu"}, 2},
         CheckCase{"Clipped", {"train.grad_clip=0.05"}, 2}, CheckCase{"Bf16", {"model.dtype=bf16"}, 4},

@@ -116,6 +116,14 @@ INSTANTIATE_TEST_SUITE_P(
         GradientCase{"Sigmoid2", {"routing.policy=sigmoid_topk", "routing.top_k=6"}, 2},
         GradientCase{"ZeroAndCopyExperts", with(kRelu, {"model.zero_experts=1", "model.copy_experts=2"}), 4},
         GradientCase{"Gelu", with(kRelu, {"model.activation=gelu", "runtime.save=rows"}), 2},
+        GradientCase{"ChainOfRelu",
+                     with(kRelu, {"model.chain_iterations=2", "model.chain_residual=inner",
+                                  "model.shared_ffn=6", "topology.nodes=2", "schedule.chain_chunks=3"}),
+                     4},
+        GradientCase{"ChainOfSoftmax",
+                     with(kAllChosen, {"model.chain_iterations=3", "model.chain_residual=outer",
+                                       "model.chain_shared_gate=true", "schedule.chain_chunks=2"}),
+                     2},
         GradientCase{"MoreRanksThanTokens", with(kRelu, {"train.tokens_per_step=3"}), 4}),
     [](const auto& info) { return info.param.name; });
 
@@ -156,6 +164,30 @@ TEST(TrainWorld, SchedulesAndThreadsGiveTheSameBits) {
     EXPECT_EQ(run_train(tiny_config(base), 4, text).losses, want.losses) << dtype << ", run again";
     EXPECT_NE(run_train(tiny_config(with(base, {"train.seed=8"})), 4, text).losses, want.losses)
         << "another seed";
+  }
+}
+
+TEST(TrainWorld, ChainsGiveTheSameBitsOverChunksAndSchedules) {
+  const train::Text text = word_text(20000);
+  for (const std::string policy : {"relu", "softmax_topk", "sigmoid_topk"}) {
+    const std::vector<std::string> base = {"topology.nodes=2", "model.chain_iterations=2",
+                                           "model.chain_residual=inner", "model.shared_ffn=10",
+                                           "routing.policy=" + policy};
+    const train::TrainReport want = run_train(tiny_config(base), 4, text);
+    for (const std::vector<std::string>& sets : std::vector<std::vector<std::string>>{
+             {"schedule.chain_chunks=2"},
+             {"schedule.chain_chunks=5", "runtime.save=rows"},
+             {"schedule.chain_chunks=3", "schedule.policy=by-source", "runtime.threads_per_rank=2"}}) {
+      const train::TrainReport got = run_train(tiny_config(with(base, sets)), 4, text);
+      EXPECT_EQ(got.losses, want.losses) << policy << " " << sets[0];
+      EXPECT_EQ(got.grad_norms, want.grad_norms) << policy << " " << sets[0];
+      EXPECT_EQ(got.heldout_bpb, want.heldout_bpb) << policy << " " << sets[0];
+    }
+    const train::TrainReport one = run_train(tiny_config(with({base.begin() + 1, base.end()}, {})), 1, text);
+    for (std::size_t i = 0; i < one.losses.size(); ++i)
+      EXPECT_TRUE(std::abs(want.losses[i] - one.losses[i]) <= 2e-5 * one.losses[i])
+          << policy << ", step " << i + 1;
+    EXPECT_NE(run_train(tiny_config(with(base, {"model.chain_shared_gate=true"})), 4, text).losses, want.losses);
   }
 }
 

@@ -113,7 +113,9 @@ ActivationValue activation(Config::Model::Activation kind, double z, double up) 
 class DenseReference {
  public:
   explicit DenseReference(const Config& config)
-      : config_(config), policy_(make_policy(policy_options(config.routing, config.model.num_layers))) {
+      : config_(config),
+        policy_(make_policy(
+            policy_options(config.routing, config.model.num_layers * config.model.chain_iterations))) {
     const auto add = [&](const ParameterShape& shape) {
       const auto n = static_cast<std::size_t>(shape.size());
       std::vector<float> initial(n);
@@ -128,8 +130,8 @@ class DenseReference {
 
   std::map<std::string, Weight>& weights() { return weights_; }
 
-  // Loss with auxiliary losses; gradients into the weights. scores: f32 [num_tokens, num_experts] a layer, the model's;
-  // score_error becomes the largest difference of the reference's own.
+  // Loss with auxiliary losses; gradients into the weights. scores: f32 [num_tokens, num_experts], the model's, one for
+  // each iteration of each layer, as adaptive; score_error becomes the largest difference of the reference's own.
   double step(const Batch& batch, const std::vector<std::vector<float>>& scores,
               const std::vector<AdaptiveState>& adaptive, double& score_error);
 
@@ -140,11 +142,17 @@ class DenseReference {
   struct Expert {
     Values z, a, out;  // [n, pre], [n, ffn], [n, hidden]
   };
-  struct Block {
-    Values x, normalized, y, weight;  // weight: [n, num_experts], 0 where not routed
+  // One iteration over the experts.
+  struct Round {
+    Values x, y, weight;  // weight: [n, num_experts], 0 where not routed
     std::vector<Expert> experts;
+    Expert shared;
     PolicyState state;
     std::vector<float> scores;
+  };
+  struct Block {
+    Values x;  // before the norm
+    std::vector<Round> rounds;
   };
   Weight& at(const std::string& name) { return weights_.at(name); }
   Weight& at(std::size_t layer, const std::string& name) { return at(str("layer.", layer, ".", name)); }
@@ -153,72 +161,88 @@ class DenseReference {
     const auto i = static_cast<std::int32_t>(e) - m.num_ffn_experts();
     return i < 0 ? ExpertKind::kFFN : i < m.zero_experts ? ExpertKind::kZero : ExpertKind::kCopy;
   }
-  void experts_forward(std::size_t layer, Block& block);
-  void experts_backward(std::size_t layer, Block& block, const Values& dy, Values& dnormalized,
-                        Values& dweight);
+  // Of the weights `name`.w1 and .w2. x: [n, hidden]
+  void ffn_forward(std::size_t layer, const std::string& name, const Values& x, Expert& expert);
+  void ffn_backward(std::size_t layer, const std::string& name, const Values& x, const Expert& expert,
+                    const Values& dout, Values& dx);
+  void experts_forward(std::size_t layer, Round& round);
+  void experts_backward(std::size_t layer, Round& round, const Values& dy, Values& dx, Values& dweight);
 
   const Config& config_;
   std::unique_ptr<SelectionPolicy> policy_;
   std::map<std::string, Weight> weights_;
 };
 
-void DenseReference::experts_forward(std::size_t layer, Block& block) {
-  const auto h = static_cast<std::size_t>(config_.model.hidden),
-             f = static_cast<std::size_t>(config_.model.ffn);
-  const auto num_experts = static_cast<std::size_t>(config_.model.num_experts), n = block.x.size() / h;
-  block.y.assign(n * h, 0.0);
-  block.experts.resize(num_experts);
-  for (std::size_t e = 0; e < num_experts; ++e) {
-    Expert& expert = block.experts[e];
-    if (kind(e) == ExpertKind::kZero) expert.out.assign(n * h, 0.0);
-    if (kind(e) == ExpertKind::kCopy) expert.out = block.normalized;
-    if (kind(e) == ExpertKind::kFFN) {
-      expert.z = times(at(layer, str("expert.", e, ".w1")), block.normalized);
-      const std::size_t pre = expert.z.size() / n;
-      expert.a.resize(n * f);
-      for (std::size_t t = 0; t < n; ++t)
-        for (std::size_t i = 0; i < f; ++i)
-          expert.a[t * f + i] = activation(config_.model.activation, expert.z[t * pre + i],
-                                           pre > f ? expert.z[t * pre + f + i] : 0)
-                                    .a;
-      expert.out = times(at(layer, str("expert.", e, ".w2")), expert.a);
-    }
-    for (std::size_t t = 0; t < n; ++t)
-      for (std::size_t i = 0; i < h; ++i)
-        block.y[t * h + i] += block.weight[t * num_experts + e] * expert.out[t * h + i];
-  }
+void DenseReference::ffn_forward(std::size_t layer, const std::string& name, const Values& x,
+                                 Expert& expert) {
+  const auto n = x.size() / static_cast<std::size_t>(config_.model.hidden);
+  expert.z = times(at(layer, name + ".w1"), x);
+  const auto f = static_cast<std::size_t>(at(layer, name + ".w2").shape.cols);
+  const std::size_t pre = expert.z.size() / n;
+  expert.a.resize(n * f);
+  for (std::size_t t = 0; t < n; ++t)
+    for (std::size_t i = 0; i < f; ++i)
+      expert.a[t * f + i] =
+          activation(config_.model.activation, expert.z[t * pre + i], pre > f ? expert.z[t * pre + f + i] : 0)
+              .a;
+  expert.out = times(at(layer, name + ".w2"), expert.a);
 }
 
-void DenseReference::experts_backward(std::size_t layer, Block& block, const Values& dy, Values& dnormalized,
+void DenseReference::ffn_backward(std::size_t layer, const std::string& name, const Values& x,
+                                  const Expert& expert, const Values& dout, Values& dx) {
+  const auto n = x.size() / static_cast<std::size_t>(config_.model.hidden);
+  const auto f = static_cast<std::size_t>(at(layer, name + ".w2").shape.cols);
+  Values da(n * f, 0.0);
+  times_backward(at(layer, name + ".w2"), expert.a, dout, da);
+  const std::size_t pre = expert.z.size() / n;
+  Values dz(n * pre);
+  for (std::size_t t = 0; t < n; ++t)
+    for (std::size_t i = 0; i < f; ++i) {
+      const ActivationValue v = activation(config_.model.activation, expert.z[t * pre + i],
+                                           pre > f ? expert.z[t * pre + f + i] : 0);
+      dz[t * pre + i] = da[t * f + i] * v.dz;
+      if (pre > f) dz[t * pre + f + i] = da[t * f + i] * v.dup;
+    }
+  times_backward(at(layer, name + ".w1"), x, dz, dx);
+}
+
+void DenseReference::experts_forward(std::size_t layer, Round& round) {
+  const auto h = static_cast<std::size_t>(config_.model.hidden);
+  const auto num_experts = static_cast<std::size_t>(config_.model.num_experts), n = round.x.size() / h;
+  round.y.assign(n * h, 0.0);
+  round.experts.resize(num_experts);
+  for (std::size_t e = 0; e < num_experts; ++e) {
+    Expert& expert = round.experts[e];
+    if (kind(e) == ExpertKind::kZero) expert.out.assign(n * h, 0.0);
+    if (kind(e) == ExpertKind::kCopy) expert.out = round.x;
+    if (kind(e) == ExpertKind::kFFN) ffn_forward(layer, str("expert.", e), round.x, expert);
+    for (std::size_t t = 0; t < n; ++t)
+      for (std::size_t i = 0; i < h; ++i)
+        round.y[t * h + i] += round.weight[t * num_experts + e] * expert.out[t * h + i];
+  }
+  if (config_.model.shared_ffn == 0) return;
+  ffn_forward(layer, "shared", round.x, round.shared);
+  for (std::size_t i = 0; i < n * h; ++i) round.y[i] += round.shared.out[i];
+}
+
+void DenseReference::experts_backward(std::size_t layer, Round& round, const Values& dy, Values& dx,
                                       Values& dweight) {
-  const auto h = static_cast<std::size_t>(config_.model.hidden),
-             f = static_cast<std::size_t>(config_.model.ffn);
-  const auto num_experts = static_cast<std::size_t>(config_.model.num_experts), n = block.x.size() / h;
+  const auto h = static_cast<std::size_t>(config_.model.hidden);
+  const auto num_experts = static_cast<std::size_t>(config_.model.num_experts), n = round.x.size() / h;
   dweight.assign(n * num_experts, 0.0);
   for (std::size_t e = 0; e < num_experts; ++e) {
-    Expert& expert = block.experts[e];
+    const Expert& expert = round.experts[e];
     Values dout(n * h);
     for (std::size_t t = 0; t < n; ++t)
       for (std::size_t i = 0; i < h; ++i) {
         dweight[t * num_experts + e] += dy[t * h + i] * expert.out[t * h + i];
-        dout[t * h + i] = block.weight[t * num_experts + e] * dy[t * h + i];
+        dout[t * h + i] = round.weight[t * num_experts + e] * dy[t * h + i];
       }
     if (kind(e) == ExpertKind::kCopy)
-      for (std::size_t i = 0; i < n * h; ++i) dnormalized[i] += dout[i];
-    if (kind(e) != ExpertKind::kFFN) continue;
-    Values da(n * f, 0.0);
-    times_backward(at(layer, str("expert.", e, ".w2")), expert.a, dout, da);
-    const std::size_t pre = expert.z.size() / n;
-    Values dz(n * pre);
-    for (std::size_t t = 0; t < n; ++t)
-      for (std::size_t i = 0; i < f; ++i) {
-        const ActivationValue v = activation(config_.model.activation, expert.z[t * pre + i],
-                                             pre > f ? expert.z[t * pre + f + i] : 0);
-        dz[t * pre + i] = da[t * f + i] * v.dz;
-        if (pre > f) dz[t * pre + f + i] = da[t * f + i] * v.dup;
-      }
-    times_backward(at(layer, str("expert.", e, ".w1")), block.normalized, dz, dnormalized);
+      for (std::size_t i = 0; i < n * h; ++i) dx[i] += dout[i];
+    if (kind(e) == ExpertKind::kFFN) ffn_backward(layer, str("expert.", e), round.x, expert, dout, dx);
   }
+  if (config_.model.shared_ffn > 0) ffn_backward(layer, "shared", round.x, round.shared, dy, dx);
 }
 
 double DenseReference::step(const Batch& batch, const std::vector<std::vector<float>>& scores,
@@ -226,7 +250,8 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
   const Config::Model& m = config_.model;
   const auto n = batch.target.size(), h = static_cast<std::size_t>(m.hidden),
              embed = static_cast<std::size_t>(m.embed);
-  const auto num_experts = static_cast<std::size_t>(m.num_experts);
+  const auto num_experts = static_cast<std::size_t>(m.num_experts),
+             iterations = static_cast<std::size_t>(m.chain_iterations);
   for (auto& [name, w] : weights_) std::fill(w.gradient.begin(), w.gradient.end(), 0.0);
 
   Values embedded;
@@ -240,23 +265,37 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
   for (std::size_t l = 0; l < blocks.size(); ++l) {
     Block& block = blocks[l];
     block.x = x;
-    block.normalized = norm_forward(at(l, "gain"), x);
-    const Values own = times(at(l, "gate"), block.normalized);
-    for (std::size_t i = 0; i < own.size(); ++i)
-      score_error = std::max(score_error, std::abs(own[i] - double(scores[l][i])));
-    block.scores = scores[l];
-    const Scores view{block.scores, static_cast<std::int64_t>(n), m.num_experts};
-    // One rank alone: what is summed over ranks is there already, what is gathered is its own.
-    while (!policy_->step(view, adaptive[l], true, block.state)) block.state.gathered = block.state.buffer;
-    loss += block.state.auxiliary_loss;
-    block.weight.assign(n * num_experts, 0.0);
-    const Routing& routing = block.state.routing;
-    for (std::size_t t = 0; t < n; ++t)
-      for (auto q = static_cast<std::size_t>(routing.row_ptr[t]);
-           q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
-        block.weight[t * num_experts + static_cast<std::size_t>(routing.expert[q])] = routing.weight[q];
-    experts_forward(l, block);
-    for (std::size_t i = 0; i < x.size(); ++i) x[i] += block.y[i];
+    Values in = norm_forward(at(l, "gain"), x);
+    block.rounds.resize(iterations);
+    for (std::size_t r = 0; r < iterations; ++r) {
+      Round& round = block.rounds[r];
+      round.x = in;
+      const Values own =
+          times(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), in);
+      const std::vector<float>& given = scores[l * iterations + r];
+      for (std::size_t i = 0; i < own.size(); ++i)
+        score_error = std::max(score_error, std::abs(own[i] - double(given[i])));
+      round.scores = given;
+      const Scores view{round.scores, static_cast<std::int64_t>(n), m.num_experts};
+      // One rank alone: what is summed over ranks is there already, what is gathered is its own.
+      while (!policy_->step(view, adaptive[l * iterations + r], true, round.state))
+        round.state.gathered = round.state.buffer;
+      loss += round.state.auxiliary_loss;
+      round.weight.assign(n * num_experts, 0.0);
+      const Routing& routing = round.state.routing;
+      for (std::size_t t = 0; t < n; ++t)
+        for (auto q = static_cast<std::size_t>(routing.row_ptr[t]);
+             q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
+          round.weight[t * num_experts + static_cast<std::size_t>(routing.expert[q])] = routing.weight[q];
+      experts_forward(l, round);
+      if (m.chain_residual == Config::Model::ChainResidual::kInner)
+        for (std::size_t i = 0; i < in.size(); ++i) in[i] += round.y[i];
+      else
+        in = round.y;
+    }
+    if (m.chain_residual == Config::Model::ChainResidual::kOuter)
+      for (std::size_t i = 0; i < in.size(); ++i) in[i] += block.rounds[0].x[i];
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] += in[i];
   }
   const Values last = norm_forward(at("gain"), x);
   Values d = times(at("head"), last);
@@ -275,19 +314,29 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
   norm_backward(at("gain"), x, dlast, dx);
   for (std::size_t l = blocks.size(); l-- > 0;) {
     Block& block = blocks[l];
-    Values dnormalized(n * h, 0.0), dweight;
-    experts_backward(l, block, dx, dnormalized, dweight);
-    const Routing& routing = block.state.routing;
-    std::vector<float> droute, dscores(n * num_experts);
-    for (std::size_t t = 0; t < n; ++t)
-      for (auto q = static_cast<std::size_t>(routing.row_ptr[t]);
-           q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
-        droute.push_back(
-            static_cast<float>(dweight[t * num_experts + static_cast<std::size_t>(routing.expert[q])]));
-    policy_->backward({block.scores, static_cast<std::int64_t>(n), m.num_experts}, adaptive[l], block.state,
-                      droute, dscores);
-    times_backward(at(l, "gate"), block.normalized, Values(dscores.begin(), dscores.end()), dnormalized);
-    norm_backward(at(l, "gain"), block.x, dnormalized, dx);
+    Values dout = dx;  // of the iteration's output
+    for (std::size_t r = iterations; r-- > 0;) {
+      Round& round = block.rounds[r];
+      Values din(n * h, 0.0), dweight;
+      experts_backward(l, round, dout, din, dweight);
+      const Routing& routing = round.state.routing;
+      std::vector<float> droute, dscores(n * num_experts);
+      for (std::size_t t = 0; t < n; ++t)
+        for (auto q = static_cast<std::size_t>(routing.row_ptr[t]);
+             q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
+          droute.push_back(
+              static_cast<float>(dweight[t * num_experts + static_cast<std::size_t>(routing.expert[q])]));
+      policy_->backward({round.scores, static_cast<std::int64_t>(n), m.num_experts},
+                        adaptive[l * iterations + r], round.state, droute, dscores);
+      times_backward(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), round.x,
+                     Values(dscores.begin(), dscores.end()), din);
+      if (m.chain_residual == Config::Model::ChainResidual::kInner)
+        for (std::size_t i = 0; i < n * h; ++i) din[i] += dout[i];
+      if (m.chain_residual == Config::Model::ChainResidual::kOuter && r == 0)
+        for (std::size_t i = 0; i < n * h; ++i) din[i] += dx[i];
+      dout = std::move(din);
+    }
+    norm_backward(at(l, "gain"), block.x, dout, dx);
   }
   Values dembedded(embedded.size(), 0.0);
   times_backward(at("projection"), embedded, dx, dembedded);
@@ -350,9 +399,10 @@ std::map<std::string, Values> gather_parameters(Runtime& runtime, const Model& m
   return out;
 }
 
-// Scores of the layer's last batch, all ranks' tokens in order, on rank 0. f32 [num_tokens, num_experts]
-std::vector<float> gather_scores(Runtime& runtime, const Model& model, std::int32_t layer) {
-  const auto bytes = as_chars(model.scores(layer));
+// Scores of the last batch, all ranks' tokens in order, on rank 0. f32 [num_tokens, num_experts]
+std::vector<float> gather_scores(Runtime& runtime, const Model& model, std::int32_t layer,
+                                 std::int32_t iteration) {
+  const auto bytes = as_chars(model.scores(layer, iteration));
   std::vector<float> out;
   for (const std::string& part : gather_to_root(runtime, {bytes.data(), bytes.size()}, "check")) {
     const std::size_t begin = out.size();
@@ -366,9 +416,10 @@ std::int64_t check_tokens(const Config& config, std::int32_t num_ranks) {
   const Config::Model& m = config.model;
   double flops = 0;
   for (const ParameterShape& shape : replicated_shapes(m))
-    if (shape.name != "embedding") flops += 6.0 * double(shape.size());
+    if (shape.name != "embedding")
+      flops += 6.0 * double(shape.size()) * (shape.layer >= 0 ? m.chain_iterations : 1);
   for (const ParameterShape& shape : expert_shapes(m, 0, 0))
-    flops += 6.0 * double(shape.size()) * m.num_layers * m.num_ffn_experts();
+    flops += 6.0 * double(shape.size()) * m.num_layers * m.chain_iterations * m.num_ffn_experts();
   return std::min<std::int64_t>(config.train.tokens_per_step,
                                 std::max<std::int64_t>(num_ranks, std::llround(kReferenceFlops / flops)));
 }
@@ -412,12 +463,15 @@ CheckReport check(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   for (std::int64_t step = 1; step <= report.steps; ++step) {
     const auto values = gather_parameters(runtime, model, false);
     std::vector<AdaptiveState> adaptive;
-    for (std::int32_t l = 0; l < config.model.num_layers; ++l) adaptive.push_back(model.adaptive(l));
+    for (std::int32_t l = 0; l < config.model.num_layers; ++l)
+      for (std::int32_t t = 0; t < config.model.chain_iterations; ++t)
+        adaptive.push_back(model.adaptive(l, t));
     const StepResult result = model.compute_gradients(reader.train(step));
     const auto gradients = gather_parameters(runtime, model, true);
     std::vector<std::vector<float>> scores;
     for (std::int32_t l = 0; l < config.model.num_layers; ++l)
-      scores.push_back(gather_scores(runtime, model, l));
+      for (std::int32_t t = 0; t < config.model.chain_iterations; ++t)
+        scores.push_back(gather_scores(runtime, model, l, t));
     const kernels::AdamW adamw = optimizer(config.train, step);
     model.update(adamw, config.train.grad_clip, result.grad_norm);
     const auto updated = gather_parameters(runtime, model, false);

@@ -48,12 +48,16 @@ std::vector<ParameterShape> replicated_shapes(const Config::Model& model) {
   std::vector<ParameterShape> out;
   out.push_back({.name = "embedding", .rows = kVocabulary, .cols = model.embed, .scale = 1});
   out.push_back({.name = "projection", .rows = model.hidden, .cols = inputs, .scale = fan(inputs)});
-  for (std::int32_t l = 0; l < model.num_layers; ++l)
-    out.push_back({.name = str("layer.", l, ".gate"),
-                   .layer = l,
-                   .rows = model.num_experts,
-                   .cols = model.hidden,
-                   .scale = fan(model.hidden)});
+  for (std::int32_t l = 0; l < model.num_layers; ++l) {
+    for (std::int32_t t = 0; t < model.num_gates(); ++t)
+      out.push_back({.name = gate_name(model, l, t),
+                     .layer = l,
+                     .rows = model.num_experts,
+                     .cols = model.hidden,
+                     .scale = fan(model.hidden)});
+    if (model.shared_ffn > 0)
+      for (ParameterShape& shape : expert_shapes(model, l, -1)) out.push_back(std::move(shape));
+  }
   // Small, so that the first predictions are near uniform.
   out.push_back(
       {.name = "head", .rows = kVocabulary, .cols = model.hidden, .scale = 0.25 * fan(model.hidden)});
@@ -63,23 +67,30 @@ std::vector<ParameterShape> replicated_shapes(const Config::Model& model) {
   return out;
 }
 
+std::string gate_name(const Config::Model& model, std::int32_t layer, std::int32_t iteration) {
+  const std::string name = str("layer.", layer, ".gate");
+  return model.num_gates() == 1 ? name : str(name, ".", iteration);
+}
+
 std::array<ParameterShape, 2> expert_shapes(const Config::Model& model, std::int32_t layer,
                                             std::int32_t expert) {
-  const std::string prefix = str("layer.", layer, ".expert.", expert);
-  return {ParameterShape{
-              .name = prefix + ".w1",
-              .layer = layer,
-              .expert = expert,
-              .rows = model.activation == Config::Model::Activation::kSwiGLU ? 2 * model.ffn : model.ffn,
-              .cols = model.hidden,
-              .scale = 1 / std::sqrt(static_cast<double>(model.hidden))},
-          // Blocks add up in the residual stream: the more there are, the smaller each begins.
-          ParameterShape{.name = prefix + ".w2",
+  const std::string prefix =
+      expert < 0 ? str("layer.", layer, ".shared") : str("layer.", layer, ".expert.", expert);
+  const std::int64_t ffn = expert < 0 ? model.shared_ffn : model.ffn;
+  return {ParameterShape{.name = prefix + ".w1",
                          .layer = layer,
                          .expert = expert,
-                         .rows = model.hidden,
-                         .cols = model.ffn,
-                         .scale = 1 / std::sqrt(static_cast<double>(model.ffn * model.num_layers))}};
+                         .rows = model.activation == Config::Model::Activation::kSwiGLU ? 2 * ffn : ffn,
+                         .cols = model.hidden,
+                         .scale = 1 / std::sqrt(static_cast<double>(model.hidden))},
+          // Blocks add up in the residual stream: the more there are, the smaller each begins.
+          ParameterShape{
+              .name = prefix + ".w2",
+              .layer = layer,
+              .expert = expert,
+              .rows = model.hidden,
+              .cols = ffn,
+              .scale = 1 / std::sqrt(static_cast<double>(ffn * model.num_layers * model.chain_iterations))}};
 }
 
 void initialize(const ParameterShape& shape, std::int64_t seed, std::span<float> value) {
@@ -112,21 +123,23 @@ Model::Model(Runtime& runtime, const Config& config)
       hidden_(config.model.hidden),
       num_experts_(config.model.num_experts),
       dtype_(config.model.dtype),
-      policy_(make_policy(policy_options(config.routing, config.model.num_layers))) {
+      policy_(make_policy(
+          policy_options(config.routing, config.model.num_layers * config.model.chain_iterations))) {
   Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
           config.model.constant_experts, "; training has zero and copy experts only, set it to 0");
   const std::int32_t num_layers = config.model.num_layers;
-  adaptive_.resize(
-      policy_->adaptive_scope() == AdaptiveScope::kPerLayer ? static_cast<std::size_t>(num_layers) : 1);
+  const auto num_batches = static_cast<std::size_t>(num_layers * config.model.chain_iterations);
+  adaptive_.resize(policy_->adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);
   for (AdaptiveState& state : adaptive_) state = policy_->initial_adaptive_state(config.model.num_experts);
 
-  const MoeLayerOptions options = layer_options(config);
-  wire_dtype_ = options.wire_dtype;
-  combine_dtype_ = options.combine_dtype;
+  const ChainLayerOptions options = chain_options(config);
+  wire_dtype_ = options.layer.wire_dtype;
+  combine_dtype_ = options.layer.combine_dtype;
   const Placement placement = placement_of(config, runtime.num_ranks());
   layers_.resize(static_cast<std::size_t>(num_layers));
-  for (Layer& layer : layers_) layer.moe = std::make_unique<MoeLayer>(runtime, placement, options);
-  batch_states_.resize(layers_.size());
+  for (Layer& layer : layers_)
+    layer.moe = std::make_unique<ChainLayer>(runtime, placement, options, *policy_);
+  batch_states_.resize(num_batches);
   allocate_parameters();
   set_weights();
 }
@@ -143,7 +156,9 @@ void Model::allocate_parameters() {
     if (shape.name == "gain") final_gain_ = index;
     if (shape.layer >= 0) {
       Layer& layer = layers_[static_cast<std::size_t>(shape.layer)];
-      (shape.scale == 0 ? layer.gain : layer.gate) = index;
+      if (shape.scale == 0) layer.gain = index;
+      if (shape.name == gate_name(model, shape.layer, 0)) layer.gate = index;
+      if (shape.name == expert_shapes(model, shape.layer, -1)[0].name) layer.shared = index;
     }
     num_replicated_ += shape.size();
     parameters_.push_back({.shape = std::move(shape)});
@@ -200,16 +215,28 @@ void Model::set_weights() {
       const Parameter &w1 = parameters_[next], &w2 = parameters_[next + 1];
       slots.push_back({view(w1), view(w2), w1.gradient.data(), w2.gradient.data()});
     }
-    layer.moe->set_weights(slots);
-    if (layer.other) layer.other->set_weights(slots);
+    std::vector<GateWeights> gates;
+    for (std::size_t i = layer.gate; i < layer.gate + static_cast<std::size_t>(config_.model.num_gates());
+         ++i)
+      gates.push_back({weight(i), parameters_[i].gradient.data()});
+    for (ChainLayer* moe : {layer.moe.get(), layer.other.get()}) {
+      if (!moe) continue;
+      moe->set_weights(slots);
+      moe->set_gates(gates);
+      if (config_.model.shared_ffn > 0)
+        moe->set_shared_expert({weight(layer.shared), weight(layer.shared + 1),
+                                parameters_[layer.shared].gradient.data(),
+                                parameters_[layer.shared + 1].gradient.data()});
+    }
   }
 }
 
-void Model::add_schedule(const ScheduleOptions& schedule) {
+void Model::add_schedule(const ScheduleOptions& schedule, std::int32_t chain_chunks) {
   for (Layer& layer : layers_) {
-    MoeLayerOptions options = layer.moe->options();
-    options.schedule = schedule;
-    layer.other = std::make_unique<MoeLayer>(runtime_, layer.moe->placement(), options);
+    ChainLayerOptions options = layer.moe->options();
+    options.layer.schedule = schedule;
+    options.num_chunks = chain_chunks;
+    layer.other = std::make_unique<ChainLayer>(runtime_, layer.moe->placement(), options, *policy_);
   }
   set_weights();
 }
@@ -218,17 +245,19 @@ void Model::swap_schedules() {
   for (Layer& layer : layers_) layer.moe.swap(layer.other);
 }
 
-AdaptiveState& Model::adaptive(std::int32_t layer) {
-  return adaptive_.size() == 1 ? adaptive_[0] : adaptive_[static_cast<std::size_t>(layer)];
+std::span<const AdaptiveState> Model::adaptive_of(std::size_t layer) const {
+  if (policy_->adaptive_scope() != AdaptiveScope::kPerLayer) return adaptive_;
+  const auto iterations = static_cast<std::size_t>(config_.model.chain_iterations);
+  return std::span(adaptive_).subspan(layer * iterations, iterations);
 }
 
-const BatchStatistics& Model::statistics(std::int32_t layer) const {
-  return layers_[static_cast<std::size_t>(layer)].state.statistics;
+const AdaptiveState& Model::adaptive(std::int32_t layer, std::int32_t iteration) const {
+  const std::span<const AdaptiveState> states = adaptive_of(static_cast<std::size_t>(layer));
+  return states[states.size() == 1 ? 0 : static_cast<std::size_t>(iteration)];
 }
 
-std::span<const float> Model::scores(std::int32_t layer) const {
-  const Rows& rows = layers_[static_cast<std::size_t>(layer)].scores;
-  return {rows.f32(), static_cast<std::size_t>(rows.rows * rows.cols)};
+std::span<const float> Model::scores(std::int32_t layer, std::int32_t iteration) const {
+  return layers_[static_cast<std::size_t>(layer)].context.scores(iteration);
 }
 
 std::int64_t Model::parameter_bytes() const {
@@ -237,22 +266,21 @@ std::int64_t Model::parameter_bytes() const {
 }
 
 std::int64_t Model::activation_bytes() const {
-  std::size_t bytes = dweight_.capacity_bytes() + final_norm_.inverse.capacity_bytes();
-  for (const Rows* rows : {&embedded_, &x_, &final_x_, &final_norm_.normalized, &logits_, &dnormalized_,
-                           &dscores_, &dgate_, &drows_, &dembedded_})
+  std::size_t bytes = final_norm_.inverse.capacity_bytes();
+  for (const Rows* rows :
+       {&embedded_, &x_, &final_x_, &final_norm_.normalized, &logits_, &dnormalized_, &drows_, &dembedded_})
     bytes += rows->memory.capacity_bytes();
   for (const Layer& layer : layers_)
     bytes += layer.x.memory.capacity_bytes() + layer.norm.normalized.memory.capacity_bytes() +
-             layer.norm.inverse.capacity_bytes() + layer.scores.memory.capacity_bytes() +
-             layer.y.memory.capacity_bytes();
+             layer.norm.inverse.capacity_bytes() + layer.y.memory.capacity_bytes();
   return static_cast<std::int64_t>(bytes);
 }
 
 std::int64_t Model::layer_bytes() const {
   std::int64_t bytes = kernels_.scratch_bytes();  // one for all layers
   for (const Layer& layer : layers_) {
-    const MoeLayer::Memory memory = layer.moe->memory();
-    bytes += memory.contexts + memory.plans;
+    const ChainLayer::Memory memory = layer.moe->memory();
+    bytes += memory.layer.contexts + memory.layer.plans + memory.chain;
   }
   return bytes;
 }
@@ -323,34 +351,6 @@ void Model::norm_backward(std::size_t gain, const Rows& x, const Norm& norm, con
   }
 }
 
-// ---- selection -------------------------------------------------------------------------------------------------------
-
-void Model::exchange(PolicyState& state) {
-  const Span span(runtime_.recorder(), "exchange_policy", "host");
-  if (state.exchange == ExchangeKind::kSumAcrossRanks) {
-    runtime_.all_reduce_sum(std::span<double>(state.buffer), "policy");
-    return;
-  }
-  std::vector<std::int64_t> bits(state.buffer.size());
-  std::memcpy(bits.data(), state.buffer.data(), state.buffer.size() * sizeof(double));
-  const std::vector<std::int64_t> all = runtime_.all_gather(bits, "policy");
-  state.gathered.resize(all.size());
-  std::memcpy(state.gathered.data(), all.data(), all.size() * sizeof(double));
-}
-
-void Model::select(Layer& layer, std::size_t index, bool training, bool until_routed) {
-  const Scores scores{{layer.scores.f32(), static_cast<std::size_t>(layer.scores.rows * num_experts_)},
-                      layer.scores.rows,
-                      static_cast<std::int32_t>(num_experts_)};
-  const AdaptiveState& state = adaptive(static_cast<std::int32_t>(index));
-  while (!policy_->step(scores, state, training, layer.state)) {
-    // What serves statistics and backward only waits: the sums of all layers travel as one.
-    if (until_routed && layer.state.routing_ready && layer.state.exchange == ExchangeKind::kSumAcrossRanks)
-      return;
-    exchange(layer.state);
-  }
-}
-
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 double Model::forward(const Batch& batch, bool training) {
@@ -372,20 +372,12 @@ double Model::forward(const Batch& batch, bool training) {
     {
       const Span span(runtime_.recorder(), "gate", "compute");
       norm_forward(layer.gain, layer.x, layer.norm, dtype_);
-      multiply(layer.gate, layer.norm.normalized.view(), layer.scores.resize(n, num_experts_, DType::kF32));
-      // A score that is not finite voids the step on all ranks alike: this rank goes on with zeros until the loss says so.
-      const std::span<float> scores(layer.scores.f32(), static_cast<std::size_t>(n * num_experts_));
-      if (!std::all_of(scores.begin(), scores.end(), [](float z) { return std::isfinite(z); })) {
-        finite = false;
-        std::fill(scores.begin(), scores.end(), 0.0f);
-      }
-      layer.state.restart();
-      select(layer, l, training, training);
     }
-    const auto plan = layer.moe->plan(layer.state.routing);
-    layer.context =
-        layer.moe->forward(plan, layer.norm.normalized.view(), layer.y.resize(n, hidden_, dtype_));
-    if (!training) layer.context = Context();
+    layer.context = ChainContext();  // gives back what the last batch kept
+    layer.context = layer.moe->forward(layer.norm.normalized.view(), layer.y.resize(n, hidden_, dtype_),
+                                       adaptive_of(l), training);
+    // A score that is not finite voids the step on all ranks alike: the loss says so.
+    finite = finite && layer.context.all_finite();
     Rows& next = l + 1 < layers_.size() ? layers_[l + 1].x : final_x_;
     next.resize(n, hidden_, DType::kF32);
     const float* x = layer.x.f32();
@@ -444,23 +436,9 @@ void Model::backward(const Batch& batch) {
       kernels_.convert_rows(x_.view(), drows_.resize(n, hidden_, dtype_));
       dy = drows_.view();
     }
-    dweight_.resize(static_cast<std::size_t>(layer.state.routing.num_routes()));
-    layer.moe->backward(layer.context, dy, layer.y.view(), dweight_);
+    layer.moe->backward(layer.context, dy, dnormalized_.resize(n, hidden_, DType::kF32));
     const Span span(recorder, "gate_backward", "compute");
     count_movement(layer);
-    layer.context = Context();
-    dscores_.resize(n, num_experts_, DType::kF32);
-    const auto num_scores = static_cast<std::size_t>(n * num_experts_);
-    policy_->backward({{layer.scores.f32(), num_scores}, n, static_cast<std::int32_t>(num_experts_)},
-                      adaptive(static_cast<std::int32_t>(l)), layer.state, dweight_,
-                      {dscores_.f32(), num_scores});
-    multiply_backward_weight(layer.gate, dscores_.view(), layer.norm.normalized.view());
-    multiply_backward_input(layer.gate, dscores_.view(), dgate_.resize(n, hidden_, DType::kF32));
-    dnormalized_.resize(n, hidden_, DType::kF32);
-    kernels_.convert_rows(layer.y.view(), dnormalized_.view());
-    float* d = dnormalized_.f32();
-    const float* from_gate = dgate_.f32();
-    for (std::int64_t i = 0; i < n * hidden_; ++i) d[i] += from_gate[i];
     norm_backward(layer.gain, layer.x, layer.norm, dnormalized_, x_);
   }
   const Span span(recorder, "embed_backward", "compute");
@@ -476,8 +454,16 @@ void Model::backward(const Batch& batch) {
 }
 
 void Model::count_movement(Layer& layer) {
-  const Plan& plan = layer.context.plan();
-  layer.num_positions = plan.num_positions();
+  layer.num_positions = 0;
+  for (std::int32_t t = 0; t < config_.model.chain_iterations; ++t)
+    for (std::int32_t chunk = 0; chunk < layer.context.num_chunks(); ++chunk) {
+      const Plan& plan = layer.context.plan(t, chunk);
+      layer.num_positions += plan.num_positions();
+      count_movement(plan);
+    }
+}
+
+void Model::count_movement(const Plan& plan) {
   movement_.rows += plan.traffic;
   const auto wire = static_cast<std::int64_t>(size_of(wire_dtype_)),
              sums = static_cast<std::int64_t>(size_of(combine_dtype_));
@@ -522,26 +508,30 @@ StepResult Model::compute_gradients(const Batch& batch) {
   {
     const Span span(runtime_.recorder(), "exchange_policy", "host");
     sums_.assign(1, loss);
-    for (const Layer& layer : layers_)
-      if (!layer.state.done) sums_.insert(sums_.end(), layer.state.buffer.begin(), layer.state.buffer.end());
+    for (Layer& layer : layers_) {
+      const std::span<double> pending = layer.moe->pending_sums(layer.context);
+      sums_.insert(sums_.end(), pending.begin(), pending.end());
+    }
     runtime_.all_reduce_sum(std::span<double>(sums_), "loss and policy");
   }
   result.loss = sums_[0] / static_cast<double>(batch.num_global_tokens);
   auto next = sums_.begin() + 1;
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
-    PolicyState& state = layers_[l].state;
-    if (!state.done) {
-      std::copy_n(next, state.buffer.size(), state.buffer.begin());
-      next += static_cast<std::ptrdiff_t>(state.buffer.size());
-      select(layers_[l], l, true, false);
+  std::size_t num_batches = 0;
+  for (Layer& layer : layers_) {
+    const std::span<double> pending = layer.moe->pending_sums(layer.context);
+    std::copy_n(next, pending.size(), pending.begin());
+    next += static_cast<std::ptrdiff_t>(pending.size());
+    layer.moe->settle(layer.context);
+    for (std::int32_t t = 0; t < config_.model.chain_iterations; ++t) {
+      const PolicyState& state = *(batch_states_[num_batches++] = &layer.context.policy_state(t));
+      result.mean_active += state.statistics.mean_active() / static_cast<double>(batch_states_.size());
+      result.min_active = num_batches == 1 ? state.statistics.min_active
+                                           : std::min(result.min_active, state.statistics.min_active);
+      result.max_active = std::max(result.max_active, state.statistics.max_active);
     }
-    result.mean_active += state.statistics.mean_active() / static_cast<double>(layers_.size());
-    result.min_active =
-        l == 0 ? state.statistics.min_active : std::min(result.min_active, state.statistics.min_active);
-    result.max_active = std::max(result.max_active, state.statistics.max_active);
   }
   if (!std::isfinite(result.loss)) {  // on all ranks alike
-    for (Layer& layer : layers_) layer.context = Context();
+    for (Layer& layer : layers_) layer.context = ChainContext();
     return result;
   }
   backward(batch);
@@ -561,7 +551,7 @@ void Model::finish_step(StepResult& result) {
   const std::size_t loads = 1, squares = loads + layers_.size() * num_ranks;
   sums_.assign(squares + layers_.size() * num_ffn, 0.0);
   for (std::size_t l = 0; l < layers_.size(); ++l) {
-    sums_[0] += layers_[l].state.auxiliary_loss;
+    sums_[0] += layers_[l].context.auxiliary_loss();
     sums_[loads + l * num_ranks + runtime_.rank().index()] = static_cast<double>(layers_[l].num_positions);
   }
   for (const Parameter& p : parameters_)
@@ -577,15 +567,17 @@ void Model::finish_step(StepResult& result) {
   result.grad_norm = std::sqrt(norm);
 
   const double share = 1 / static_cast<double>(layers_.size());
-  for (std::size_t l = 0; l < layers_.size(); ++l) {
+  for (std::size_t l = 0; l < layers_.size(); ++l)
     result.rank_balance += share * mean_over_max({sums_.data() + loads + l * num_ranks, num_ranks});
+  for (const PolicyState* state : batch_states_) {
     double sum = 0, max = 0;
     for (std::size_t e = 0; e < num_ffn; ++e) {
-      const auto tokens = static_cast<double>(layers_[l].state.statistics.tokens_of_expert[e]);
+      const auto tokens = static_cast<double>(state->statistics.tokens_of_expert[e]);
       sum += tokens;
       max = std::max(max, tokens);
     }
-    result.expert_balance += share * (max == 0 ? 1 : sum / static_cast<double>(num_ffn) / max);
+    result.expert_balance +=
+        (max == 0 ? 1 : sum / static_cast<double>(num_ffn) / max) / static_cast<double>(batch_states_.size());
   }
 }
 
@@ -607,10 +599,9 @@ void Model::update(const kernels::AdamW& options, double clip, double grad_norm)
     kernels_.adamw(p.shape.decayed() ? options : undecayed, p.value, p.gradient, p.m, p.v, copy);
   }
   const std::span<const PolicyState* const> states(batch_states_);
-  for (std::size_t l = 0; l < layers_.size(); ++l) batch_states_[l] = &layers_[l].state;
   if (policy_->adaptive_scope() == AdaptiveScope::kShared) policy_->adapt(states, adaptive_[0]);
   if (policy_->adaptive_scope() == AdaptiveScope::kPerLayer)
-    for (std::size_t l = 0; l < layers_.size(); ++l) policy_->adapt(states.subspan(l, 1), adaptive_[l]);
+    for (std::size_t i = 0; i < states.size(); ++i) policy_->adapt(states.subspan(i, 1), adaptive_[i]);
 }
 
 }  // namespace sluice::train

@@ -3,6 +3,7 @@
 //
 //   x   = W_p [ embedding of each of the last `context` bytes, oldest first ]
 //   x  += MoE_l(n),  n = rms_norm_l(x),  scores of the policy z = W_g,l n        for each layer l
+//         or a chain of such, with a shared expert or without (chain_layer.hpp)
 //   p   = softmax(W_o rms_norm(x));   loss = mean over the tokens of ALL ranks of -ln p(next byte) + auxiliary losses
 //   rms_norm(x) = g * x / sqrt(mean(x^2) + 1e-6)                                 (Zhang & Sennrich 2019)
 //
@@ -33,15 +34,15 @@
 
 #include "sluice/base/config.hpp"
 #include "sluice/base/grow_array.hpp"
+#include "sluice/chain_layer.hpp"
 #include "sluice/kernels/kernels.hpp"
-#include "sluice/moe_layer.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/scheduler/selection.hpp"
 
 namespace sluice::train {
 
 struct ParameterShape {
-  std::string name;          // "embedding", "layer.0.gate", "layer.1.expert.7.w1"
+  std::string name;          // "embedding", "layer.0.gate", "layer.0.gate.1", "layer.1.expert.7.w1"
   std::int32_t layer = -1;   // -1: of no layer
   std::int32_t expert = -1;  // logical expert; -1: replicated on all ranks
   std::int64_t rows = 0;
@@ -51,9 +52,12 @@ struct ParameterShape {
   std::int64_t size() const { return rows * cols; }
 };
 // Replicated parameters, in the order of the flat buffer: embedding [256, embed], projection [hidden, context * embed],
-// a gate [num_experts, hidden] a layer, head [256, hidden], then the gains [1, hidden]: one a layer, and the last.
+// each layer's gates [num_experts, hidden] and shared expert, head [256, hidden], then the gains [1, hidden]: one a
+// layer, and the last.
 std::vector<ParameterShape> replicated_shapes(const Config::Model& model);
-// w1 [2*ffn or ffn, hidden] and w2 [hidden, ffn] of one expert with weights.
+// Name of the gate of one iteration.
+std::string gate_name(const Config::Model& model, std::int32_t layer, std::int32_t iteration);
+// w1 [2*ffn or ffn, hidden] and w2 [hidden, ffn] of one expert with weights, or of a layer's shared one (expert -1).
 std::array<ParameterShape, 2> expert_shapes(const Config::Model& model, std::int32_t layer,
                                             std::int32_t expert);
 // A function of seed, name and place in the array alone. value: f32 [rows, cols]
@@ -81,7 +85,7 @@ struct StepResult {
   double loss = 0;         // nats per token, without auxiliary losses; not finite: the step is void
   double auxiliary = 0;    // auxiliary losses
   double grad_norm = 0;    // over all parameters, before clipping
-  double mean_active = 0;  // experts per token, mean over tokens and layers
+  double mean_active = 0;  // experts per token and iteration, mean over tokens, layers and iterations
   std::int32_t min_active = 0;
   std::int32_t max_active = 0;
   double expert_balance = 0;  // mean/max of the tokens of an expert with weights, mean over layers; 1: even
@@ -133,17 +137,15 @@ class Model {
 
   // Makes layers of another schedule over the same weights, for swap_schedules(): from then on the other layers serve. The
   // bits stay the same.
-  void add_schedule(const ScheduleOptions& schedule);
+  void add_schedule(const ScheduleOptions& schedule, std::int32_t chain_chunks);
   void swap_schedules();
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
   const SelectionPolicy& policy() const { return *policy_; }
-  // Adaptive state of the policy for one layer (shared: the same for all).
-  AdaptiveState& adaptive(std::int32_t layer);
-  // Statistics of the last batch of compute_gradients(), over all ranks.
-  const BatchStatistics& statistics(std::int32_t layer) const;
-  // Scores of this rank's tokens in the last batch. f32 [num_tokens, num_experts]
-  std::span<const float> scores(std::int32_t layer) const;
+  // Adaptive state of the policy for one iteration of one layer (shared: the same for all).
+  const AdaptiveState& adaptive(std::int32_t layer, std::int32_t iteration = 0) const;
+  // Scores of this rank's tokens in the last batch of compute_gradients(). f32 [num_tokens, num_experts]
+  std::span<const float> scores(std::int32_t layer, std::int32_t iteration = 0) const;
   // Of the last batch of compute_gradients(), over its layers.
   const Movement& movement() const { return movement_; }
 
@@ -169,14 +171,13 @@ class Model {
     GrowArray<float> inverse;  // f32 [n], 1 / sqrt(mean(x^2) + eps)
   };
   struct Layer {
-    std::unique_ptr<MoeLayer> moe, other;  // other: of the schedule not in use, or null
-    std::size_t gate = 0, gain = 0;        // in parameters_
-    Rows x;                                // f32 [n, hidden], input of the block
+    std::unique_ptr<ChainLayer> moe, other;  // other: of the schedule not in use, or null
+    // In parameters_: gates one after the other, w1 and w2 of the shared expert.
+    std::size_t gate = 0, gain = 0, shared = 0;
+    Rows x;  // f32 [n, hidden], input of the block
     Norm norm;
-    Rows scores;  // f32 [n, num_experts]
-    Rows y;       // dtype [n, hidden], the experts' sum; in backward dx of it
-    PolicyState state;
-    Context context;
+    Rows y;  // dtype [n, hidden], what the experts give
+    ChainContext context;
     std::int64_t num_positions = 0;  // routes that this rank worked on in the last batch
   };
 
@@ -191,13 +192,12 @@ class Model {
   void norm_forward(std::size_t gain, const Rows& x, Norm& norm, DType dtype);
   void norm_backward(std::size_t gain, const Rows& x, const Norm& norm, const Rows& dnormalized, Rows& dx);
 
-  // Takes policy steps until the batch is done, or, `until_routed`, the routing is ready.
-  void select(Layer& layer, std::size_t index, bool training, bool until_routed);
-  void exchange(PolicyState& state);
+  std::span<const AdaptiveState> adaptive_of(std::size_t layer) const;
   // x through all blocks. Returns the sum of -ln p of this rank's tokens; NaN if scores were not finite.
   double forward(const Batch& batch, bool training);
   void backward(const Batch& batch);
   void count_movement(Layer& layer);
+  void count_movement(const Plan& plan);
   void finish_step(StepResult& result);
 
   Runtime& runtime_;
@@ -207,7 +207,7 @@ class Model {
   const DType dtype_;
   DType wire_dtype_ = DType::kF32, combine_dtype_ = DType::kF32;
   std::unique_ptr<SelectionPolicy> policy_;
-  std::vector<AdaptiveState> adaptive_;  // one, or one a layer
+  std::vector<AdaptiveState> adaptive_;  // one, or [num_layers][chain_iterations]
 
   std::vector<Parameter> parameters_;
   std::size_t embedding_ = 0, projection_ = 0, head_ = 0, final_gain_ = 0;
@@ -223,13 +223,10 @@ class Model {
   Norm final_norm_;
   Rows logits_;                                   // f32 [n, 256]; in backward their gradient
   Rows dnormalized_;                              // f32 [n, hidden]
-  Rows dscores_;                                  // f32 [n, num_experts]
-  Rows dgate_;                                    // f32 [n, hidden]
   Rows drows_;                                    // dtype [n, hidden], dy of a block in dtype
   Rows dembedded_;                                // f32 [n, context * embed]
-  GrowArray<float> dweight_;                      // f32 [routes]
   std::vector<double> sums_;                      // what is summed over ranks once a step
-  std::vector<const PolicyState*> batch_states_;  // [num_layers]
+  std::vector<const PolicyState*> batch_states_;  // [num_layers][chain_iterations]
   Movement movement_;
 };
 
