@@ -27,7 +27,9 @@ install(FILES
   base/tensor_view.hpp base/topology.hpp
   DESTINATION ${sluice_include_dir}/base)
 install(FILES
-  scheduler/placement.hpp scheduler/plan.hpp scheduler/routing.hpp scheduler/selection.hpp scheduler/template.hpp
+  scheduler/choose_schedule.hpp scheduler/cost_model.hpp scheduler/placement.hpp scheduler/plan.hpp
+  scheduler/plan_summary.hpp scheduler/routing.hpp scheduler/selection.hpp scheduler/simulator.hpp
+  scheduler/template.hpp
   DESTINATION ${sluice_include_dir}/scheduler)
 
 set(sluice_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/Sluice)

@@ -498,7 +498,7 @@ TEST(Config, TopologyFromTheConfiguration) {
 std::string other_value(const schema::Row& row) {
   for (const std::string_view text : row.allowed)
     if (text != row.default_text) return std::string(text);
-  for (const char* text : {"false", "3", "0.75", "1.5", "[9,9]", "other", "5000"}) {
+  for (const char* text : {"false", "true", "3", "0.75", "1.5", "[9,9]", "other", "5000"}) {
     Config config;
     try {
       schema::set_from_text(row, config, text, "test");
