@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <barrier>
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -788,6 +789,7 @@ TEST(CApi, AnAllocatorThatFailsIsOutOfMemoryAndEndsTheGroup) {
     CountingAllocator::deallocate(memory, bytes, alignment, mine);
   };
   const Contiguous placement(2, 2);
+  std::barrier planned(2);  // rank 1 ends the group only after rank 0 has left plan
   play(local_group(2, 1, options), [&](sluice_runtime* runtime) {
     const auto r = static_cast<std::size_t>(sluice_runtime_rank(runtime));
     mine = &allocators[r];
@@ -805,7 +807,9 @@ TEST(CApi, AnAllocatorThatFailsIsOutOfMemoryAndEndsTheGroup) {
     const Routing routing{2, {0, 2}, {0, 1}, {1, 1}};
     const sluice_routing given = csr(routing);
     sluice_plan* plan = nullptr;
-    ASSERT_OK(sluice_layer_plan(layer, &given, nullptr, &plan));
+    const sluice_status status = sluice_layer_plan(layer, &given, nullptr, &plan);
+    planned.arrive_and_wait();
+    ASSERT_OK(status);
     const auto xm = in(x.data(), 1, 4);
     const auto ym = out(y.data(), 1, 4);
     sluice_context* context = nullptr;
