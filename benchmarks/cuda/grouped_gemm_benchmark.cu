@@ -1,6 +1,6 @@
 // Grouped GEMM on one GPU against one dense cuBLAS GEMM of the same FLOPs, in the same run.
 //
-// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--op forward|dgrad|wgrad] [--iterations N] [--commit HASH] [--date DATE]
+// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--op forward|dgrad|wgrad] [--portable] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Shapes are one rank's share of a layer on two ranks: T tokens a rank with k routes each, E experts in all, so
 // rows = T * k on E / 2 local experts; gemm1 is [2 * ffn, hidden], gemm2 [hidden, ffn]. Group sizes are T * k draws:
@@ -82,6 +82,7 @@ struct Row {
 };
 std::vector<Row> g_rows;
 bool g_json = false;
+GemmPath g_path = GemmPath::kBest;
 std::string g_op;  // one operation only; empty: all
 bool wanted(const char* op) {
   return g_op.empty() || g_op == op;
@@ -165,6 +166,7 @@ struct Bench {
     g.group_ptr = group_ptr.data;
     g.num_groups = shape.groups;
     g.num_rows = rows;
+    g.path = g_path;
     const GemmWeights w{weights.data, groups, out * in, out, in};
     const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(out) * static_cast<double>(in);
     const std::string label = std::string(shape.name) + "/" + which, suffix = zipf ? "zipf" : "uniform";
@@ -278,6 +280,7 @@ struct Bench {
     g.group_ptr = group_ptr.data;
     g.num_groups = shape.groups;
     g.num_rows = shape.rows;
+    g.path = g_path;
     const auto first = [&] {
       grouped_gemm_forward(g, {w1.data, groups, 2 * ffn * hidden, 2 * ffn, hidden}, {x.data, hidden}, {},
                            {act.data, ffn}, GemmActivation::kSwiGLU, nullptr);
@@ -323,6 +326,8 @@ int main(int argc, char** argv) {
       only = value();
     } else if (arg == "--op") {
       g_op = value();
+    } else if (arg == "--portable") {
+      g_path = GemmPath::kPortable;
     } else if (arg == "--iterations") {
       iterations = std::max(1, std::atoi(value().c_str()));
     } else if (arg == "--commit") {

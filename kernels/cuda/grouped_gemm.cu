@@ -9,6 +9,7 @@
 #include "sluice/base/error.hpp"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
 #include "sluice/kernels/cuda/grouped_gemm_impl.cuh"
+#include "sluice/kernels/cuda/portable_gemm.hpp"
 
 namespace sluice::kernels::cuda {
 namespace {
@@ -110,23 +111,29 @@ void check_weights(const GemmWeights& weights) {
           " elements apart; at least one, and a stride of at least out * in and a multiple of 8");
 }
 
-// Processors of the current device; refuses devices the kernel is not for.
-int hopper_processors() {
+struct Device {
+  int processors;
+  bool hopper;
+};
+// The current device; refuses what neither kernel is for.
+Device current_device() {
   int device = 0, major = 0, minor = 0, processors = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  Require(major == 9 && minor == 0, ErrorCode::kNotSupported, "grouped GEMM: device ", device,
-          " has compute capability ", major, ".", minor, "; this kernel is for 9.0 (Hopper)");
-  return processors;
+  Require(major >= 8, ErrorCode::kNotSupported, "grouped GEMM: device ", device, " has compute capability ",
+          major, ".", minor, "; 8.0 or newer is needed");
+  return {processors, major == 9 && minor == 0};
+}
+bool takes_portable(const GemmGroups& groups, const Device& device) {
+  return groups.path == GemmPath::kPortable || !device.hopper;
 }
 
 template <GemmOp kOp>
 void launch(const GemmGroups& groups, const GemmParams& params, const CUtensorMap& x, const CUtensorMap& y,
-            const CUtensorMap& grads, Stream stream) {
-  const int processors = hopper_processors();
+            const CUtensorMap& grads, int processors, Stream stream) {
   // Per device: the attribute is part of its context.
   check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kSharedBytes),
@@ -152,6 +159,9 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
   check_rows(a.data, a.stride, weights.in, "a");
   if (h.data != nullptr) check_rows(h.data, h.stride, weights.out, "h");
   if (act.data != nullptr) check_rows(act.data, act.stride, swiglu ? weights.out / 2 : weights.out, "act");
+  const Device device = current_device();
+  if (takes_portable(groups, device))
+    return portable::forward(groups, weights, a, h, act, activation, device.processors, stream);
   p.num_weights = weights.num_weights;
   p.x_extent = static_cast<int>(weights.out);
   p.k_extent = static_cast<int>(weights.in);
@@ -171,14 +181,14 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
                                     {ffn / 8, 8 * weights.in, kBlockX / 16},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, y, stream);
+    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, y, device.processors, stream);
   } else {
     const CUtensorMap x = make_map(weights.base,
                                    {{weights.in, 1, kBlockK},
                                     {weights.out, weights.in, kBlockX},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForward>(groups, p, x, y, y, stream);
+    launch<GemmOp::kForward>(groups, p, x, y, y, device.processors, stream);
   }
 }
 
@@ -189,6 +199,9 @@ void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, Co
   if (groups.num_rows == 0) return;
   check_rows(dc.data, dc.stride, weights.out, "dc");
   check_rows(da.data, da.stride, weights.in, "da");
+  const Device device = current_device();
+  if (takes_portable(groups, device))
+    return portable::dgrad(groups, weights, dc, da, device.processors, stream);
   p.num_weights = weights.num_weights;
   p.x_extent = static_cast<int>(weights.in);
   p.k_extent = static_cast<int>(weights.out);
@@ -200,7 +213,7 @@ void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, Co
       "weights");
   const CUtensorMap y =
       make_map(dc.data, {{weights.out, 1, kBlockK}, {groups.num_rows, dc.stride, 64}}, "dc");
-  launch<GemmOp::kDgrad>(groups, p, x, y, y, stream);
+  launch<GemmOp::kDgrad>(groups, p, x, y, y, device.processors, stream);
 }
 
 void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
@@ -216,6 +229,9 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
   if (groups.num_rows == 0) return;
   check_rows(dc.data, dc.stride, out, "dc");
   check_rows(a.data, a.stride, in, "a");
+  const Device device = current_device();
+  if (takes_portable(groups, device))
+    return portable::wgrad(groups, dc, out, a, in, grads, grad_stride, device.processors, stream);
   p.num_weights = groups.num_groups;
   p.x_extent = static_cast<int>(out);
   p.y_extent = static_cast<int>(in);
@@ -223,7 +239,7 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
   const CUtensorMap y = make_map(a.data, {{in, 1, 64}, {groups.num_rows, a.stride, kBlockK}}, "a");
   const CUtensorMap c = make_map(grads, {{in, 1, 32}, {out, in, 64}, {groups.num_groups, grad_stride, 1}},
                                  "grads", CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
-  launch<GemmOp::kWgrad>(groups, p, x, y, c, stream);
+  launch<GemmOp::kWgrad>(groups, p, x, y, c, device.processors, stream);
 }
 
 }  // namespace sluice::kernels::cuda

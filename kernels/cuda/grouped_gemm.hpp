@@ -1,4 +1,5 @@
-// Grouped GEMM of an MoE layer on an NVIDIA GPU of compute capability 9.0 (Hopper): bf16 operands, fp32 accumulation.
+// Grouped GEMM of an MoE layer on an NVIDIA GPU: bf16 operands, fp32 accumulation. Compute capability 9.0 (Hopper) has a
+// kernel of its own; a portable one (several times slower) serves all others from 8.0.
 // Group sizes are read from device memory, so no call waits for the device and every call can be captured in a CUDA
 // graph and replayed with other sizes.
 //
@@ -6,7 +7,7 @@
 // the call. No call allocates device memory or synchronises. Thread-safety: calls are independent of each other; on one
 // stream they run in order. Blocking: none on the host; on the device only where `arrival` says so, with a deadline.
 // Errors: shapes, alignment and pointers are checked before the launch (kInvalidArgument names the argument); a device
-// that is no Hopper gives kNotSupported; a failing launch kInternal with the runtime's text. What lies in device memory
+// below compute capability 8.0 gives kNotSupported; a failing launch kInternal with the runtime's text. What lies in device memory
 // is trusted, but rows outside 0..num_rows-1 are never touched.
 //
 // Result contract: an element of a forward or dgrad result is one fp32 sum in a fixed order over the reduction index
@@ -49,6 +50,11 @@ struct Arrival {
   WaitDiagnosis* diagnosis = nullptr;        // required with flags
 };
 
+enum class GemmPath : std::uint8_t {
+  kBest,      // what the device has
+  kPortable,  // the portable kernel, also on a Hopper (to test and to time it)
+};
+
 // Which rows belong to which group, and in which order groups are worked on.
 struct GemmGroups {
   const std::int64_t* group_ptr =
@@ -62,6 +68,7 @@ struct GemmGroups {
   std::int64_t num_rows = 0;  // rows the row buffers hold, >= group_ptr[num_groups]
   Arrival arrival;
   int max_sms = 0;  // processors used at most (even; 0: all), so that communication can have the others
+  GemmPath path = GemmPath::kBest;
 };
 
 // bf16 weights [num_weights][out, in], row-major: group w at base + w * stride elements.

@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "sluice/kernels/cuda/arrival.cuh"
+#include "sluice/kernels/cuda/gemm_activation.cuh"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
 #include "sluice/kernels/cuda/ptx.cuh"
 #include "sluice/kernels/cuda/wgmma.cuh"
@@ -174,30 +176,6 @@ struct Ring {
 inline constexpr int kEmptyArrivals = kClusterSize * 8;
 
 // ---- producer ------------------------------------------------------------------------------------------------------
-// Waits for the flags over rows first..first+rows-1. After one deadline passed nothing is waited for any more.
-__device__ __forceinline__ void wait_for_rows(const Arrival& arrival, int first, int rows, bool& expired) {
-  const std::uint32_t last_flag = (first + rows - 1) / arrival.rows_per_flag;
-  for (std::uint32_t flag = first / arrival.rows_per_flag; flag <= last_flag && !expired; ++flag) {
-    std::uint32_t seen = ptx::load_acquire_system(arrival.flags + flag);
-    if (static_cast<std::int32_t>(seen - arrival.value) >= 0) continue;
-    const std::uint64_t start = ptx::global_timer_ns();
-    while (static_cast<std::int32_t>((seen = ptx::load_acquire_system(arrival.flags + flag)) -
-                                     arrival.value) < 0) {
-      if (ptx::global_timer_ns() - start > arrival.timeout_ns) {
-        expired = true;
-        if (atomicCAS_system(&arrival.diagnosis->expired, 0u, 1u) == 0) {
-          arrival.diagnosis->flag_index = flag;
-          arrival.diagnosis->expected = arrival.value;
-          arrival.diagnosis->observed = seen;
-          __threadfence_system();
-        }
-        break;
-      }
-    }
-  }
-  ptx::fence_proxy_async();
-}
-
 template <GemmOp kOp>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* map_x,
                                         const CUtensorMap* map_y, const int* prefix, Ring ring,
@@ -215,6 +193,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
       } else {
         wait_for_rows(p.arrival, tile.group.begin + tile.y_begin, tile.y_rows, expired);
       }
+      ptx::fence_proxy_async();
     }
     for (int kb = 0; kb < tile.num_k; ++kb) {
       ptx::mbarrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
@@ -321,19 +300,6 @@ __device__ __forceinline__ int multiply(float (&acc)[128], Ring& ring, int num_k
     ring.advance();
   }
   return previous;
-}
-
-__device__ __forceinline__ float gelu(float x) {
-  // x * (1 + tanh(u)) / 2 = x / (1 + exp(-2u))
-  const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-  return __fdividef(x, 1.0f + __expf(-2.0f * u));
-}
-__device__ __forceinline__ float silu(float x) {
-  return __fdividef(x, 1.0f + __expf(-x));
-}
-__device__ __forceinline__ float activate(GemmActivation activation, float x) {
-  if (activation == GemmActivation::kGelu) return gelu(x);
-  return activation == GemmActivation::kRelu ? fmaxf(x, 0.0f) : x;
 }
 
 // Where a warpgroup's columns of a tile go.

@@ -132,17 +132,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ std::uint32_t load_acquire_system(const std::uint32_t* pointer) {
-  std::uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-  return value;
-}
-__device__ __forceinline__ std::uint64_t global_timer_ns() {
-  std::uint64_t time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-  return time;
-}
-
 // ---- registers -----------------------------------------------------------------------------------------------------
 template <int kRegisters>
 __device__ __forceinline__ void registers_more() {

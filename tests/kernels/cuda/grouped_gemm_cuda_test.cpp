@@ -71,15 +71,20 @@ struct Matrix {  // bf16 [rows, columns] in rows of `stride`
   }
 };
 
-class GroupedGemmCuda : public testing::Test {
+GemmPath g_path;  // of the test that runs
+
+class GroupedGemmCuda : public testing::TestWithParam<GemmPath> {
  protected:
   void SetUp() override {
+    g_path = GetParam();
     int count = 0;
     const cudaError_t result = cudaGetDeviceCount(&count);
     if (result != cudaSuccess || count == 0) GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(result);
     int major = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    if (major != 9) GTEST_SKIP() << "device 0 has compute capability " << major << ".x; this needs 9.0";
+    const int least = g_path == GemmPath::kPortable ? 8 : 9;
+    if (major < least)
+      GTEST_SKIP() << "device 0 has compute capability " << major << ".x; this needs " << least << ".0";
   }
   void TearDown() override {
     if (!IsSkipped()) {
@@ -124,6 +129,7 @@ struct OnDevice {
     g.group_ptr = group_ptr.data();
     g.num_groups = p.groups();
     g.num_rows = p.num_rows;
+    g.path = g_path;
     return g;
   }
   GemmWeights weight_view(const Problem& p) {
@@ -285,27 +291,27 @@ void check_wgrad(const Problem& p) {
   EXPECT_EQ(bad, 0);
 }
 
-TEST_F(GroupedGemmCuda, ForwardRaggedGroups) {
+TEST_P(GroupedGemmCuda, ForwardRaggedGroups) {
   check_forward(Problem(kRagged, 256, 128, 1), GemmActivation::kNone, true);
   // Multiples of 8 that are no multiple of a tile.
   check_forward(Problem(kRagged, 328, 136, 2), GemmActivation::kNone, true);
   check_forward(Problem({5, 70}, 8, 8, 3), GemmActivation::kNone, true);
 }
 
-TEST_F(GroupedGemmCuda, ForwardEveryRowCount) {
+TEST_P(GroupedGemmCuda, ForwardEveryRowCount) {
   std::vector<std::int64_t> sizes(257);
   std::iota(sizes.begin(), sizes.end(), 1);
   check_forward(Problem(sizes, 64, 64, 4), GemmActivation::kNone, true);
 }
 
-TEST_F(GroupedGemmCuda, ForwardOneGroupTakesAll) {
+TEST_P(GroupedGemmCuda, ForwardOneGroupTakesAll) {
   check_forward(Problem({0, 0, 3000, 0}, 512, 64, 5), GemmActivation::kNone, true);
   check_forward(Problem({0, 0, 0}, 256, 64, 6), GemmActivation::kNone, true);
   // More blocks of k than stages, so that the ring turns and the warpgroups run apart.
   check_forward(Problem({700, 1, 40}, 256, 1536, 7), GemmActivation::kNone, true);
 }
 
-TEST_F(GroupedGemmCuda, ForwardActivations) {
+TEST_P(GroupedGemmCuda, ForwardActivations) {
   for (const bool keep_h : {true, false}) {
     check_forward(Problem(kRagged, 256, 64, 8), GemmActivation::kSwiGLU, keep_h);
     check_forward(Problem({17, 0, 300}, 208, 576, 9), GemmActivation::kSwiGLU, keep_h);
@@ -314,13 +320,13 @@ TEST_F(GroupedGemmCuda, ForwardActivations) {
   }
 }
 
-TEST_F(GroupedGemmCuda, DgradRaggedGroups) {
+TEST_P(GroupedGemmCuda, DgradRaggedGroups) {
   check_dgrad(Problem(kRagged, 128, 256, 12));
   check_dgrad(Problem(kRagged, 136, 328, 13));
   check_dgrad(Problem({700, 1, 40}, 1536, 256, 14));
 }
 
-TEST_F(GroupedGemmCuda, WgradRaggedGroups) {
+TEST_P(GroupedGemmCuda, WgradRaggedGroups) {
   check_wgrad(Problem(kRagged, 128, 256, 15));
   check_wgrad(Problem({0, 1, 700, 33, 1000}, 264, 328, 16));
   std::vector<std::int64_t> sizes(130);
@@ -329,7 +335,7 @@ TEST_F(GroupedGemmCuda, WgradRaggedGroups) {
 }
 
 // A row's result has the same bits alone, in a large group, in any tile, in any order and on any number of processors.
-TEST_F(GroupedGemmCuda, RowsAreIndependent) {
+TEST_P(GroupedGemmCuda, RowsAreIndependent) {
   const std::int64_t rows = 700, out = 512, in = 1024;
   Problem p({rows}, out, in, 18);
   OnDevice d(p);
@@ -347,6 +353,7 @@ TEST_F(GroupedGemmCuda, RowsAreIndependent) {
     g.num_groups = groups;
     g.num_rows = p.num_rows;
     g.max_sms = max_sms;
+    g.path = g_path;
     if (dgrad) {
       grouped_gemm_dgrad(g, d.weight_view(p), {d.dc.data(), p.dc.stride}, {c.data(), in}, nullptr);
     } else {
@@ -369,7 +376,7 @@ TEST_F(GroupedGemmCuda, RowsAreIndependent) {
   }
 }
 
-TEST_F(GroupedGemmCuda, CapturedGraphReadsNewSizes) {
+TEST_P(GroupedGemmCuda, CapturedGraphReadsNewSizes) {
   Problem p({100, 30, 0, 200}, 256, 192, 19);
   OnDevice d(p);
   DeviceArray<std::uint16_t> c(poisoned(p.num_rows, p.out));
@@ -399,7 +406,7 @@ TEST_F(GroupedGemmCuda, CapturedGraphReadsNewSizes) {
   cudaStreamDestroy(stream);
 }
 
-TEST_F(GroupedGemmCuda, TilesWaitForTheirRows) {
+TEST_P(GroupedGemmCuda, TilesWaitForTheirRows) {
   Problem p({300, 0, 129, 500}, 256, 640, 20);
   OnDevice d(p);
   constexpr int kRowsPerFlag = 64;
@@ -489,6 +496,11 @@ TEST(GroupedGemmCudaArguments, Refusals) {
   g.max_sms = 3;
   expect_names(code(g, weights, {memory, 8}, {memory, 8}), "max_sms is 3");
 }
+
+INSTANTIATE_TEST_SUITE_P(Paths, GroupedGemmCuda, testing::Values(GemmPath::kBest, GemmPath::kPortable),
+                         [](const testing::TestParamInfo<GemmPath>& path) {
+                           return path.param == GemmPath::kBest ? "Best" : "Portable";
+                         });
 
 }  // namespace
 }  // namespace sluice::kernels::cuda
