@@ -129,7 +129,7 @@ __device__ __forceinline__ void emit(const RoutingBuffers& routing, std::int64_t
 }
 
 template <int kItems>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 1)
     softmax_kernel(GateScores scores, SoftmaxGate gate, RoutingBuffers routing, GateCounts counts) {
   __shared__ int shared[2 * kItems * 32 + 1];
   int* const of_expert = shared;
