@@ -120,7 +120,17 @@ struct Config {
     std::int32_t num_chunks;
     std::int32_t chain_chunks;
     Exchange exchange;
+    std::string profile;
   } schedule;
+
+  struct Machine {
+    std::string name;
+    std::string source;
+    double gemm_flops_per_s;
+    double memory_bytes_per_s;
+    double op_us;
+    double message_us;
+  } machine;
 
   struct Runtime {
     enum class Save : std::uint8_t { kRows, kActivations };

@@ -63,6 +63,10 @@ constexpr std::array kSections = {
             "How many ranks there are, which of them share a node, and what the links between them do."},
     Section{"comm", "Moving rows between ranks."},
     Section{"schedule", "The order of the work of one layer. Never changes a result."},
+    Section{"machine",
+            "What a machine that nobody measured is said to do, for predictions (docs/simulator.md); its "
+            "links are those "
+            "of topology. A measured profile (schedule.profile) takes the place of it."},
     Section{"runtime", "What a rank does on its own: threads, log, memory, files."},
     Section{"train", "`sluice train`: the job, the optimizer (AdamW) and the text."},
     Section{"bench", "`sluice bench`: one layer, measured."},
@@ -378,6 +382,57 @@ const Row kRows[] = {
      .doc = "gateway: a row crosses to a node once and one rank there hands it on. direct: a row is sent to "
             "each "
             "rank that needs it."},
+
+    {.key = "schedule.profile",
+     .member = SLUICE_MEMBER(schedule.profile),
+     .unit = "path",
+     .default_text = "",
+     .kind = Kind::kAgreed,
+     .doc = "Machine profile that `sluice info --probe -o FILE` wrote: what predictions are made from. Rank "
+            "0 reads it. "
+            "Empty: what machine and topology declare."},
+
+    // ---- machine ----
+    {.key = "machine.name",
+     .member = SLUICE_MEMBER(machine.name),
+     .default_text = "",
+     .kind = Kind::kAgreed,
+     .doc = "What the declared machine is called in reports."},
+    {.key = "machine.source",
+     .member = SLUICE_MEMBER(machine.source),
+     .default_text = "",
+     .kind = Kind::kAgreed,
+     .doc = "Where the declared figures come from; reports print it."},
+    {.key = "machine.gemm_flops_per_s",
+     .member = SLUICE_MEMBER(machine.gemm_flops_per_s),
+     .unit = "flops/s",
+     .range = between(0, 1e18),
+     .default_text = "0",
+     .kind = Kind::kAgreed,
+     .doc = "Declared arithmetic of a rank's expert GEMMs. 0: not declared."},
+    {.key = "machine.memory_bytes_per_s",
+     .member = SLUICE_MEMBER(machine.memory_bytes_per_s),
+     .unit = "bytes/s",
+     .range = between(0, 1e15),
+     .default_text = "0",
+     .kind = Kind::kAgreed,
+     .doc = "Declared memory bandwidth of a rank: packing, reducing, and the least time of an expert's "
+            "weights. 0: not "
+            "declared."},
+    {.key = "machine.op_us",
+     .member = SLUICE_MEMBER(machine.op_us),
+     .unit = "us",
+     .range = between(0, 1e6),
+     .default_text = "0",
+     .kind = Kind::kAgreed,
+     .doc = "Declared cost of starting any op, such as a kernel launch."},
+    {.key = "machine.message_us",
+     .member = SLUICE_MEMBER(machine.message_us),
+     .unit = "us",
+     .range = between(0, 1e6),
+     .default_text = "0",
+     .kind = Kind::kAgreed,
+     .doc = "Declared time for which any message holds its link besides its bytes."},
 
     // ---- runtime ----
     {.key = "runtime.threads_per_rank",
@@ -923,7 +978,16 @@ std::string_view did_you_mean(std::string_view word, std::span<const std::string
 namespace sluice {
 
 Config::Config()
-    : model(), routing(), placement(), topology(), comm(), schedule(), runtime(), train(), bench() {
+    : model(),
+      routing(),
+      placement(),
+      topology(),
+      comm(),
+      schedule(),
+      machine(),
+      runtime(),
+      train(),
+      bench() {
   for (const config_schema::Row& row : config_schema::rows())
     config_schema::set_from_text(row, *this, row.default_text, "default");
 }

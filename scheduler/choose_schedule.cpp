@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "sluice/base/error.hpp"
 #include "sluice/base/text_table.hpp"
@@ -29,27 +30,41 @@ std::string describe(const ScheduleOptions& s) {
 ScheduleChoice choose_schedule(const Topology& topology, const Placement& placement,
                                std::span<const std::int64_t> gathered, const LayerShape& layer,
                                const MachineProfile& profile, const SearchSpace& space) {
+  std::optional<PlanSummary> summary;
+  std::optional<GroupTemplate> group;  // of the last schedule asked for
+  const auto run = [&](const ScheduleOptions& schedule, PassKind pass) {
+    if (!summary || summary->exchange() != schedule.exchange)
+      summary.emplace(topology, schedule.exchange, placement, gathered);
+    if (!group || !(group->shapes.front().schedule == schedule))
+      group = build_group_template(topology, schedule);
+    return simulate(*group, *summary, profile, layer, {pass, false});
+  };
+  const std::size_t stride = static_cast<std::size_t>(placement.num_experts) + 2;
+  std::int64_t most_tokens = 0;
+  for (std::size_t i = 0; i < gathered.size(); i += stride) most_tokens = std::max(most_tokens, gathered[i]);
+  return rank_schedules(space, most_tokens, run);
+}
+
+ScheduleChoice rank_schedules(const SearchSpace& space, std::int64_t most_tokens,
+                              const SimulatePass& simulate_pass) {
   Require(!space.policies.empty() && !space.chunks.empty() && !space.exchanges.empty(),
           ErrorCode::kInvalidArgument, "there is no schedule to choose from");
   ScheduleChoice out;
   out.margin = space.margin;
-  for (std::size_t x = 0; x < space.exchanges.size(); ++x) {
-    const Exchange exchange = space.exchanges[x];
-    const PlanSummary summary(topology, exchange, placement, gathered);
-    for (const SchedulePolicy policy : space.policies) {
+  for (const Exchange exchange : space.exchanges)
+    for (const SchedulePolicy policy : space.policies)
       for (const std::int32_t chunks : space.chunks) {
         if (policy == SchedulePolicy::kSequential && chunks != 1) continue;
-        if (chunks > 1 && chunks > summary.most_tokens()) continue;
+        if (chunks > 1 && chunks > most_tokens) continue;
         RankedSchedule r;
         r.schedule = {policy, exchange, chunks};
-        const GroupTemplate group = build_group_template(topology, r.schedule);
-        const Simulation forward = simulate(group, summary, profile, layer, {PassKind::kForward, false});
+        const Simulation forward = simulate_pass(r.schedule, PassKind::kForward);
         r.forward_us = forward.step_us;
         r.exposed_us = forward.exposed_comm_us;
         r.floor_us = forward.floor_us();
         r.bound = forward.bound();
         if (space.backward) {
-          const Simulation backward = simulate(group, summary, profile, layer, {PassKind::kBackward, false});
+          const Simulation backward = simulate_pass(r.schedule, PassKind::kBackward);
           r.backward_us = backward.step_us;
           r.exposed_us += backward.exposed_comm_us;
           r.floor_us += backward.floor_us();
@@ -57,8 +72,6 @@ ScheduleChoice choose_schedule(const Topology& topology, const Placement& placem
         }
         out.ranked.push_back(std::move(r));
       }
-    }
-  }
   Require(!out.ranked.empty(), ErrorCode::kInvalidArgument,
           "no schedule of the search fits: chunk counts must not exceed the most tokens of a rank");
   std::stable_sort(

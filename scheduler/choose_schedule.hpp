@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -51,6 +52,11 @@ struct ScheduleChoice {
 ScheduleChoice choose_schedule(const Topology& topology, const Placement& placement,
                                std::span<const std::int64_t> gathered, const LayerShape& layer,
                                const MachineProfile& profile, const SearchSpace& space = {});
+
+// The same over any way to simulate a schedule. most_tokens: of a rank.
+using SimulatePass = std::function<Simulation(const ScheduleOptions& schedule, PassKind pass)>;
+ScheduleChoice rank_schedules(const SearchSpace& space, std::int64_t most_tokens,
+                              const SimulatePass& simulate_pass);
 
 // "by-source, 4 chunks, gateway"
 std::string describe(const ScheduleOptions& schedule);

@@ -97,7 +97,7 @@ struct GemmRoofline {
 // How a transport's links behave when several messages want them.
 enum class LinkModel : std::uint8_t {
   kCalendar,  // booked when put: starts when both ends' bookings end (emulated links of transport local)
-  kQueue,  // a sender's messages in order; the first one starts as soon as its receiver is free, first come first
+  kQueue,     // messages leave one after the other, and a receiver takes them in the order in which they left
 };
 std::string_view to_string(LinkModel model) noexcept;
 

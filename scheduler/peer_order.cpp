@@ -172,49 +172,86 @@ std::vector<std::vector<std::int32_t>> peer_orders(PeerOrder order, std::span<co
   return orders;
 }
 
-double completion(std::span<const double> bytes, const std::vector<std::vector<std::int32_t>>& orders) {
+double completion(std::span<const double> bytes, const std::vector<std::vector<std::int32_t>>& orders,
+                  bool blocking) {
   const std::size_t n = orders.size();
   Require(bytes.size() == n * n, ErrorCode::kInvalidArgument, "a matrix of ", bytes.size(),
           " entries is not one of ", n, " ranks");
-  std::vector<std::size_t> next(n, 0);
-  std::vector<std::queue<std::size_t>> waiting(n);
-  std::vector<char> busy(n, 0);
-  struct Done {
+  struct Event {
     double time;
     std::size_t from, to;
-    bool operator>(const Done& o) const { return time != o.time ? time > o.time : from > o.from; }
+    bool operator>(const Event& o) const { return time != o.time ? time > o.time : from > o.from; }
   };
-  std::priority_queue<Done, std::vector<Done>, std::greater<>> events;
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events;
+  std::vector<std::size_t> next(n, 0);
+  // The sender's next message with bytes; its receiver, or n.
+  const auto receiver = [&](std::size_t s) {
+    while (next[s] < orders[s].size() && !(bytes[s * n + at(orders[s][next[s]])] > 0)) ++next[s];
+    return next[s] < orders[s].size() ? at(orders[s][next[s]]) : n;
+  };
   double last = 0;
+  if (!blocking) {
+    std::vector<double> in_free(n, 0);
+    for (std::size_t s = 0; s < n; ++s)
+      if (const std::size_t d = receiver(s); d < n) events.push({0, s, d});
+    while (!events.empty()) {
+      const Event e = events.top();  // departs
+      events.pop();
+      const double held = bytes[e.from * n + e.to];
+      in_free[e.to] = std::max(in_free[e.to], e.time) + held;
+      last = std::max(last, in_free[e.to]);
+      ++next[e.from];
+      if (const std::size_t d = receiver(e.from); d < n) events.push({e.time + held, e.from, d});
+    }
+    return last;
+  }
+  std::vector<std::queue<std::size_t>> asking(n);
+  std::vector<char> busy(n, 0);
   const auto start = [&](std::size_t s, std::size_t d, double now) {
     busy[d] = 1;
     events.push({now + bytes[s * n + d], s, d});
   };
   const auto ask = [&](std::size_t s, double now) {
-    while (next[s] < orders[s].size() && !(bytes[s * n + at(orders[s][next[s]])] > 0)) ++next[s];
-    if (next[s] == orders[s].size()) return;
-    const std::size_t d = at(orders[s][next[s]]);
+    const std::size_t d = receiver(s);
+    if (d == n) return;
     if (busy[d]) {
-      waiting[d].push(s);
+      asking[d].push(s);
     } else {
       start(s, d, now);
     }
   };
   for (std::size_t s = 0; s < n; ++s) ask(s, 0);
   while (!events.empty()) {
-    const Done e = events.top();
+    const Event e = events.top();  // is there
     events.pop();
     last = std::max(last, e.time);
     busy[e.to] = 0;
-    if (!waiting[e.to].empty()) {
-      const std::size_t s = waiting[e.to].front();
-      waiting[e.to].pop();
+    if (!asking[e.to].empty()) {
+      const std::size_t s = asking[e.to].front();
+      asking[e.to].pop();
       start(s, e.to, e.time);
     }
     ++next[e.from];
     ask(e.from, e.time);
   }
   return last;
+}
+
+PeerOrder best_peer_order(std::span<const double> bytes, std::int32_t num_ranks, bool blocking) {
+  PeerOrder best = PeerOrder::kRotation;
+  double least = std::numeric_limits<double>::infinity();
+  for (const PeerOrder order : {
+#define SLUICE_X(name, text) PeerOrder::name,
+           SLUICE_PEER_ORDER_LIST(SLUICE_X)
+#undef SLUICE_X
+       }) {
+    const double t = completion(bytes, peer_orders(order, bytes, num_ranks), blocking);
+    if (t < least) {
+      least = t;
+      best = order;
+    }
+  }
+  return best;
 }
 
 void apply_peer_order(std::span<Template> templates, std::int32_t hop, PeerOrder order,

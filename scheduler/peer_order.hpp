@@ -40,9 +40,16 @@ std::string_view to_string(PeerOrder order) noexcept;
 std::vector<std::vector<std::int32_t>> peer_orders(PeerOrder order, std::span<const double> bytes,
                                                    std::int32_t num_ranks);
 
-// When the last message has arrived if senders keep that order and a receiver takes them as they ask (the queue model
-// of the simulator): the figure that an order is about. The floor is the largest row or column sum.
-double completion(std::span<const double> bytes, const std::vector<std::vector<std::int32_t>>& orders);
+// When the last message has arrived if senders keep that order: the figure that an order is about. The floor is the
+// largest row or column sum.
+//   blocking  a message holds sender and receiver at once; receivers take senders as they ask
+//   else      the queue model of the simulator: a busy receiver holds up its own messages only
+double completion(std::span<const double> bytes, const std::vector<std::vector<std::int32_t>>& orders,
+                  bool blocking);
+
+// The order with the least completion; of equal ones the first of the list, so rotation where it is as good. What a plan
+// would carry: a pure function of counts that all ranks have.
+PeerOrder best_peer_order(std::span<const double> bytes, std::int32_t num_ranks, bool blocking);
 
 // Reorders a template's puts (and, by the transposed matrix, its returns) of one hop: within every chunk, in place. What
 // they wait for and raise does not change.

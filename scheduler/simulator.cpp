@@ -121,21 +121,6 @@ struct Shape {
   std::int32_t num_ready = 0;
 };
 
-// A first-in-first-out list that only grows within a pass.
-struct Fifo {
-  std::vector<std::uint32_t> items;
-  std::size_t head = 0;
-  bool empty() const { return head == items.size(); }
-  std::uint32_t pop() {
-    const std::uint32_t out = items[head++];
-    if (empty()) {
-      items.clear();
-      head = 0;
-    }
-    return out;
-  }
-};
-
 // The smallest number first.
 struct Ready {
   std::vector<std::uint32_t> heap;
@@ -153,17 +138,13 @@ struct Ready {
   }
 };
 
-struct Side {  // of a rank and a link class
-  Fifo queue;  // queue model, outwards: own puts; inwards: senders that wait
-  Ticks free = 0;
-  bool busy = false;
-};
-
 struct Rank {
   Ready compute, puts;
   bool computing = false, posting = false;
   Ticks debt = 0;  // time that others took from this processor, owed by its next op
-  Side out[2], in[2];
+  struct Side {
+    Ticks free = 0;  // when what was given to it is done
+  } out[2], in[2];   // by LinkClass
   Ticks end = 0;
   Ticks compute_busy = 0, send_busy = 0, receive_busy = 0, out_busy[2] = {0, 0}, in_busy[2] = {0, 0};
 };
@@ -221,18 +202,19 @@ class Engine {
 
  private:
   struct Event {
-    enum Kind : std::uint8_t { kStart, kComputed, kPosted, kReadyNow, kLinkDone, kLanded, kSignal };
+    enum Kind : std::uint8_t { kStart, kComputed, kPosted, kReadyNow, kDepart, kLanded, kSignal };
     Ticks time;
     std::uint64_t order;
     Kind kind;
     std::uint32_t rank;
     std::uint32_t what;  // op or signal
+    Ticks held;          // of puts: time on the link
   };
   static bool later(const Event& a, const Event& b) {
     return a.time != b.time ? a.time > b.time : a.order > b.order;
   }
-  void push(Ticks time, typename Event::Kind kind, std::size_t rank, std::uint32_t what) {
-    events_.push_back({time, order_++, kind, static_cast<std::uint32_t>(rank), what});
+  void push(Ticks time, Event::Kind kind, std::size_t rank, std::uint32_t what, Ticks held = 0) {
+    events_.push_back({time, order_++, kind, static_cast<std::uint32_t>(rank), what, held});
     std::push_heap(events_.begin(), events_.end(), later);
   }
 
@@ -290,17 +272,18 @@ class Engine {
 
   void begin(std::size_t r, std::uint32_t index) {
     Rank& rank = ranks_[r];
-    const Ticks busy = to_ticks(cost(r, index).compute_us);
+    const OpCost k = cost(r, index);
+    const Ticks busy = to_ticks(k.compute_us), held = to_ticks(k.link_us);
     if (!spans_.empty()) begun_[first_op_[r] + index] = now_;
     if (is_put(op_of(r, index))) {
       rank.send_busy += busy;
       if (profile_.posting == Posting::kCaller) {
         rank.computing = true;
-        push(now_ + busy, Event::kComputed, r, index);
+        push(now_ + busy, Event::kComputed, r, index, held);
       } else {
         rank.posting = true;
         if (profile_.posting == Posting::kThread && rank.computing) rank.debt += busy;
-        push(now_ + busy, Event::kPosted, r, index);
+        push(now_ + busy, Event::kPosted, r, index, held);
       }
       return;
     }
@@ -313,27 +296,28 @@ class Engine {
     Rank& rank = ranks_[e.rank];
     switch (e.kind) {
       case Event::kStart:
-        rank.computing = rank.posting = false;
+        rank.posting = false;
+        if (profile_.posting != Posting::kOwnCore) rank.computing = false;
         take_next(e.rank);
         return;
       case Event::kComputed:
         // What was taken from the processor meanwhile comes on top.
         if (rank.debt > 0 && profile_.posting != Posting::kOwnCore) {
-          push(now_ + std::exchange(rank.debt, 0), Event::kComputed, e.rank, e.what);
+          push(now_ + std::exchange(rank.debt, 0), Event::kComputed, e.rank, e.what, e.held);
           return;
         }
         rank.computing = false;
-        finish(e.rank, e.what);
+        finish(e.rank, e.what, e.held);
         return;
       case Event::kPosted:
         rank.posting = false;
-        finish(e.rank, e.what);
+        finish(e.rank, e.what, e.held);
         return;
       case Event::kReadyNow:
         enqueue(e.rank, e.what);
         return;
-      case Event::kLinkDone:
-        link_done(e.rank, e.what);
+      case Event::kDepart:
+        depart(e.rank, e.what, e.held);
         return;
       case Event::kLanded:
         landed(e.rank, e.what);
@@ -349,13 +333,13 @@ class Engine {
   }
 
   // The processor is done with the op.
-  void finish(std::size_t r, std::uint32_t index) {
+  void finish(std::size_t r, std::uint32_t index, Ticks held) {
     --left_;
     Rank& rank = ranks_[r];
     rank.end = std::max(rank.end, now_);
     const Op& op = op_of(r, index);
     if (is_put(op)) {
-      send(r, index);
+      send(r, index, held);
     } else if (!spans_.empty()) {
       spans_[r].push_back({index, from_ticks(begun_[first_op_[r] + index]), from_ticks(now_)});
     }
@@ -365,59 +349,39 @@ class Engine {
 
   // ---- links ----
 
-  void send(std::size_t r, std::uint32_t index) {
+  Ticks latency(std::size_t c) const { return to_ticks(profile_.link(static_cast<LinkClass>(c)).latency_us); }
+  bool receives(std::size_t c) const { return !profile_.link(static_cast<LinkClass>(c)).receive.empty(); }
+
+  void send(std::size_t r, std::uint32_t index, Ticks held) {
     const Op& op = op_of(r, index);
     const std::size_t c = class_of(op);
-    Side& out = ranks_[r].out[c];
+    Rank::Side& out = ranks_[r].out[c];
     if (profile_.link_model == LinkModel::kCalendar) {
-      const OpCost k = cost(r, index);
       const auto peer = at(group_.peer(id(r), op));
-      Side& in = ranks_[peer].in[c];
-      const Ticks held = to_ticks(k.link_us);
+      Rank::Side& in = ranks_[peer].in[c];
       const Ticks start = std::max({now_, out.free, in.free});
       out.free = in.free = start + held;
       occupy(r, peer, c, index, start, held);
-      arrive(peer, op, start + held + to_ticks(k.latency_us));
-      if (k.receive_us > 0) push(start + held, Event::kLanded, r, index);
+      arrive(peer, op, start + held + latency(c));
+      if (receives(c)) push(start + held, Event::kLanded, r, index);
       return;
     }
-    out.queue.items.push_back(index);
-    if (!out.busy) offer(r, c);
+    // Queue model: it leaves when the messages before it have left.
+    const Ticks start = std::max(now_, out.free);
+    out.free = start + held;
+    push(start, Event::kDepart, r, index, held);
   }
-
-  // Queue model: the first of the sender's puts asks its receiver.
-  void offer(std::size_t r, std::size_t c) {
-    Side& out = ranks_[r].out[c];
-    out.busy = true;
-    const std::uint32_t index = out.queue.items[out.queue.head];
-    const auto peer = at(group_.peer(id(r), op_of(r, index)));
-    Side& in = ranks_[peer].in[c];
-    if (in.busy) {
-      in.queue.items.push_back(static_cast<std::uint32_t>(r));
-    } else {
-      transfer(r, peer, c);
-    }
-  }
-  void transfer(std::size_t r, std::size_t peer, std::size_t c) {
-    const std::uint32_t index = ranks_[r].out[c].queue.pop();
-    ranks_[peer].in[c].busy = true;
-    const OpCost k = cost(r, index);
-    const Ticks held = to_ticks(k.link_us);
-    occupy(r, peer, c, index, now_, held);
-    arrive(peer, op_of(r, index), now_ + held + to_ticks(k.latency_us));
-    push(now_ + held, Event::kLinkDone, r, index);
-  }
-  void link_done(std::size_t r, std::uint32_t index) {
+  // Queue model: the first bytes leave; the receiver takes the message when it is done with those that left earlier.
+  void depart(std::size_t r, std::uint32_t index, Ticks held) {
     const Op& op = op_of(r, index);
     const std::size_t c = class_of(op);
     const auto peer = at(group_.peer(id(r), op));
-    landed(r, index);
-    Side& in = ranks_[peer].in[c];
-    in.busy = false;
-    if (!in.queue.empty()) transfer(in.queue.pop(), peer, c);
-    Side& out = ranks_[r].out[c];
-    out.busy = false;
-    if (!out.queue.empty()) offer(r, c);
+    Rank::Side& in = ranks_[peer].in[c];
+    const Ticks start = std::max(now_, in.free);
+    in.free = start + held;
+    occupy(r, peer, c, index, now_, held);
+    arrive(peer, op, in.free + latency(c));
+    if (receives(c)) push(in.free, Event::kLanded, r, index);
   }
 
   void occupy(std::size_t r, std::size_t peer, std::size_t c, std::uint32_t index, Ticks start, Ticks held) {
@@ -429,7 +393,6 @@ class Engine {
   // The receiver's processor has its part in the message.
   void landed(std::size_t r, std::uint32_t index) {
     const Op& op = op_of(r, index);
-    if (profile_.link(static_cast<LinkClass>(class_of(op))).receive.empty()) return;
     Rank& peer = ranks_[at(group_.peer(id(r), op))];
     const Ticks busy = to_ticks(cost(r, index).receive_us);
     peer.receive_busy += busy;

@@ -2,8 +2,9 @@
 //
 //   rank        one compute resource; of the ops that may run it takes the first in the template's order, as the
 //               executor does. Puts are posted by it, or beside it (MachineProfile::posting).
-//   link class  an outward and an inward side a rank, one message at a time each; a message holds both for its time on
-//               the link and is seen a latency later. LinkModel says which message is next.
+//   link class  an outward and an inward side a rank, one message at a time each; a message takes its time on both and is
+//               seen a latency after it is through. LinkModel says which message is next, and whether one that waits
+//               for its receiver holds up the sender's others (emulated links) or not (networks, which share).
 //
 // Uniform topologies (nodes of one size and consecutive ranks) need one template a local rank: those of other nodes
 // differ by a shift of the peers, so thousands of ranks are simulated from a few templates (GroupTemplate).

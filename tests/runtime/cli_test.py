@@ -95,6 +95,90 @@ class Program(unittest.TestCase):
         self.assertTrue(check["passed"])
         self.assertLess(check["errors"]["gradient"]["error"], check["errors"]["gradient"]["limit"])
 
+    def test_simulate(self):
+        h100 = os.path.join(SOURCE, "configs/h100-infiniband.toml")
+        small = ["--set", "bench.tokens_per_rank=64"]
+        out = self.document("simulate", "--config", h100, "--ranks", "16", "--json", *small)
+        self.assertEqual({r["node_size"] for r in out["runs"]}, {4, 8, 16})
+        self.assertFalse(out["profile"]["measured"])
+        self.assertEqual(out["counts"], "full plans")
+        for r in out["runs"]:
+            self.assertEqual(r["ranks"], 16)
+            self.assertGreater(r["step_us"], 0)
+            self.assertGreaterEqual(r["step_us"], max(r["floor_us"].values()) - 1e-6)
+            self.assertGreaterEqual(r["exposed_comm_us"], 0)
+            self.assertGreater(r["backward"]["step_us"], 0)
+        self.assertEqual({r["schedule"]["policy"] for r in out["runs"]},
+                         {"sequential", "pipelined", "by-source", "hierarchical"})
+        large = self.document("simulate", "--config", h100, "--ranks", "512", "--json", "--chunks", "2", "--policies",
+                              "hierarchical", *small)
+        self.assertEqual(len(large["runs"]), 1)
+        self.assertIn("plan summaries", large["counts"])
+        self.assertIn("copy of expert", large["counts"])
+        text = run("simulate", "--config", h100, "--ranks", "8", "--explain", *small).stdout
+        for word in ("declared, not measured", "choice: ", "bound by"):
+            self.assertIn(word, text)
+        for name, ranks in (("gb200-nvl72", "144"), ("ethernet-cluster", "16")):
+            config = os.path.join(SOURCE, "configs", name + ".toml")
+            self.document("simulate", "--config", config, "--ranks", ranks, "--json", "--policies", "sequential", *small)
+
+    def test_simulate_refuses(self):
+        h100 = os.path.join(SOURCE, "configs/h100-infiniband.toml")
+        base = ["simulate", "--config", h100]
+        self.refused(["12", "8"], *base, "--ranks", "12")
+        self.refused(["99", "64 tokens"], *base, "--ranks", "8", "--chunks", "99", "--set", "bench.tokens_per_rank=64")
+        self.refused(["fastest", "pipelined"], *base, "--ranks", "8", "--policies", "fastest")
+        self.refused(["--node-sizes", "3"], *base, "--ranks", "2", "--node-sizes", "3")
+        self.refused(["machine", "--probe"], "simulate", "--ranks", "2")
+        self.refused(["across_nodes_bytes_per_s"], *base, "--ranks", "16", "--set", "topology.across_nodes_bytes_per_s=0")
+        self.refused(["constant"], *base, "--ranks", "8", "--set", "model.constant_experts=1")
+        self.refused(["none.json", "no such profile"], *base, "--ranks", "8", "--set", "schedule.profile=none.json")
+        bad = self.file("bad.json", "{\"sluice_profile\": 1}")
+        self.refused(["bad.json", "name"], *base, "--ranks", "8", "--set", "schedule.profile=" + bad)
+        self.refused(["--ranks"], "simulate", "--ranks", "0", code=2)
+
+    def test_probe_and_tune(self):
+        small = BENCH[1:] + ["--set", "topology.nodes=2x1", "--set", "topology.across_nodes_bytes_per_s=1e9"]
+        profile = os.path.join(self.dir.name, "p.json")
+        printed = self.document("info", "--probe", "-o", profile, "--json", *small)
+        with open(profile) as f:
+            self.assertEqual(json.load(f), printed)
+        self.assertTrue(printed["measured"])
+        self.assertEqual(len(printed["gemms"]), 6)
+        self.assertEqual(printed["link_model"], "calendar")
+        self.assertGreater(len(printed["links"]["across_nodes"]["occupied"]), 3)
+        # A profile of another machine: a warning, and it goes on.
+        printed["device"] = "some other processor"
+        other = self.file("other.json", json.dumps(printed))
+        done = run("simulate", "--ranks", "2", "--set", "schedule.profile=" + other, *small)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("another machine", done.stderr)
+        # A layer that was not measured.
+        self.refused(["GEMM", "--probe"], "simulate", "--ranks", "2", "--set", "schedule.profile=" + profile, *small,
+                     "--set", "model.dtype=bf16")
+        # Contradictory: more bytes in less time.
+        printed["gather"] = [[1, 5], [2, 4]]
+        falls = self.file("falls.json", json.dumps(printed))
+        self.refused(["falls.json", "gather", "falls"], "simulate", "--ranks", "2", "--set",
+                     "schedule.profile=" + falls, *small)
+        out = os.path.join(self.dir.name, "tuned.toml")
+        tuned = self.document("tune", "-o", out, "--json", "--confirm", "2", *small, "--set", "schedule.profile=" + profile)
+        self.assertEqual(tuned["profile"], profile)
+        for r in tuned["runs"]:
+            self.assertGreater(r["predicted_forward_us"], 0)
+            self.assertGreater(r["forward_us"], 0)
+        with open(out) as f:
+            text = f.read()
+        self.assertIn("# schedule", text)
+        self.assertIn("predicted", text)
+        self.assertEqual(run("config", "--check", out).returncode, 0)
+        effective = self.document("config", "--json", "--config", out)
+        self.assertEqual(effective["schedule"]["policy"]["value"], tuned["chosen"]["policy"])
+        self.assertEqual(effective["schedule"]["profile"]["value"], profile)
+        self.refused(["cannot be written"], "tune", "-o", os.path.join(self.dir.name, "no/such"), *small, "--set",
+                     "schedule.profile=" + profile)
+        self.assertEqual(run("info", "--probe").returncode, 2)
+
     def test_plan(self):
         trace = self.file("a.trace", TRACE)
         plan = self.document("plan", "--trace", trace, "--set", "topology.nodes=2x1", "--json", "--explain")

@@ -47,9 +47,11 @@ TEST(PeerOrder, EveryPeerOnceAndNoFasterThanTheFloor) {
             if (d != s) all.push_back(static_cast<std::int32_t>(d));
           EXPECT_EQ(sorted, all);
         }
-        const double t = completion(bytes, orders);
-        EXPECT_GE(t, floor_of(bytes, n));
-        EXPECT_LE(t, total);
+        for (const bool blocking : {true, false}) {
+          const double t = completion(bytes, orders, blocking);
+          EXPECT_GE(t, floor_of(bytes, n));
+          EXPECT_LE(t, total);
+        }
       }
     }
 }
@@ -57,7 +59,8 @@ TEST(PeerOrder, EveryPeerOnceAndNoFasterThanTheFloor) {
 TEST(PeerOrder, EvenTrafficTakesNoLongerThanItMust) {
   const std::vector<double> bytes(64, 5);
   for (const PeerOrder order : kOrders)
-    EXPECT_EQ(completion(bytes, peer_orders(order, bytes, 8)), 35) << to_string(order);
+    for (const bool blocking : {true, false})
+      EXPECT_EQ(completion(bytes, peer_orders(order, bytes, 8), blocking), 35) << to_string(order);
 }
 
 // Messages of very different sizes, no end much busier than the others: who waits for whom decides.
@@ -67,11 +70,12 @@ TEST(PeerOrder, OpenShopBeatsRotationUnderSkew) {
     std::mt19937_64 rng(seed);
     std::vector<double> bytes(256);
     for (double& b : bytes) b = std::exp(static_cast<double>(rng() % 1000) / 250);
-    rotation += completion(bytes, peer_orders(PeerOrder::kRotation, bytes, 16)) / floor_of(bytes, 16);
-    open_shop += completion(bytes, peer_orders(PeerOrder::kOpenShop, bytes, 16)) / floor_of(bytes, 16);
+    rotation += completion(bytes, peer_orders(PeerOrder::kRotation, bytes, 16), true) / floor_of(bytes, 16);
+    open_shop += completion(bytes, peer_orders(PeerOrder::kOpenShop, bytes, 16), true) / floor_of(bytes, 16);
   }
   std::printf("time over floor: rotation %.3f, open-shop %.3f\n", rotation / 8, open_shop / 8);
   EXPECT_LT(open_shop, 0.9 * rotation);
+  EXPECT_EQ(best_peer_order(std::vector<double>(64, 5), 8, true), PeerOrder::kRotation);
 }
 
 TEST(PeerOrder, TemplatesStayValid) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <ctime>
 
 #include "expect_error.hpp"
@@ -130,6 +131,49 @@ TEST(Simulator, WhoPostsPays) {
   p.op_us = 1;                                            // every op costs; zero-row ops too
   p.posting = Posting::kCaller;
   EXPECT_GT(run(world, schedule, p).step_us, 60);
+}
+
+// Nothing is in two places at once: no resource is busier than the pass is long, and its ops do not overlap.
+TEST(Simulator, ResourcesDoOneThingAtATime) {
+  std::mt19937_64 rng(5);
+  const Topology topology = Topology::uniform(6, 3);
+  World world{topology, contiguous_placement(12, 6), {}};
+  for (std::int32_t r = 0; r < 6; ++r) world.routings.push_back(random_routing(rng, 40, 12, 0, 4, 1.0));
+  MachineProfile p = tiny_profile();
+  p.op_us = 1;
+  p.in_node.send = p.across_nodes.send = Curve({{0, 2}, {100, 3}});
+  p.in_node.receive = Curve({{0, 0}, {100, 3}});
+  for (const Posting posting : {Posting::kCaller, Posting::kThread, Posting::kOwnCore})
+    for (const LinkModel model : {LinkModel::kQueue, LinkModel::kCalendar})
+      for (const ScheduleOptions& schedule :
+           {ScheduleOptions{SchedulePolicy::kSequential, Exchange::kDirect, 1},
+            ScheduleOptions{SchedulePolicy::kBySource, Exchange::kGateway, 3},
+            ScheduleOptions{SchedulePolicy::kHierarchical, Exchange::kGateway, 4}})
+        for (const PassKind pass : {PassKind::kForward, PassKind::kBackward}) {
+          SCOPED_TRACE(str(to_string(posting), " ", to_string(model), " ", describe(schedule)));
+          p.posting = posting;
+          p.link_model = model;
+          const Simulation s = run(world, schedule, p, pass);
+          EXPECT_GE(s.step_us, s.floor_us());
+          const auto group = build_group_template(topology, schedule);
+          for (std::int32_t r = 0; r < 6; ++r) {
+            const auto& ops = group.of(RankId(r)).pass(pass).ops;
+            double end = 0, busy = 0;
+            std::size_t num_compute = 0;
+            for (const OpSpan& span : s.spans[static_cast<std::size_t>(r)]) {
+              if (ops[span.op].resource != Resource::kCompute) continue;
+              EXPECT_GE(span.begin_us, end);
+              end = span.end_us;
+              busy += span.end_us - span.begin_us;
+              ++num_compute;
+            }
+            EXPECT_EQ(num_compute,
+                      static_cast<std::size_t>(std::count_if(ops.begin(), ops.end(), [](const Op& op) {
+                        return op.resource == Resource::kCompute;
+                      })));
+            EXPECT_GE(busy, s.ranks[static_cast<std::size_t>(r)].compute_us - 1e-6);
+          }
+        }
 }
 
 TEST(Simulator, RefusesWhatTheExecutorWould) {

@@ -30,6 +30,8 @@ void add_config(CLI::App& app, Run& run);
 void add_bench(CLI::App& app, Run& run);
 void add_plan(CLI::App& app, Run& run);
 void add_train(CLI::App& app, Run& run);
+void add_simulate(CLI::App& app, Run& run);
+void add_tune(CLI::App& app, Run& run);
 void add_launch(CLI::App& app, Run& run);
 
 // Writes a document to standard output. Throws kIo if that fails (a full disk, a closed pipe).

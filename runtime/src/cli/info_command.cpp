@@ -1,12 +1,17 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "sluice/base/clock.hpp"
 #include "sluice/base/text_table.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
 #include "sluice/runtime/src/machine.hpp"
+#include "sluice/runtime/src/rank_group.hpp"
+#include "sluice/runtime/src/tune/probe.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice::cli {
 namespace {
@@ -23,20 +28,76 @@ nlohmann::json transport_json(std::string_view name, const std::function<void()>
   return out;
 }
 
+std::string link_text(const LinkProfile& link) {
+  const double large = link.occupied.empty() ? 0 : link.occupied.points().back().at;
+  const double held = std::max(link.occupied(large), link.send(large));
+  return str("latency ", fixed(link.latency_us, 1), " us, ", bytes_text(static_cast<std::int64_t>(large)),
+             " in ", fixed(held, 1), " us (", held > 0 ? fixed(large / held / 1e3, 2) : "-", " GB/s), ",
+             fixed(link.send(0), 2), " us to send nothing");
+}
+
+// The profile of what the configuration runs on. Collective over its ranks.
+int run_probe(const LoadedConfig& loaded, const std::string& output, bool json) {
+  Require(!output.empty(), ErrorCode::kInvalidArgument, "-o is empty; name the profile file to write");
+  require_writable(output);
+  const auto begin = Clock::now();
+  GroupOptions group;
+  group.default_ranks = 2;
+  group.body = [&](Runtime& runtime, const LoadedConfig& config) {
+    const MachineProfile profile = probe_machine(runtime, config.config);
+    if (!prints_results(runtime)) return;
+    write_profile_file(output, profile);
+    if (json) {
+      print_document(profile.to_json());
+      return;
+    }
+    TextTable table({"measured", "is"});
+    table.add_row({"machine", profile.name});
+    for (const LinkClass c : {LinkClass::kInNode, LinkClass::kAcrossNodes})
+      if (!profile.link(c).send.empty())
+        table.add_row({str("link ", to_string(c)), link_text(profile.link(c))});
+    for (const GemmProfile& g : profile.gemms) {
+      const double flops = 2.0 * static_cast<double>(g.shape.in_cols) * static_cast<double>(g.shape.out_cols);
+      std::string rates;
+      for (const double rows : {1.0, 32.0, 1024.0})
+        rates += str(rates.empty() ? "" : ", ", fixed(rows, 0), " rows ", fixed(g.rows(rows), 1), " us (",
+                     fixed(flops * rows / g.rows(rows) / 1e3, 1), " GFLOP/s)");
+      table.add_row({describe(g.shape), rates});
+    }
+    for (const auto& [name, curve] : {std::pair{"pack", &profile.gather},
+                                      {"reduce", &profile.reduce},
+                                      {"activation backward", &profile.activation_backward}})
+      table.add_row({name, str(fixed(1048576.0 / std::max((*curve)(1048576), 1e-9) / 1e3, 2),
+                               " GB/s read and written, at 1 MiB")});
+    table.add_row({"op", str(fixed(profile.op_us, 2), " us to start one")});
+    print_document(str(table.to_string(), "written to ", output, " in ",
+                       fixed(to_us(Clock::now() - begin) / 1e6, 1), " s\n"));
+  };
+  run_group(loaded, group);
+  return 0;
+}
+
 }  // namespace
 
 void add_info(CLI::App& app, Run& run) {
   struct Options {
     ConfigOptions config;
-    bool json = false;
+    std::string output;
+    bool json = false, probe = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("info", "devices, transports and topology");
   add_config_options(*command, o->config);
   command->add_flag("--json", o->json, "print as JSON");
+  CLI::Option* probe = command->add_flag(
+      "--probe", o->probe, "measure links and GEMMs over the configured transport into a profile file");
+  CLI::Option* file = command->add_option("-o,--output", o->output, "the profile file to write");
+  probe->needs(file);
+  file->needs(probe);
   command->callback([o, &run] {
     run = [o] {
       const LoadedConfig loaded = o->config.load();
+      if (o->probe) return run_probe(loaded, o->output, o->json);
       nlohmann::json out;
       out["version"] = SLUICE_VERSION;
       out["devices"] = nlohmann::json::array({{{"kind", "cpu"},

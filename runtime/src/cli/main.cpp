@@ -37,6 +37,8 @@ int main(int argc, char** argv) {
   cli::add_train(app, run);
   cli::add_bench(app, run);
   cli::add_plan(app, run);
+  cli::add_simulate(app, run);
+  cli::add_tune(app, run);
   cli::add_info(app, run);
   cli::add_config(app, run);
   cli::add_launch(app, run);

@@ -1,0 +1,40 @@
+#include "sluice/runtime/src/bench/draw_routing.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "sluice/base/hash.hpp"
+
+namespace sluice {
+
+Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank) {
+  std::mt19937_64 order_rng(static_cast<std::uint64_t>(config.bench.seed));
+  std::vector<double> popularity(static_cast<std::size_t>(num_experts));
+  for (std::size_t e = 0; e < popularity.size(); ++e)
+    popularity[e] = 1 / std::pow(double(e) + 1, config.bench.skew);
+  std::shuffle(popularity.begin(), popularity.end(), order_rng);
+  std::mt19937_64 rng(Hasher().add_int(config.bench.seed).add_int(rank.value).value());
+  std::uniform_real_distribution<double> uniform(0, 1);
+  Routing out;
+  out.num_experts = num_experts;
+  std::vector<std::pair<double, std::int32_t>> keys(popularity.size());
+  std::vector<std::int32_t> chosen(static_cast<std::size_t>(config.bench.top_k));
+  for (std::int64_t t = 0; t < config.bench.tokens_per_rank; ++t) {
+    // The k smallest of Exp(1) / popularity: a draw without replacement (Efraimidis & Spirakis 2006).
+    for (std::size_t e = 0; e < keys.size(); ++e)
+      keys[e] = {-std::log(1 - uniform(rng)) / popularity[e], static_cast<std::int32_t>(e)};
+    std::partial_sort(keys.begin(), keys.begin() + config.bench.top_k, keys.end());
+    for (std::size_t i = 0; i < chosen.size(); ++i) chosen[i] = keys[i].second;
+    std::sort(chosen.begin(), chosen.end());
+    for (const std::int32_t e : chosen) {
+      out.expert.push_back(e);
+      out.weight.push_back(1.0f / static_cast<float>(config.bench.top_k));
+    }
+    out.row_ptr.push_back(static_cast<std::int64_t>(out.expert.size()));
+  }
+  return out;
+}
+
+}  // namespace sluice

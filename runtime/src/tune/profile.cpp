@@ -1,0 +1,134 @@
+#include "sluice/runtime/src/tune/profile.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+#include "sluice/base/clock.hpp"
+#include "sluice/base/log.hpp"
+#include "sluice/runtime/src/machine.hpp"
+
+namespace sluice {
+namespace {
+
+constexpr std::int64_t kMaxProfileBytes = 4 << 20;
+
+MachineProfile declared_profile(const Config& config, const Topology& topology) {
+  const Config::Machine& m = config.machine;
+  Require(m.gemm_flops_per_s > 0 && m.memory_bytes_per_s > 0, ErrorCode::kInvalidConfig,
+          "there is no machine to predict for: set schedule.profile to a file that `sluice info --probe -o "
+          "FILE` wrote, "
+          "or declare machine.gemm_flops_per_s and machine.memory_bytes_per_s");
+  MachineProfile out;
+  out.name = m.name.empty() ? "declared machine" : m.name;
+  out.source = m.source;
+  out.posting = Posting::kOwnCore;  // devices do not post from their arithmetic units
+  out.roofline = GemmRoofline{m.gemm_flops_per_s, m.memory_bytes_per_s};
+  out.op_us = m.op_us;
+  out.gather = out.reduce = out.activation_backward = Curve::line(0, m.memory_bytes_per_s / 1e6);
+  for (const bool across : {false, true}) {
+    const LinkSpeed& speed = across ? topology.across_nodes : topology.in_node;
+    const bool needed = across ? topology.num_nodes() > 1 : topology.num_ranks() > topology.num_nodes();
+    const std::string_view key = across ? "across_nodes" : "in_node";
+    Require(!needed || speed.bytes_per_s > 0, ErrorCode::kInvalidConfig, "topology.", key,
+            "_bytes_per_s is 0; a declared machine needs declared links");
+    LinkProfile& link = across ? out.across_nodes : out.in_node;
+    if (speed.bytes_per_s > 0) link.occupied = Curve::line(m.message_us, speed.bytes_per_s / 1e6);
+    link.latency_us = to_us(std::chrono::duration_cast<Clock::duration>(speed.latency));
+  }
+  return out;
+}
+
+}  // namespace
+
+bool has_profile(const Config& config) {
+  return !config.schedule.profile.empty() || config.machine.gemm_flops_per_s > 0;
+}
+
+void require_writable(const std::string& path) {
+  std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (folder.empty()) folder = ".";
+  std::error_code ec;
+  Require(!std::filesystem::is_directory(path, ec), ErrorCode::kIo, path,
+          ": cannot be written: it is a folder");
+  errno = 0;
+  Require(access(folder.c_str(), W_OK) == 0, ErrorCode::kIo, path,
+          ": cannot be written: ", std::strerror(errno));
+}
+
+MachineProfile read_profile_file(const std::string& path) {
+  std::error_code ec;
+  Require(std::filesystem::exists(path, ec), ErrorCode::kNotFound, path,
+          ": there is no such profile; `sluice info --probe -o FILE` writes one");
+  Require(std::filesystem::is_regular_file(path, ec), ErrorCode::kIo, path, ": is no file");
+  std::ifstream in(path, std::ios::binary);
+  std::string text(static_cast<std::size_t>(kMaxProfileBytes) + 1, '\0');
+  in.read(text.data(), static_cast<std::streamsize>(text.size()));
+  Require(in.is_open() && !in.bad(), ErrorCode::kIo, path, ": cannot be read: ", std::strerror(errno));
+  Require(in.gcount() <= kMaxProfileBytes, ErrorCode::kInvalidConfig, path, ": is larger than ",
+          kMaxProfileBytes, " bytes; no profile is");
+  text.resize(static_cast<std::size_t>(in.gcount()));
+  return parse_profile(text, path);
+}
+
+void write_profile_file(const std::string& path, const MachineProfile& profile) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out << profile.to_json() << '\n';
+  out.flush();
+  Require(static_cast<bool>(out), ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
+}
+
+void apply_declared_links(MachineProfile& profile, const Topology& topology, std::string_view transport) {
+  for (const bool across : {false, true}) {
+    const LinkSpeed& speed = across ? topology.across_nodes : topology.in_node;
+    if (!speed.limited()) continue;
+    LinkProfile& link = across ? profile.across_nodes : profile.in_node;
+    const double declared_us = to_us(std::chrono::duration_cast<Clock::duration>(speed.latency));
+    link.occupied = speed.bytes_per_s > 0 ? Curve::line(0, speed.bytes_per_s / 1e6) : Curve();
+    link.latency_us = std::max(link.latency_us, declared_us);
+    if (transport == "local") profile.link_model = LinkModel::kCalendar;
+  }
+}
+
+MachineProfile profile_of(const Config& config, const Topology& topology) {
+  if (config.schedule.profile.empty()) return declared_profile(config, topology);
+  MachineProfile out = read_profile_file(config.schedule.profile);
+  apply_declared_links(out, topology, config.comm.transport);
+  return out;
+}
+
+std::string foreign_machine(const MachineProfile& profile, std::string_view transport) {
+  const std::string device = cpu_name();
+  const auto cores = static_cast<std::int32_t>(std::thread::hardware_concurrency());
+  if (!profile.measured || profile.machine_hash() == machine_hash(device, cores, transport)) return {};
+  return str("profile ", profile.name, " was measured on another machine: ", profile.device, ", ",
+             profile.cores, " cores, transport ", profile.transport, "; this is ", device, ", ", cores,
+             " cores, transport ", transport,
+             ". Predictions may be far off; measure again with `sluice info --probe`");
+}
+
+MachineProfile agreed_profile(Runtime& runtime, const Config& config) {
+  constexpr std::string_view kPhase = "profile agreement";
+  std::string text;
+  if (runtime.rank().value == 0) {
+    const MachineProfile mine = profile_of(config, runtime.topology());
+    if (const std::string differs = foreign_machine(mine, config.comm.transport); !differs.empty())
+      log_warn(differs);
+    text = mine.to_json();
+  }
+  auto size = static_cast<std::int64_t>(text.size());
+  runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), kPhase);
+  Require(size >= 0 && size <= kMaxProfileBytes, ErrorCode::kDisagreement, "rank 0 announces a profile of ",
+          size, " bytes");
+  text.resize(static_cast<std::size_t>(size));
+  runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), kPhase);
+  return parse_profile(text, "rank 0's profile");
+}
+
+}  // namespace sluice

@@ -1,0 +1,35 @@
+// The machine profile that a configuration asks for: the file that schedule.profile names, else what [machine] and
+// [topology] declare.
+//
+// Blocks on the file only; agreed_profile is collective. Errors: kNotFound and kIo for the file, kInvalidConfig for what
+// is in it or when nothing is declared.
+#pragma once
+
+#include <string>
+
+#include "sluice/base/config.hpp"
+#include "sluice/runtime.hpp"
+#include "sluice/scheduler/cost_model.hpp"
+
+namespace sluice {
+
+// Whether there is one: schedule.profile is set, or machine.gemm_flops_per_s.
+bool has_profile(const Config& config);
+MachineProfile profile_of(const Config& config, const Topology& topology);
+// Rank 0's, on all ranks; it warns when the profile was measured on another machine. Collective.
+MachineProfile agreed_profile(Runtime& runtime, const Config& config);
+
+// Throws kIo where no file can be written: better known before a measurement than after it.
+void require_writable(const std::string& path);
+
+MachineProfile read_profile_file(const std::string& path);
+void write_profile_file(const std::string& path, const MachineProfile& profile);
+
+// Links whose speed the topology declares take it: an emulated link does what is declared, whatever it did when the
+// profile was measured. Costs of processors stay as measured.
+void apply_declared_links(MachineProfile& profile, const Topology& topology, std::string_view transport);
+
+// Empty when the profile is of this machine or declared; else a sentence that says what differs.
+std::string foreign_machine(const MachineProfile& profile, std::string_view transport);
+
+}  // namespace sluice
