@@ -259,14 +259,16 @@ void check_dgrad(const Problem& p) {
               [&](std::int64_t row, int g, std::vector<double>& e) { reference.dgrad(row, g, e); });
 }
 
-void check_wgrad(const Problem& p) {
+void check_wgrad(const Problem& p, int max_sms = 0) {
   OnDevice d(p);
+  GemmGroups groups = d.groups(p);
+  groups.max_sms = max_sms;
   const std::int64_t stride = p.out * p.in + 12;
   std::vector<float> start(static_cast<std::size_t>(stride * p.groups()));
   for (std::size_t i = 0; i < start.size(); ++i) start[i] = static_cast<float>(i % 17) - 8.0f;
   DeviceArray<float> grads(start);
-  grouped_gemm_wgrad(d.groups(p), {d.dc.data(), p.dc.stride}, p.out, {d.a.data(), p.a.stride}, p.in,
-                     grads.data(), stride, nullptr);
+  grouped_gemm_wgrad(groups, {d.dc.data(), p.dc.stride}, p.out, {d.a.data(), p.a.stride}, p.in, grads.data(),
+                     stride, nullptr);
   CUDA_OK(cudaDeviceSynchronize());
   const std::vector<float> got = grads.get();
   std::vector<double> want(static_cast<std::size_t>(p.out * p.in));
@@ -332,6 +334,8 @@ TEST_P(GroupedGemmCuda, WgradRaggedGroups) {
   std::vector<std::int64_t> sizes(130);
   std::iota(sizes.begin(), sizes.end(), 1);
   check_wgrad(Problem(sizes, 64, 64, 17));
+  // Many tiles a processor, of more and of fewer blocks of rows than there are stages.
+  check_wgrad(Problem({330, 70, 0, 1, 700}, 264, 600, 21), 2);
 }
 
 // A row's result has the same bits alone, in a large group, in any tile, in any order and on any number of processors.
