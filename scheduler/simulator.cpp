@@ -13,6 +13,7 @@ namespace {
 
 using Ticks = std::int64_t;  // picoseconds
 constexpr double kTicksPerUs = 1e6;
+constexpr Ticks kNever = INT64_MAX;
 
 Ticks to_ticks(double us) {
   return static_cast<Ticks>(std::llround(us * kTicksPerUs));
@@ -140,11 +141,18 @@ struct Ready {
 
 struct Rank {
   Ready compute, puts;
+  std::vector<std::pair<Ticks, std::uint32_t>>
+      held_back;           // puts until their peers' ready signals; earliest on top
+  Ticks watched = kNever;  // when the next event for them is
   bool computing = false, posting = false;
   Ticks debt = 0;  // time that others took from this processor, owed by its next op
   struct Side {
     Ticks free = 0;  // when what was given to it is done
-  } out[2], in[2];   // by LinkClass
+    // Outwards, queue model: the puts behind the one whose departure is an event.
+    bool departing = false;
+    std::vector<std::pair<std::uint32_t, Ticks>> queue;  // op, time on the link
+    std::size_t head = 0;
+  } out[2], in[2];  // by LinkClass
   Ticks end = 0;
   Ticks compute_busy = 0, send_busy = 0, receive_busy = 0, out_busy[2] = {0, 0}, in_busy[2] = {0, 0};
 };
@@ -186,10 +194,11 @@ class Engine {
       push(busy, Event::kStart, r, 0);
       for (std::uint32_t i = 0; i < s.waits.size(); ++i)
         if (s.waits[i] == 0 && s.pass->ops[i].kind != OpKind::kReady) release(r, i);
+      watch_held_back(r);
     }
     left_ = left;
     while (!events_.empty()) {
-      std::pop_heap(events_.begin(), events_.end(), later);
+      std::pop_heap(events_.begin(), events_.end(), Later());
       const Event e = events_.back();
       events_.pop_back();
       now_ = e.time;
@@ -210,12 +219,14 @@ class Engine {
     std::uint32_t what;  // op or signal
     Ticks held;          // of puts: time on the link
   };
-  static bool later(const Event& a, const Event& b) {
-    return a.time != b.time ? a.time > b.time : a.order > b.order;
-  }
+  struct Later {
+    bool operator()(const Event& a, const Event& b) const {
+      return a.time != b.time ? a.time > b.time : a.order > b.order;
+    }
+  };
   void push(Ticks time, Event::Kind kind, std::size_t rank, std::uint32_t what, Ticks held = 0) {
     events_.push_back({time, order_++, kind, static_cast<std::uint32_t>(rank), what, held});
-    std::push_heap(events_.begin(), events_.end(), later);
+    std::push_heap(events_.begin(), events_.end(), Later());
   }
 
   const Shape& shape(std::size_t r) const { return shapes_[at(group_.shape_of[r])]; }
@@ -246,11 +257,34 @@ class Engine {
     if (is_put(op_of(r, index))) {
       const Ticks ready = ready_at(r, index);
       if (ready > now_) {
-        push(ready, Event::kReadyNow, r, index);
+        auto& held_back = ranks_[r].held_back;
+        held_back.emplace_back(ready, index);
+        std::push_heap(held_back.begin(), held_back.end(), std::greater<>{});
         return;
       }
     }
     enqueue(r, index);
+  }
+  // One event a rank is enough: for the first put that it holds back. Called when all that an event releases is there.
+  void watch_held_back(std::size_t r) {
+    Rank& rank = ranks_[r];
+    if (rank.held_back.empty() || rank.held_back.front().first >= rank.watched) return;
+    rank.watched = rank.held_back.front().first;
+    push(rank.watched, Event::kReadyNow, r, 0);
+  }
+  void release_ready(std::size_t r) {
+    auto& held_back = ranks_[r].held_back;
+    bool any = false;
+    while (!held_back.empty() && held_back.front().first <= now_) {
+      std::pop_heap(held_back.begin(), held_back.end(), std::greater<>{});
+      ranks_[r].puts.push(held_back.back().second);
+      held_back.pop_back();
+      any = true;
+    }
+    if (!any) return;  // an event that an earlier one has overtaken
+    ranks_[r].watched = kNever;
+    watch_held_back(r);
+    take_next(r);
   }
   void enqueue(std::size_t r, std::uint32_t index) {
     (is_put(op_of(r, index)) ? ranks_[r].puts : ranks_[r].compute).push(index);
@@ -314,7 +348,7 @@ class Engine {
         finish(e.rank, e.what, e.held);
         return;
       case Event::kReadyNow:
-        enqueue(e.rank, e.what);
+        release_ready(e.rank);
         return;
       case Event::kDepart:
         depart(e.rank, e.what, e.held);
@@ -324,6 +358,7 @@ class Engine {
         return;
       case Event::kSignal:
         for (const std::uint32_t op : shape(e.rank).after_signal[e.what]) wait_less(e.rank, op);
+        watch_held_back(e.rank);
         return;
     }
   }
@@ -344,6 +379,7 @@ class Engine {
       spans_[r].push_back({index, from_ticks(begun_[first_op_[r] + index]), from_ticks(now_)});
     }
     for (const std::uint32_t next : shape(r).after_op[index]) wait_less(r, next);
+    watch_held_back(r);
     take_next(r);
   }
 
@@ -367,15 +403,29 @@ class Engine {
       return;
     }
     // Queue model: it leaves when the messages before it have left.
-    const Ticks start = std::max(now_, out.free);
-    out.free = start + held;
-    push(start, Event::kDepart, r, index, held);
+    if (out.departing) {
+      out.queue.push_back({index, held});
+      return;
+    }
+    out.departing = true;
+    push(std::max(now_, out.free), Event::kDepart, r, index, held);
   }
   // Queue model: the first bytes leave; the receiver takes the message when it is done with those that left earlier.
   void depart(std::size_t r, std::uint32_t index, Ticks held) {
     const Op& op = op_of(r, index);
     const std::size_t c = class_of(op);
     const auto peer = at(group_.peer(id(r), op));
+    Rank::Side& out = ranks_[r].out[c];
+    out.free = now_ + held;
+    out.departing = out.head < out.queue.size();
+    if (out.departing) {
+      const auto [next, next_held] = out.queue[out.head++];
+      push(out.free, Event::kDepart, r, next, next_held);
+      if (out.head == out.queue.size()) {
+        out.queue.clear();
+        out.head = 0;
+      }
+    }
     Rank::Side& in = ranks_[peer].in[c];
     const Ticks start = std::max(now_, in.free);
     in.free = start + held;
