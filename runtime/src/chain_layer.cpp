@@ -87,6 +87,7 @@ kernels::Activation kernel_activation(ExpertActivation activation) {
 struct ChainStep {
   Context context;
   PolicyState state;
+  std::shared_ptr<const Plan> plan;  // from prepare_step() to begin_step()
 };
 
 struct ChainStorage {
@@ -288,7 +289,10 @@ struct ChainLayer::State {
 
   void exchange(PolicyState& state);
   void select(ChainStorage& c, std::int32_t t, std::int32_t chunk);
+  void prepare_step(ChainStorage& c, std::int32_t t, std::int32_t chunk);
   void begin_step(ChainStorage& c, std::int32_t t, std::int32_t chunk);
+  void shared_forward(ChainStorage& c, std::int32_t t, const Chunk& rows, std::int32_t chunk);
+  void shared_backward(ChainStorage& c, std::int32_t t, const Chunk& rows, std::int32_t chunk);
   void end_step(ChainStorage& c, std::int32_t t, std::int32_t chunk);
   void gather_sums(ChainStorage& c);
   void settle(ChainStorage& c);
@@ -513,9 +517,15 @@ ChainContext ChainLayer::forward(ConstMatrixView x, MatrixView y, std::span<cons
       for (Rows& rows : c.shared_hidden) rows.resize(n, s.shared_pre, s.dtype);
   }
 
+  // The first iteration is planned as a whole: a plan's small exchanges wait for peers, and peers that compute answer
+  // late.
+  for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) s.prepare_step(c, 0, chunk);
   for (std::int32_t t = 0; t < c.num_iterations; ++t)
     for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) {
-      if (t > 0) s.end_step(c, t - 1, chunk);
+      if (t > 0) {
+        s.end_step(c, t - 1, chunk);
+        s.prepare_step(c, t, chunk);
+      }
       s.begin_step(c, t, chunk);
     }
   for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) s.end_step(c, c.num_iterations - 1, chunk);
@@ -526,7 +536,7 @@ ChainContext ChainLayer::forward(ConstMatrixView x, MatrixView y, std::span<cons
   return context;
 }
 
-void ChainLayer::State::begin_step(ChainStorage& c, std::int32_t t, std::int32_t chunk) {
+void ChainLayer::State::prepare_step(ChainStorage& c, std::int32_t t, std::int32_t chunk) {
   const Chunk rows = chunk_of(c, chunk);
   const ConstMatrixView in = row_range(input(c, t), rows.begin, rows.end);
   ChainStep& step = c.step(t, chunk);
@@ -543,11 +553,20 @@ void ChainLayer::State::begin_step(ChainStorage& c, std::int32_t t, std::int32_t
     }
   }
   select(c, t, chunk);
-  const auto plan = moe.plan(step.state.routing);
-  step.context = moe.start_forward(plan, in, row_range(output(c, t), rows.begin, rows.end));
-  if (options.shared_ffn == 0) return;
+  step.plan = moe.plan(step.state.routing);
+}
 
-  drive();
+void ChainLayer::State::begin_step(ChainStorage& c, std::int32_t t, std::int32_t chunk) {
+  const Chunk rows = chunk_of(c, chunk);
+  ChainStep& step = c.step(t, chunk);
+  step.context = moe.start_forward(step.plan, row_range(input(c, t), rows.begin, rows.end),
+                                   row_range(output(c, t), rows.begin, rows.end));
+  step.plan.reset();
+}
+
+void ChainLayer::State::shared_forward(ChainStorage& c, std::int32_t t, const Chunk& rows,
+                                       std::int32_t chunk) {
+  const ConstMatrixView in = row_range(input(c, t), rows.begin, rows.end);
   const Span span(runtime.recorder(), "shared_expert", "compute", chunk);
   const ComputeTurn turn(*runtime.state().executor);
   const std::int64_t group_ptr[2] = {0, rows.size()};
@@ -563,6 +582,10 @@ void ChainLayer::State::begin_step(ChainStorage& c, std::int32_t t, std::int32_t
 void ChainLayer::State::end_step(ChainStorage& c, std::int32_t t, std::int32_t chunk) {
   const Chunk rows = chunk_of(c, chunk);
   ChainStep& step = c.step(t, chunk);
+  if (options.shared_ffn > 0) {  // while rows are away
+    drive();
+    shared_forward(c, t, rows, chunk);
+  }
   moe.finish(step.context);
   if (!c.training) step.context = Context();
   const bool has_shared = options.shared_ffn > 0, inner = options.residual == ChainResidual::kInner,
@@ -633,8 +656,9 @@ void ChainLayer::backward(ChainContext& context, ConstMatrixView dy, MatrixView 
       if (t < last) s.end_backward_step(c, t + 1, chunk, dy, dx);
       s.begin_backward_step(c, t, chunk);
     }
-    // While the next iteration's rows travel.
-    if (t < last) s.add_gradients(c, t + 1);
+    if (t == last) continue;
+    s.drive();
+    s.add_gradients(c, t + 1);  // while the next iteration's rows travel
   }
   for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) s.end_backward_step(c, 0, chunk, dy, dx);
   s.add_gradients(c, 0);
@@ -649,9 +673,11 @@ void ChainLayer::State::begin_backward_step(ChainStorage& c, std::int32_t t, std
   // One chunk is a plain pass; several add up in the order of one.
   moe.start_backward(step.context, in, row_range(moe_out.view(), rows.begin, rows.end), weights,
                      c.num_chunks == 1 ? WeightGradients::kNow : WeightGradients::kLater);
-  drive();
-  if (options.shared_ffn == 0) return;
+}
 
+void ChainLayer::State::shared_backward(ChainStorage& c, std::int32_t t, const Chunk& rows,
+                                        std::int32_t chunk) {
+  const ConstMatrixView in = row_range(d_view(t), rows.begin, rows.end);
   const Span span(runtime.recorder(), "shared_expert", "compute", chunk);
   const ComputeTurn turn(*runtime.state().executor);
   const MatrixView h = row_range(shared_hidden(c, t).view(), rows.begin, rows.end);
@@ -672,6 +698,10 @@ void ChainLayer::State::end_backward_step(ChainStorage& c, std::int32_t t, std::
                                           ConstMatrixView dy, MatrixView dx) {
   const Chunk rows = chunk_of(c, chunk);
   ChainStep& step = c.step(t, chunk);
+  if (options.shared_ffn > 0) {
+    drive();
+    shared_backward(c, t, rows, chunk);
+  }
   moe.finish(step.context);
   const Span span(runtime.recorder(), "gate_backward", "compute", chunk);
   const ComputeTurn turn(*runtime.state().executor);

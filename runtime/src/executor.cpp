@@ -36,6 +36,14 @@ void Executor::add(PassRun& pass) {
   pending_.reserve(num_waits);
 }
 
+void Executor::send_off(PassRun& pass) {
+  if (passes_.size() < 2) return;
+  while (pass.step()) {
+    transport_.advanced();
+    transport_.progress();
+  }
+}
+
 void Executor::remove(PassRun& pass) noexcept {
   passes_.erase(std::remove(passes_.begin(), passes_.end(), &pass), passes_.end());
 }

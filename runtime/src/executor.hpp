@@ -35,6 +35,9 @@ class Executor {
   // The pass must stay until finish() or remove(). Passes without expert work run as far as they need none.
   void add(PassRun& pass);
   void remove(PassRun& pass) noexcept;
+  // Runs the ops of a pass that has just been added as far as they wait for nothing. So its rows leave before older
+  // passes compute; without other passes the order is that of the template, and this does nothing.
+  void send_off(PassRun& pass);
   // Runs ops of all passes in flight until this one is over, then closes it and takes it out.
   void finish(PassRun& pass);
   // Runs ops of all passes in flight as long as `going()`.

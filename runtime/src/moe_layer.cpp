@@ -437,6 +437,7 @@ void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind 
     LayerWork& work = work_of(*this, storage);
     work.begin(pass, plan, when);
     pass.start(in);
+    runtime.state().executor->send_off(pass);  // dispatch only: the pass has no expert work yet
     pass.set_work(work, out, dw);
   });
 }
