@@ -27,6 +27,7 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 constexpr std::uint32_t kMaxChannels = 1u << 20;  // a bound for nonsense, not a resource
+constexpr std::uint32_t kCollectivesChannel = 0;  // collectives.hpp
 constexpr nanoseconds kDeliverySpin =
     microseconds(60);                           // timers wake late by about this much on a busy machine
 constexpr std::int64_t kCopyPiece = 256 << 10;  // how long the delivery thread may be away from its calendar
@@ -120,6 +121,8 @@ struct alignas(64) Endpoint {
   // When the rank's links are free: [in_node, across_nodes]. Guarded by the calendar's mutex.
   Clock::time_point out_free[2];
   Clock::time_point in_free[2];
+  Clock::time_point collective_out_free[2] = {};
+  Clock::time_point collective_in_free[2] = {};
 
   // The rank's line in the table of who waits for whom.
   std::atomic<bool> waiting{false};
@@ -253,7 +256,8 @@ class Group {
 
   // Books the put on the outgoing link of its source and the incoming link of its peer, both full duplex and
   // one per level: it starts when both are free, holds them for bytes / bandwidth, and is due the latency
-  // later.
+  // later. Collectives wait for each other only, not for rows booked before them, and rows booked after them
+  // wait longer: on a real link, packets of a small message pass between those of a large one.
   LinkTime book(const Transfer& t) {
     Endpoint& from = *endpoints_[t.source];
     Endpoint& to = *endpoints_[t.peer];
@@ -278,8 +282,17 @@ class Group {
         spare_.pop_back();
       }
       *booked = t;
-      const Clock::time_point start = std::max({Clock::now(), from.out_free[level], to.in_free[level]});
-      from.out_free[level] = to.in_free[level] = start + span;
+      const bool collective = t.channel == kCollectivesChannel;
+      Clock::time_point start = Clock::now();
+      if (collective) {
+        start = std::max({start, from.collective_out_free[level], to.collective_in_free[level]});
+        from.collective_out_free[level] = to.collective_in_free[level] = start + span;
+        from.out_free[level] = std::max(from.out_free[level], start) + span;
+        to.in_free[level] = std::max(to.in_free[level], start) + span;
+      } else {
+        start = std::max({start, from.out_free[level], to.in_free[level]});
+        from.out_free[level] = to.in_free[level] = start + span;
+      }
       time = {start, start + span};
       booked->due = start + span + speed.latency;
       booked->order = next_order_++;

@@ -74,10 +74,10 @@ struct Matrix {
 // Times of one arm, of one rank, in microseconds.
 struct Times {
   std::vector<double> forward, backward;
+  double compute_forward_us = 0, compute_backward_us = 0;  // in compute spans
 };
 struct RankReport {
   std::vector<Times> arms;
-  double compute_forward_us = 0, compute_backward_us = 0;
   double link_us = 0;  // rows one way, forward or backward
 };
 
@@ -123,7 +123,8 @@ void run_rank(Runtime& runtime, const Config& config, RankReport& report) {
       arms.back()->set_shared_expert({s1->view(), s2->view(), s1->gradient.data(), s2->gradient.data()});
   }
   report.arms.resize(arms.size());
-  SpanRecorder forward_spans(runtime.rank()), backward_spans(runtime.rank());
+  std::vector<SpanRecorder> forward_spans(arms.size(), SpanRecorder(runtime.rank()));
+  std::vector<SpanRecorder> backward_spans = forward_spans;
   const std::int64_t rounds = config.bench.warmup + config.bench.iterations;
   for (std::int64_t round = 0; round < rounds; ++round)
     for (std::size_t i = 0; i < arms.size(); ++i) {
@@ -132,13 +133,13 @@ void run_rank(Runtime& runtime, const Config& config, RankReport& report) {
       std::memset(y.data(), 0xff, y.size() * sizeof(float));
       std::memset(dx.data(), 0xff, dx.size() * sizeof(float));
       runtime.barrier("bench");
-      runtime.set_recorder(measured && a == 0 ? &forward_spans : nullptr);
+      runtime.set_recorder(measured ? &forward_spans[a] : nullptr);
       auto begin = Clock::now();
       ChainContext context =
           arms[a]->forward(x.view(), MatrixView(y.data(), n, h), std::span(&adaptive, 1), true);
       if (measured) report.arms[a].forward.push_back(to_us(Clock::now() - begin));
       runtime.barrier("bench");
-      runtime.set_recorder(measured && a == 0 ? &backward_spans : nullptr);
+      runtime.set_recorder(measured ? &backward_spans[a] : nullptr);
       begin = Clock::now();
       arms[a]->backward(context, dy.view(), MatrixView(dx.data(), n, h));
       if (measured) report.arms[a].backward.push_back(to_us(Clock::now() - begin));
@@ -162,8 +163,10 @@ void run_rank(Runtime& runtime, const Config& config, RankReport& report) {
     return static_cast<double>(busy_ns(spans.totals(), "compute")) / 1000 /
            static_cast<double>(config.bench.iterations);
   };
-  report.compute_forward_us = busy(forward_spans);
-  report.compute_backward_us = busy(backward_spans);
+  for (std::size_t a = 0; a < arms.size(); ++a) {
+    report.arms[a].compute_forward_us = busy(forward_spans[a]);
+    report.arms[a].compute_backward_us = busy(backward_spans[a]);
+  }
 }
 
 int run(int argc, char** argv) {
@@ -207,12 +210,14 @@ int run(int argc, char** argv) {
       for (std::size_t i = 0; i < out.size(); ++i) out[i] = std::max(out[i], (report.arms[arm].*pass)[i]);
     return median(out);
   };
-  double compute[2] = {0, 0}, link = 0;
-  for (const RankReport& report : reports) {
-    compute[0] = std::max(compute[0], report.compute_forward_us);
-    compute[1] = std::max(compute[1], report.compute_backward_us);
-    link = std::max(link, report.link_us);
-  }
+  const auto busiest = [&](std::size_t arm, double Times::*pass) {
+    double out = 0;
+    for (const RankReport& report : reports) out = std::max(out, report.arms[arm].*pass);
+    return out;
+  };
+  const double compute[2] = {busiest(0, &Times::compute_forward_us), busiest(0, &Times::compute_backward_us)};
+  double link = 0;
+  for (const RankReport& report : reports) link = std::max(link, report.link_us);
   std::printf("chain of %d iterations on %s%s, %lld tokens a rank, %s, schedule inside a pass %s\n",
               config.model.chain_iterations, topology.describe().c_str(),
               topology.across_nodes.limited() ? " (links emulated)" : "",
@@ -221,8 +226,8 @@ int run(int argc, char** argv) {
               std::string(to_string(chain_options(config).layer.schedule.policy)).c_str());
   std::printf("floor, us: compute %.0f forward, %.0f backward; link %.0f either\n", compute[0], compute[1],
               link);
-  TextTable table(
-      {"chunks", "forward, us", "of 1 chunk", "overlap", "backward, us", "of 1 chunk", "overlap"});
+  TextTable table({"chunks", "forward, us", "compute", "of 1 chunk", "overlap", "backward, us", "compute",
+                   "of 1 chunk", "overlap"});
   double one[2] = {0, 0};
   for (std::size_t a = 0; a < std::size(kChunks); ++a) {
     std::vector<std::string> row = {std::to_string(kChunks[a])};
@@ -231,6 +236,8 @@ int run(int argc, char** argv) {
       if (a == 0) one[pass] = us;
       const double floor = std::max(compute[pass], link);
       row.push_back(fixed(us, 0));
+      row.push_back(
+          fixed(busiest(a, pass == 0 ? &Times::compute_forward_us : &Times::compute_backward_us), 0));
       row.push_back(fixed(us / one[pass], 3));
       row.push_back(one[pass] >= 1.05 * floor ? fixed((one[pass] - us) / (one[pass] - floor), 2) : "-");
     }

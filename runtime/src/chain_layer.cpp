@@ -299,7 +299,8 @@ struct ChainLayer::State {
   void begin_backward_step(ChainStorage& c, std::int32_t t, std::int32_t chunk);
   void end_backward_step(ChainStorage& c, std::int32_t t, std::int32_t chunk, ConstMatrixView dy,
                          MatrixView dx);
-  void add_gradients(ChainStorage& c, std::int32_t t);
+  void add_expert_gradients(ChainStorage& c, std::int32_t t);
+  void add_gate_gradients(ChainStorage& c, std::int32_t t);
   ConstMatrixView d_view(std::int32_t t) {
     return dtype == DType::kF32 ? d[parity(t)].view() : d_rows[parity(t)].view();
   }
@@ -657,11 +658,12 @@ void ChainLayer::backward(ChainContext& context, ConstMatrixView dy, MatrixView 
       s.begin_backward_step(c, t, chunk);
     }
     if (t == last) continue;
-    s.drive();
-    s.add_gradients(c, t + 1);  // while the next iteration's rows travel
+    s.add_expert_gradients(c, t + 1);  // while the next iteration's rows travel
+    s.add_gate_gradients(c, t + 1);
   }
+  s.add_expert_gradients(c, 0);  // while the last sums travel home
   for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) s.end_backward_step(c, 0, chunk, dy, dx);
-  s.add_gradients(c, 0);
+  s.add_gate_gradients(c, 0);
 }
 
 void ChainLayer::State::begin_backward_step(ChainStorage& c, std::int32_t t, std::int32_t chunk) {
@@ -725,15 +727,20 @@ void ChainLayer::State::end_backward_step(ChainStorage& c, std::int32_t t, std::
 }
 
 // Of one iteration, all chunks: tokens in their order, whatever the chunks.
-void ChainLayer::State::add_gradients(ChainStorage& c, std::int32_t t) {
-  if (c.num_chunks > 1) {
-    to_add.clear();
-    for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk)
-      to_add.push_back(std::move(c.step(t, chunk).context));
-    moe.add_weight_gradients(to_add);
-    for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk)
-      c.step(t, chunk).context = std::move(to_add[static_cast<std::size_t>(chunk)]);
-  }
+void ChainLayer::State::add_expert_gradients(ChainStorage& c, std::int32_t t) {
+  if (c.num_chunks == 1) return;  // the pass added them
+  if (t == 0)
+    for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk) moe.finish_experts(c.step(t, chunk).context);
+  drive();
+  to_add.clear();
+  for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk)
+    to_add.push_back(std::move(c.step(t, chunk).context));
+  moe.add_weight_gradients(to_add);
+  for (std::int32_t chunk = 0; chunk < c.num_chunks; ++chunk)
+    c.step(t, chunk).context = std::move(to_add[static_cast<std::size_t>(chunk)]);
+}
+
+void ChainLayer::State::add_gate_gradients(ChainStorage& c, std::int32_t t) {
   const Span span(runtime.recorder(), "gate_backward", "compute");
   const ComputeTurn turn(*runtime.state().executor);
   multiply_backward_weight(dscores.view(), input(c, t), gate(t).grad);

@@ -493,13 +493,23 @@ void MoeLayer::State::add_gradients_of_source(const Plan& plan, ContextStorage& 
                              later_row, grad_w1);
 }
 
+void MoeLayer::finish_experts(Context& context) {
+  State& s = *state_;
+  Require(context.valid() && context.pool_ == s.pool && context.storage_->pass->run.has_value(),
+          ErrorCode::kInvalidState, "finish_experts needs a context of this layer that has a pass in flight");
+  const PassRun& pass = *context.storage_->pass->run;
+  run_in_flight(s.runtime, *context.storage_, pass.is_backward() ? "backward" : "forward",
+                [&] { s.runtime.state().executor->run_while([&] { return !pass.experts_done(); }); });
+}
+
 void MoeLayer::add_weight_gradients(std::span<Context> contexts) {
   State& s = *state_;
   for (const Context& context : contexts)
-    Require(
-        context.valid() && context.pool_ == s.pool && context.gradients_left_ && !context.storage_->pass->run,
-        ErrorCode::kInvalidState,
-        "add_weight_gradients needs contexts of this layer whose backward is over and left them for later");
+    Require(context.valid() && context.pool_ == s.pool && context.gradients_left_ &&
+                (!context.storage_->pass->run || context.storage_->pass->run->experts_done()),
+            ErrorCode::kInvalidState,
+            "add_weight_gradients needs contexts of this layer whose experts are done with backward and left "
+            "them for later");
   const Span span(s.runtime.recorder(), StaticText::promised(to_string(OpKind::kWgrad)), "compute");
   const ComputeTurn turn(*s.runtime.state().executor);
   for (std::int32_t source = 0; source < s.runtime.num_ranks(); ++source)

@@ -232,6 +232,12 @@ bool PassRun::step() {
   return false;
 }
 
+bool PassRun::experts_done() const {
+  for (std::size_t i = first_open_; i < pass_.ops.size(); ++i)
+    if (!done_[i] && phase_of(pass_.ops[i].kind) == Phase::kExperts) return false;
+  return true;
+}
+
 bool PassRun::post() {
   for (std::size_t i = first_open_; i < pass_.ops.size(); ++i) {
     if (pass_.ops[i].resource == Resource::kCompute || !may_run(i)) continue;

@@ -53,6 +53,7 @@ class PassRun {
   // Runs the first link op that may run, for the progress thread.
   bool post();
   bool done() const { return num_done_ == pass_.ops.size(); }
+  bool experts_done() const;  // what is left reduces and travels
   // Adds what the ops left wait for. Returns whether one of them may run.
   bool add_pending(std::vector<comm::WaitSpec>& pending) const;
   std::size_t num_waits() const;

@@ -151,9 +151,11 @@ class MoeLayer {
                       WeightGradients when = WeightGradients::kNow);
   // Blocks until the context's pass is over.
   void finish(Context& context);
-  // Adds the weight gradients that the backward of these contexts, now over, left for later: by source rank, then
-  // context, then token. That is the order, and so the bits, of one batch in which each rank's tokens are those of its
-  // contexts one after the other. Not collective.
+  // Blocks until this rank's experts are done with the context's pass; sums may still be on their way home.
+  void finish_experts(Context& context);
+  // Adds the weight gradients that the backward of these contexts left for later, once experts are done with it: by
+  // source rank, then context, then token. That is the order, and so the bits, of one batch in which each rank's tokens
+  // are those of its contexts one after the other. Not collective.
   void add_weight_gradients(std::span<Context> contexts);
 
   // Collective. Sums the gradients of replicated experts over their slots, ranks ascending, so that every copy holds
