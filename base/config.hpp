@@ -114,7 +114,7 @@ struct Config {
   } comm;
 
   struct Schedule {
-    enum class Policy : std::uint8_t { kSequential, kPipelined, kBySource, kHierarchical };
+    enum class Policy : std::uint8_t { kSequential, kPipelined, kBySource, kHierarchical, kAuto };
     enum class Exchange : std::uint8_t { kGateway, kDirect };
     Policy policy;
     std::int32_t num_chunks;

@@ -31,7 +31,8 @@ constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 1> kPlacementPolicies = {"contiguous"};
 constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
-constexpr std::array<Text, 4> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical"};
+constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
+                                                   "auto"};
 constexpr std::array<Text, 2> kExchanges = {"gateway", "direct"};
 constexpr std::array<Text, 4> kLogLevels = {"error", "warn", "info", "debug"};
 constexpr std::array<Text, 2> kSaves = {"rows", "activations"};
@@ -357,7 +358,9 @@ const Row kRows[] = {
      .doc =
          "sequential: dispatch, experts, combine one after the other. pipelined: rows in equal chunks, one "
          "computes while the next travels. by-source: and own rows compute while remote rows travel, remote "
-         "rows' results go home first. hierarchical: and remote rows apart by level. All give the same "
+         "rows' results go home first. hierarchical: and remote rows apart by level. auto: policy and "
+         "chunks are chosen plan by plan by the cost model, from schedule.profile or else from a measurement "
+         "at the start. All give the same "
          "bits."},
     {.key = "schedule.num_chunks",
      .member = SLUICE_MEMBER(schedule.num_chunks),

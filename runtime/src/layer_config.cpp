@@ -30,6 +30,7 @@ MoeLayerOptions layer_options(const Config& config) {
   out.wire_dtype = wire_dtype_of(config.comm.wire_dtype, out.dtype);
   out.combine_dtype = wire_dtype_of(config.comm.combine_dtype, out.dtype);
   switch (config.schedule.policy) {
+    case Config::Schedule::Policy::kAuto:  // until there is a profile (tune/profile.hpp)
     case Config::Schedule::Policy::kSequential:
       out.schedule.policy = SchedulePolicy::kSequential;
       break;

@@ -12,6 +12,7 @@
 namespace sluice {
 
 class Executor;
+struct MachineProfile;
 struct ContextStorage;
 
 struct RuntimeState {
@@ -25,6 +26,7 @@ struct RuntimeState {
   std::unique_ptr<comm::Collectives> collectives;
   std::unique_ptr<kernels::Kernels> kernels;
   std::unique_ptr<Executor> executor;
+  std::shared_ptr<const MachineProfile> profile;  // once it was asked for (tune/profile.hpp)
   SpanRecorder* recorder = nullptr;
   std::uint32_t next_channel = 1;  // 0 belongs to the collectives
 };

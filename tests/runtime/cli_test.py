@@ -79,7 +79,14 @@ class Program(unittest.TestCase):
 
     def test_bench_sweep(self):
         runs = self.document(*BENCH, "--json", "--sweep")["runs"]
-        self.assertEqual(len({json.dumps(r["schedule"], sort_keys=True) for r in runs}), 8)
+        schedules = [r["schedule"] for r in runs]
+        self.assertEqual(sum(s["automatic"] for s in schedules), 1)
+        fixed = {(s["policy"], s["num_chunks"]) for s in schedules[1:] if not s["automatic"]}
+        self.assertEqual(fixed, {("pipelined", c) for c in (2, 4, 8)} |
+                         {(p, c) for p in ("by-source", "hierarchical") for c in (1, 2, 4, 8)})
+        for r in runs:
+            self.assertGreater(r["predicted_forward_us"], 0)
+            self.assertGreater(r["forward_to_sequential"]["median"], 0)
 
     def test_chain_of_experts(self):
         config = ["train", "--config", os.path.join(SOURCE, "configs/chain-of-experts.toml"),

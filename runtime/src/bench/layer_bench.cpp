@@ -16,6 +16,8 @@
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/timeline.hpp"
+#include "sluice/runtime/src/tune/predict.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice {
 namespace {
@@ -256,8 +258,11 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
          in.g1[i].data(), in.g2[i].data()});
   // The last arm is the baseline.
   std::vector<std::unique_ptr<Arm>> arms;
-  for (const LoadedConfig& c : configs)
-    arms.push_back(std::make_unique<Arm>(runtime, placement, layer_options(c.config)));
+  for (const LoadedConfig& c : configs) {
+    MoeLayerOptions o = layer_options(c.config);
+    choose_automatically(runtime, c.config, o);
+    arms.push_back(std::make_unique<Arm>(runtime, placement, o));
+  }
   MoeLayerOptions sequential = options;
   sequential.schedule = {SchedulePolicy::kSequential, options.schedule.exchange, 1};
   arms.push_back(std::make_unique<Arm>(runtime, placement, sequential));
@@ -314,6 +319,10 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   const Arm& baseline = *arms.back();
   const std::vector<double> baseline_forward = slowest(runtime, baseline.forward_us);
   const std::vector<double> baseline_backward = slowest(runtime, baseline.backward_us);
+  // Predictions are made from the counts of full plans; only rank 0 makes them.
+  const std::shared_ptr<const MachineProfile> profile = group_profile(runtime, config);
+  std::optional<Predictor> predictor;
+  if (runtime.rank() == RankId(0)) predictor.emplace(config, runtime.topology(), *profile);
   const auto dense = dense_gemm_us(runtime, *baseline.plan, options, in);
   std::vector<LayerBenchReport> reports;
   for (std::size_t i = 0; i < configs.size(); ++i) {
@@ -325,9 +334,11 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
     out.num_ranks = runtime.num_ranks();
     out.topology = runtime.topology().describe();
     out.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
-    out.policy = to_string(o.schedule.policy);
-    out.exchange = o.schedule.exchange == Exchange::kGateway ? "gateway" : "direct";
-    out.num_chunks = o.schedule.num_chunks;
+    const ScheduleOptions schedule = arm.layer.exchange_template().schedule;
+    out.automatic = o.auto_profile != nullptr;
+    out.policy = to_string(schedule.policy);
+    out.exchange = schedule.exchange == Exchange::kGateway ? "gateway" : "direct";
+    out.num_chunks = schedule.num_chunks;
     out.config_hash = semantic_hash(config);
     out.plan = sample_of(slowest(runtime, arm.plan_us));
     const std::vector<double> forward = slowest(runtime, arm.forward_us);
@@ -341,6 +352,10 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
     out.forward.floor = measure_floor(runtime, arm.forward_spans, plan, o, config.bench.iterations);
     out.backward.floor = measure_floor(runtime, arm.backward_spans, plan, o, config.bench.iterations);
     std::tie(out.forward.dense_gemm_us, out.backward.dense_gemm_us) = dense;
+    if (predictor) {
+      out.forward.predicted_us = predictor->run(schedule, PassKind::kForward).step_us;
+      out.backward.predicted_us = predictor->run(schedule, PassKind::kBackward).step_us;
+    }
     for (PassFigures* p : {&out.forward, &out.backward})
       p->exposed_comm_us = std::max(0.0, p->scheduled.median_us - p->floor.compute_us);
     const std::int64_t both_ways = options.hidden * static_cast<std::int64_t>(size_of(options.wire_dtype) +
@@ -366,7 +381,8 @@ std::string LayerBenchReport::to_json() const {
       {"ranks", num_ranks},
       {"topology", topology},
       {"emulated_links", emulated_links},
-      {"schedule", {{"policy", policy}, {"exchange", exchange}, {"num_chunks", num_chunks}}},
+      {"schedule",
+       {{"policy", policy}, {"exchange", exchange}, {"num_chunks", num_chunks}, {"automatic", automatic}}},
       {"plan_us", sample_json(plan)},
       {"forward_us", sample_json(forward.scheduled)},
       {"backward_us", sample_json(backward.scheduled)},
@@ -377,7 +393,10 @@ std::string LayerBenchReport::to_json() const {
       {"floor_us", floor_json(forward.floor)},
       {"floor_backward_us", floor_json(backward.floor)},
       {"dense_gemm_us", {{"forward", forward.dense_gemm_us}, {"backward", backward.dense_gemm_us}}},
-      {"predicted_forward_us", nullptr},  // no cost model yet: nothing is made up
+      {"predicted_forward_us", forward.predicted_us},
+      {"predicted_backward_us", backward.predicted_us},
+      {"prediction_error",
+       {{"forward", forward.prediction_error()}, {"backward", backward.prediction_error()}}},
       {"overlap_efficiency", number(forward.overlap_efficiency())},
       {"overlap_efficiency_backward", number(backward.overlap_efficiency())},
       {"exposed_comm_us", forward.exposed_comm_us},
@@ -394,9 +413,10 @@ std::string LayerBenchReport::to_json() const {
 }
 
 std::string LayerBenchReport::to_text() const {
-  std::string out = str("one MoE layer on ", device, ", ", topology,
-                        emulated_links ? " (links emulated)" : "", ", schedule ", policy, ", exchange ",
-                        exchange, ", ", num_chunks, num_chunks == 1 ? " chunk\n" : " chunks\n");
+  std::string out =
+      str("one MoE layer on ", device, ", ", topology, emulated_links ? " (links emulated)" : "",
+          ", schedule ", automatic ? "auto: " : "", policy, ", exchange ", exchange, ", ", num_chunks,
+          num_chunks == 1 ? " chunk\n" : " chunks\n");
   TextTable table({"us, slowest rank", "forward", "backward"});
   const auto both = [&](std::string name, auto&& get) {
     table.add_row({std::move(name), get(forward), get(backward)});
@@ -413,6 +433,10 @@ std::string LayerBenchReport::to_text() const {
   both("floor: across nodes", [](const PassFigures& p) { return fixed(p.floor.across_nodes_us, 1); });
   both("dense GEMM of as many rows", [](const PassFigures& p) { return fixed(p.dense_gemm_us, 1); });
   table.add_rule();
+  both("predicted", [](const PassFigures& p) {
+    return fixed(p.predicted_us, 1) + " (" + (p.prediction_error() < 0 ? "" : "+") +
+           fixed(100 * p.prediction_error(), 1) + "%)";
+  });
   both("exposed communication", [](const PassFigures& p) { return fixed(p.exposed_comm_us, 1); });
   both("overlap efficiency", [](const PassFigures& p) { return fixed(p.overlap_efficiency(), 3); });
   out += table.to_string();

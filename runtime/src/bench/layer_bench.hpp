@@ -43,6 +43,8 @@ struct PassFigures {
   Floor floor;
   double dense_gemm_us = 0;    // one large GEMM for each of the pass's, of as many rows, without the exchange
   double exposed_comm_us = 0;  // scheduled median less the compute floor
+  double predicted_us = 0;     // by the cost model
+  double prediction_error() const { return predicted_us / scheduled.median_us - 1; }
   // (sequential - scheduled) / (sequential - floor); NaN unless sequential exceeds the floor by 5% or more
   double overlap_efficiency() const;
 };
@@ -52,6 +54,7 @@ struct LayerBenchReport {
   std::int32_t num_ranks = 0;
   std::string topology;
   bool emulated_links = false;
+  bool automatic = false;  // the schedule was chosen by the layer
   std::string policy, exchange;
   std::int32_t num_chunks = 1;
   Sample plan;

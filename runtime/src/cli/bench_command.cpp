@@ -9,7 +9,7 @@ namespace {
 
 // Schedules of a sweep; the configured one comes before them.
 std::vector<std::vector<std::string>> sweep_sets() {
-  std::vector<std::vector<std::string>> out;
+  std::vector<std::vector<std::string>> out = {{"schedule.policy=auto"}};
   for (const std::string policy : {"pipelined", "by-source", "hierarchical"})
     for (const int chunks : {1, 2, 4, 8})
       if (chunks > 1 || policy != "pipelined")

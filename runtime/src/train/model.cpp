@@ -8,6 +8,7 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 #include "sluice/scheduler/selection/factory.hpp"
 
 namespace sluice::train {
@@ -132,7 +133,8 @@ Model::Model(Runtime& runtime, const Config& config)
   adaptive_.resize(policy_->adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);
   for (AdaptiveState& state : adaptive_) state = policy_->initial_adaptive_state(config.model.num_experts);
 
-  const ChainLayerOptions options = chain_options(config);
+  ChainLayerOptions options = chain_options(config);
+  choose_automatically(runtime, config, options.layer);
   wire_dtype_ = options.layer.wire_dtype;
   combine_dtype_ = options.layer.combine_dtype;
   const Placement placement = placement_of(config, runtime.num_ranks());
@@ -235,6 +237,7 @@ void Model::add_schedule(const ScheduleOptions& schedule, std::int32_t chain_chu
   for (Layer& layer : layers_) {
     ChainLayerOptions options = layer.moe->options();
     options.layer.schedule = schedule;
+    options.layer.auto_profile = nullptr;
     options.num_chunks = chain_chunks;
     layer.other = std::make_unique<ChainLayer>(runtime_, layer.moe->placement(), options, *policy_);
   }

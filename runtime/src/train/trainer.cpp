@@ -122,7 +122,7 @@ TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Mod
   if (runtime.transport().name() == "local" && threads > cores)
     out.note = str(threads, " compute threads of the ranks share ", cores,
                    " cores: times would tell of their queue");
-  if (options.schedule.num_chunks == 1 && config.schedule.chain_chunks == 1)
+  if (config.schedule.policy == Config::Schedule::Policy::kSequential && config.schedule.chain_chunks == 1)
     out.note = "the schedule is sequential";
   if (runtime.num_ranks() == 1) out.note = "one rank has nobody to wait for";
   if (!out.note.empty()) return out;

@@ -13,6 +13,8 @@
 #include "sluice/base/clock.hpp"
 #include "sluice/base/log.hpp"
 #include "sluice/runtime/src/machine.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
+#include "sluice/runtime/src/tune/probe.hpp"
 
 namespace sluice {
 namespace {
@@ -113,15 +115,12 @@ std::string foreign_machine(const MachineProfile& profile, std::string_view tran
              ". Predictions may be far off; measure again with `sluice info --probe`");
 }
 
-MachineProfile agreed_profile(Runtime& runtime, const Config& config) {
+namespace {
+
+// Rank 0's, on all ranks.
+MachineProfile broadcast_profile(Runtime& runtime, const std::string& mine) {
   constexpr std::string_view kPhase = "profile agreement";
-  std::string text;
-  if (runtime.rank().value == 0) {
-    const MachineProfile mine = profile_of(config, runtime.topology());
-    if (const std::string differs = foreign_machine(mine, config.comm.transport); !differs.empty())
-      log_warn(differs);
-    text = mine.to_json();
-  }
+  std::string text = mine;
   auto size = static_cast<std::int64_t>(text.size());
   runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), kPhase);
   Require(size >= 0 && size <= kMaxProfileBytes, ErrorCode::kDisagreement, "rank 0 announces a profile of ",
@@ -129,6 +128,40 @@ MachineProfile agreed_profile(Runtime& runtime, const Config& config) {
   text.resize(static_cast<std::size_t>(size));
   runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), kPhase);
   return parse_profile(text, "rank 0's profile");
+}
+
+}  // namespace
+
+MachineProfile agreed_profile(Runtime& runtime, const Config& config) {
+  std::string text;
+  if (runtime.rank().value == 0) {
+    const MachineProfile mine = profile_of(config, runtime.topology());
+    if (const std::string differs = foreign_machine(mine, config.comm.transport); !differs.empty())
+      log_warn(differs);
+    text = mine.to_json();
+  }
+  return broadcast_profile(runtime, text);
+}
+
+std::shared_ptr<const MachineProfile> group_profile(Runtime& runtime, const Config& config) {
+  std::shared_ptr<const MachineProfile>& kept = runtime.state().profile;
+  if (kept) return kept;
+  if (has_profile(config)) {
+    kept = std::make_shared<const MachineProfile>(agreed_profile(runtime, config));
+  } else {
+    if (runtime.rank().value == 0)
+      log_info("measuring the machine; `sluice info --probe -o FILE` and schedule.profile save the time");
+    MachineProfile mine = probe_machine(runtime, config);
+    apply_declared_links(mine, runtime.topology(), config.comm.transport);
+    kept = std::make_shared<const MachineProfile>(
+        broadcast_profile(runtime, runtime.rank().value == 0 ? mine.to_json() : std::string()));
+  }
+  return kept;
+}
+
+void choose_automatically(Runtime& runtime, const Config& config, MoeLayerOptions& options) {
+  if (config.schedule.policy == Config::Schedule::Policy::kAuto)
+    options.auto_profile = group_profile(runtime, config);
 }
 
 }  // namespace sluice

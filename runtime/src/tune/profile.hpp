@@ -5,9 +5,11 @@
 // is in it or when nothing is declared.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "sluice/base/config.hpp"
+#include "sluice/moe_layer.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/scheduler/cost_model.hpp"
 
@@ -18,6 +20,12 @@ bool has_profile(const Config& config);
 MachineProfile profile_of(const Config& config, const Topology& topology);
 // Rank 0's, on all ranks; it warns when the profile was measured on another machine. Collective.
 MachineProfile agreed_profile(Runtime& runtime, const Config& config);
+
+// The group's profile: that of the configuration, else one that is measured now, for the configuration's layer. The
+// runtime keeps it: it is read or measured once. Collective; blocks for the seconds of a measurement.
+std::shared_ptr<const MachineProfile> group_profile(Runtime& runtime, const Config& config);
+// Gives the options of a layer group_profile() where the configuration says schedule.policy = "auto".
+void choose_automatically(Runtime& runtime, const Config& config, MoeLayerOptions& options);
 
 // Throws kIo where no file can be written: better known before a measurement than after it.
 void require_writable(const std::string& path);
