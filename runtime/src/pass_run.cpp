@@ -269,7 +269,8 @@ void PassRun::set_work(ExpertWork& work, MatrixView out, std::span<float> dw) {
 }
 
 void PassRun::close() {
-  for (std::size_t i = 0; i < s_.signal_base.size(); ++i) s_.signal_base[i] += pass_.signal_totals[i];
+  // A channel has room for the signals of all its layer's schedules; this one's come first.
+  for (std::size_t i = 0; i < pass_.signal_totals.size(); ++i) s_.signal_base[i] += pass_.signal_totals[i];
 }
 
 void PassRun::run_dispatch() {
