@@ -164,6 +164,7 @@ struct Config {
     std::int64_t tokens_per_rank;
     std::int32_t top_k;
     double skew;
+    std::string popularity;
     std::int64_t iterations;
     std::int64_t warmup;
     std::int64_t seed;

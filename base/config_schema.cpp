@@ -599,6 +599,13 @@ const Row kRows[] = {
      .default_text = "0",
      .kind = Kind::kSemantic,
      .doc = "Experts are drawn with probability proportional to 1 / (id + 1)^skew; 0: uniform."},
+    {.key = "bench.popularity",
+     .member = SLUICE_MEMBER(bench.popularity),
+     .unit = "path",
+     .default_text = "",
+     .kind = Kind::kSemantic,
+     .doc = "File with one number an expert, separated by white space: experts are drawn with probability "
+            "proportional to it, in place of bench.skew. Counts of a real model are such numbers."},
     {.key = "bench.iterations",
      .member = SLUICE_MEMBER(bench.iterations),
      .unit = "runs",

@@ -254,9 +254,33 @@ PeerOrder best_peer_order(std::span<const double> bytes, std::int32_t num_ranks,
   return best;
 }
 
+std::vector<double> hop_rows(const PlanSummary& summary, std::int32_t hop) {
+  const Topology exchange = summary.exchange() == Exchange::kGateway
+                                ? summary.topology()
+                                : Topology::uniform(summary.topology().num_ranks(), 1);
+  const std::int32_t n = exchange.num_ranks();
+  std::vector<double> out(at(n) * at(n), 0);
+  for (std::int32_t s = 0; s < n; ++s) {
+    const RankId source(s);
+    if (hop == 1) {
+      for (std::int32_t node = 0; node < exchange.num_nodes(); ++node)
+        if (node != exchange.node_of(source).value)
+          out[at(s) * at(n) + exchange.gateway(source, NodeId(node)).index()] +=
+              summary.to_node(source, NodeId(node), 0, 1).rows;
+      continue;
+    }
+    for (const std::int32_t d : exchange.ranks_of(exchange.node_of(source)))
+      if (d != s)
+        out[at(s) * at(n) + at(d)] =
+            summary.to_rank(source, RankId(d), 0, 1).rows + summary.handed_on(source, RankId(d), 0, 1).rows;
+  }
+  return out;
+}
+
 void apply_peer_order(std::span<Template> templates, std::int32_t hop, PeerOrder order,
                       std::span<const double> bytes) {
-  const auto n = static_cast<std::int32_t>(templates.size());
+  if (templates.empty()) return;
+  const std::int32_t n = templates.front().num_ranks;
   const Orders puts = peer_orders(order, bytes, n);
   std::vector<double> back(bytes.size());
   for (std::size_t s = 0; s < at(n); ++s)

@@ -51,8 +51,11 @@ double completion(std::span<const double> bytes, const std::vector<std::vector<s
 // would carry: a pure function of counts that all ranks have.
 PeerOrder best_peer_order(std::span<const double> bytes, std::int32_t num_ranks, bool blocking);
 
-// Reorders a template's puts (and, by the transposed matrix, its returns) of one hop: within every chunk, in place. What
-// they wait for and raise does not change.
+// The rows that ranks put to each other over a hop. double [num_ranks, num_ranks]
+std::vector<double> hop_rows(const PlanSummary& summary, std::int32_t hop);
+
+// Reorders the puts (and, by the transposed matrix, the returns) of one hop in the templates of some or all ranks of a
+// group: within every chunk, in place. What they wait for and raise does not change, so ranks need not agree.
 void apply_peer_order(std::span<Template> templates, std::int32_t hop, PeerOrder order,
                       std::span<const double> bytes);
 

@@ -11,6 +11,7 @@
 #include "sluice/runtime/src/plan_exchange.hpp"
 #include "sluice/runtime/src/plan_pool.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
+#include "sluice/scheduler/peer_order.hpp"
 
 namespace sluice {
 namespace {
@@ -70,8 +71,9 @@ struct MoeLayer::State {
   Runtime& runtime;
   Placement placement;
   MoeLayerOptions options;
-  std::vector<std::unique_ptr<const Template>> shapes;  // the first is of options.schedule
-  const Template* last_shape = nullptr;
+  // One a schedule, the first is options.schedule's. Passes in flight keep theirs.
+  std::vector<std::shared_ptr<const Template>> shapes;
+  std::shared_ptr<const Template> last_shape;
   kernels::Activation activation;
   std::int64_t h_cols = 0;
   PassFormat format;
@@ -116,7 +118,7 @@ struct MoeLayer::State {
                      .add_int(static_cast<int>(o.combine_dtype))
                      .add(o.auto_profile ? o.auto_profile->hash() : 0)
                      .value();
-    last_shape = &shape_of(o.schedule);
+    last_shape = shape_of(o.schedule);
     layer_hash = Hasher().add(layer_hash).add(last_shape->schedule_hash()).value();
     if (o.auto_profile) o.auto_profile->validate();
   }
@@ -126,8 +128,9 @@ struct MoeLayer::State {
     const SearchSpace space;
     return *std::max_element(space.chunks.begin(), space.chunks.end());
   }
-  const Template& shape_of(const ScheduleOptions& schedule);
-  const Template& shape_of(const Plan& plan);
+  const std::shared_ptr<const Template>& shape_of(const ScheduleOptions& schedule);
+  const std::shared_ptr<const Template>& shape_of(const Plan& plan) const;
+  void order_peers(std::span<const std::int64_t> gathered);
   PlanOptions choose(std::span<const std::int64_t> gathered);
   void start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in, MatrixView out,
              std::span<float> dw, WeightGradients when = WeightGradients::kNow);
@@ -148,7 +151,7 @@ class LayerWork : public ExpertWork {
     when_ = when;
     pass_ = &pass;
     plan_ = &plan;
-    num_wgrad_pieces_ = layer_.shape_of(plan).num_wgrad_pieces;
+    num_wgrad_pieces_ = layer_.shape_of(plan)->num_wgrad_pieces;
     const MoeLayerOptions& o = layer_.options;
     const std::int64_t positions = plan.num_positions();
     if (!pass.is_backward()) {
@@ -265,20 +268,37 @@ const ScheduleChoice* MoeLayer::schedule_choice() const {
   return state_->choice.ranked.empty() ? nullptr : &state_->choice;
 }
 
-const Template& MoeLayer::State::shape_of(const ScheduleOptions& schedule) {
+const std::shared_ptr<const Template>& MoeLayer::State::shape_of(const ScheduleOptions& schedule) {
   for (const auto& shape : shapes)
-    if (shape->schedule == schedule) return *shape;
+    if (shape->schedule == schedule) return shape;
   shapes.push_back(
-      std::make_unique<const Template>(build_template(runtime.rank(), runtime.topology(), schedule)));
-  return *shapes.back();
+      std::make_shared<const Template>(build_template(runtime.rank(), runtime.topology(), schedule)));
+  return shapes.back();
 }
 
 // A plan knows how its rows are cut; there is one schedule for each way.
-const Template& MoeLayer::State::shape_of(const Plan& plan) {
-  if (!options.auto_profile) return *shapes.front();
+const std::shared_ptr<const Template>& MoeLayer::State::shape_of(const Plan& plan) const {
+  if (!options.auto_profile) return shapes.front();
   for (const auto& shape : shapes)
-    if (shape->schedule.plan_options() == plan.options) return *shape;
+    if (shape->schedule.plan_options() == plan.options) return shape;
   throw Error(ErrorCode::kInvalidArgument, "the plan is cut as no plan of this layer was");
+}
+
+// Under skew, peers are sent to in the order that keeps receivers from queueing (peer_order.hpp).
+void MoeLayer::State::order_peers(std::span<const std::int64_t> gathered) {
+  const Topology& topology = runtime.topology();
+  if (topology.num_ranks() < 3) return;
+  const ScheduleOptions& schedule = choice.schedule();
+  const PlanSummary summary(topology, schedule.exchange, placement, gathered);
+  Template shape = build_template(runtime.rank(), topology, schedule);
+  const bool blocking = options.auto_profile->link_model == LinkModel::kCalendar;
+  for (const std::int32_t hop : {1, 2}) {
+    const std::vector<double> rows = hop_rows(summary, hop);
+    apply_peer_order({&shape, 1}, hop, best_peer_order(rows, topology.num_ranks(), blocking), rows);
+  }
+  for (auto& known : shapes)
+    if (known->schedule == schedule) known = std::make_shared<const Template>(std::move(shape));
+  last_shape = shape_of(schedule);
 }
 
 // The schedule of a batch. Demand that is much like the one of the last choice keeps it: a simulation of all candidates
@@ -311,7 +331,8 @@ PlanOptions MoeLayer::State::choose(std::span<const std::int64_t> gathered) {
     layer.threads = runtime.options().threads_per_rank;
     choice = choose_schedule(runtime.topology(), placement, gathered, layer, *options.auto_profile, space);
     chosen_for.assign(gathered.begin(), gathered.end());
-    last_shape = &shape_of(choice.schedule());
+    last_shape = shape_of(choice.schedule());
+    order_peers(gathered);
   }
   return choice.schedule().plan_options();
 }
@@ -433,7 +454,8 @@ void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView d
 void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
                             MatrixView out, std::span<float> dw, WeightGradients when) {
   run_in_flight(runtime, storage, to_string(kind), [&] {
-    PassRun& pass = storage.pass->run.emplace(runtime, shape_of(plan), plan, format, storage, kind);
+    storage.pass->shape = shape_of(plan);
+    PassRun& pass = storage.pass->run.emplace(runtime, *storage.pass->shape, plan, format, storage, kind);
     LayerWork& work = work_of(*this, storage);
     work.begin(pass, plan, when);
     pass.start(in);

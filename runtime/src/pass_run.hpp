@@ -130,6 +130,7 @@ class PassRun {
 
 // A storage's room for its pass in flight, so that steps allocate nothing.
 struct PassSlot {
+  std::shared_ptr<const Template> shape;  // of the run, where it may change from plan to plan
   std::optional<PassRun> run;
   std::unique_ptr<ExpertWork> work;  // the layer's, reused pass by pass
 };

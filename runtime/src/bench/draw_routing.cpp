@@ -1,13 +1,43 @@
 #include "sluice/runtime/src/bench/draw_routing.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <fstream>
 #include <random>
+#include <string>
 #include <vector>
 
+#include "sluice/base/error.hpp"
 #include "sluice/base/hash.hpp"
 
 namespace sluice {
+namespace {
+
+std::vector<double> read_popularity(const Config& config, std::int32_t num_experts) {
+  const std::string& file = config.bench.popularity;
+  std::ifstream in(file);
+  Require(in.is_open(), ErrorCode::kNotFound, "bench.popularity: ", file, " cannot be read");
+  std::vector<double> out;
+  std::int32_t num_positive = 0;
+  for (std::string word; in >> word;) {
+    double value = 0;
+    const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+    Require(error == std::errc() && end == word.data() + word.size() && std::isfinite(value) && value >= 0,
+            ErrorCode::kInvalidConfig, "bench.popularity: ", file, ": '", word, "' in place ", out.size(),
+            " is no number of at least 0");
+    num_positive += value > 0;
+    out.push_back(value);
+  }
+  Require(out.size() == static_cast<std::size_t>(num_experts), ErrorCode::kInvalidConfig,
+          "bench.popularity: ", file, " has ", out.size(), " numbers, the model has ", num_experts,
+          " experts");
+  Require(num_positive >= config.bench.top_k, ErrorCode::kInvalidConfig, "bench.popularity: ", file, " has ",
+          num_positive, " experts above 0, bench.top_k is ", config.bench.top_k);
+  return out;
+}
+
+}  // namespace
 
 Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank) {
   std::mt19937_64 order_rng(static_cast<std::uint64_t>(config.bench.seed));
@@ -15,6 +45,7 @@ Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank
   for (std::size_t e = 0; e < popularity.size(); ++e)
     popularity[e] = 1 / std::pow(double(e) + 1, config.bench.skew);
   std::shuffle(popularity.begin(), popularity.end(), order_rng);
+  if (!config.bench.popularity.empty()) popularity = read_popularity(config, num_experts);
   std::mt19937_64 rng(Hasher().add_int(config.bench.seed).add_int(rank.value).value());
   std::uniform_real_distribution<double> uniform(0, 1);
   Routing out;

@@ -8,8 +8,9 @@
 
 namespace sluice {
 
-// bench.top_k distinct experts a token, expert e drawn with probability ~ 1 / (rank of e)^skew; which expert has which
-// rank is shuffled by the seed.
+// bench.top_k distinct experts a token, expert e drawn with probability ~ 1 / (rank of e)^skew, where which expert has
+// which rank is shuffled by the seed; or ~ the e-th number of the file bench.popularity. Throws kNotFound or
+// kInvalidConfig naming the file and what is wrong with it.
 Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank);
 
 }  // namespace sluice
