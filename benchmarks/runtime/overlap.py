@@ -66,8 +66,7 @@ def main():
             wire_bytes = fast["bytes"]["across_nodes"] / 2
             for ratio in map(float, args.ratios.split(",")):
                 speed = wire_bytes / (ratio * compute_us) * 1e6
-                runs = bench(args.program, {**sets, "schedule.policy": "sequential",
-                                            "topology.across_nodes_bytes_per_s": speed, "schedule.profile": profile,
+                runs = bench(args.program, {**sets, "topology.across_nodes_bytes_per_s": speed, "schedule.profile": profile,
                                             "bench.iterations": args.iterations}, "--sweep")["runs"]
                 for run in runs:
                     rows.append({"case": f"{routing}, wire {ratio} of compute", "shape": name_of(run),

@@ -7,13 +7,18 @@
 namespace sluice::cli {
 namespace {
 
-// Schedules of a sweep; the configured one comes before them.
-std::vector<std::vector<std::string>> sweep_sets() {
-  std::vector<std::vector<std::string>> out = {{"schedule.policy=auto"}};
+// The configured schedule, then auto and every other one.
+std::vector<LoadedConfig> sweep(const LoadedConfig& configured) {
+  std::vector<LoadedConfig> out = {configured};
+  const auto add = [&](const std::string& policy, int chunks) {
+    out.push_back(configured);
+    out.back().set("schedule.policy", policy, {ConfigSource::Kind::kCommandLine, "--sweep"});
+    out.back().set("schedule.num_chunks", str(chunks), {ConfigSource::Kind::kCommandLine, "--sweep"});
+  };
+  add("auto", 1);
   for (const std::string policy : {"pipelined", "by-source", "hierarchical"})
     for (const int chunks : {1, 2, 4, 8})
-      if (chunks > 1 || policy != "pipelined")
-        out.push_back({"schedule.policy=" + policy, str("schedule.num_chunks=", chunks)});
+      if (chunks > 1 || policy != "pipelined") add(policy, chunks);
   return out;
 }
 
@@ -34,12 +39,7 @@ void add_bench(CLI::App& app, Run& run) {
     run = [o] {
       std::vector<LoadedConfig> configs;
       configs.push_back(o->config.load());
-      if (o->sweep)
-        for (const auto& sets : sweep_sets()) {
-          ConfigOptions options = o->config;
-          options.sets.insert(options.sets.end(), sets.begin(), sets.end());
-          configs.push_back(options.load());
-        }
+      if (o->sweep) configs = sweep(configs.front());
       std::string json, text;
       GroupOptions group;
       group.default_ranks = 2;
