@@ -78,6 +78,19 @@ std::int64_t preactivation_cols(const MoeLayerOptions& options) {
   return options.activation == ExpertActivation::kSwiGLU ? 2 * options.ffn : options.ffn;
 }
 
+LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank) {
+  LayerShape out;
+  out.hidden = options.hidden;
+  out.ffn = options.ffn;
+  out.pre_cols = preactivation_cols(options);
+  out.dtype = options.dtype;
+  out.wire_dtype = options.wire_dtype;
+  out.combine_dtype = options.combine_dtype;
+  out.recompute = options.save == Save::kRows;
+  out.threads = threads_per_rank;
+  return out;
+}
+
 std::string hash_text(std::uint64_t hash) {
   static constexpr char kDigits[] = "0123456789abcdef";
   std::string out(16, '0');

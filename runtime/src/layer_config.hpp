@@ -14,6 +14,8 @@ Placement placement_of(const Config& config, std::int32_t num_ranks);
 MoeLayerOptions layer_options(const Config& config);
 ChainLayerOptions chain_options(const Config& config);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);
+// What the cost model needs of a layer's options.
+LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank);
 // As reports print hashes: 16 hexadecimal digits.
 std::string hash_text(std::uint64_t hash);
 

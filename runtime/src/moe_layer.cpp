@@ -7,6 +7,7 @@
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/context_storage.hpp"
 #include "sluice/runtime/src/executor.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/pass_run.hpp"
 #include "sluice/runtime/src/plan_exchange.hpp"
 #include "sluice/runtime/src/plan_pool.hpp"
@@ -320,15 +321,7 @@ PlanOptions MoeLayer::State::choose(std::span<const std::int64_t> gathered) {
     SearchSpace space;
     space.exchanges = {options.schedule.exchange};
     space.backward = options.save != Save::kNone;
-    LayerShape layer;
-    layer.hidden = options.hidden;
-    layer.ffn = options.ffn;
-    layer.pre_cols = h_cols;
-    layer.dtype = options.dtype;
-    layer.wire_dtype = options.wire_dtype;
-    layer.combine_dtype = options.combine_dtype;
-    layer.recompute = options.save == Save::kRows;
-    layer.threads = runtime.options().threads_per_rank;
+    const LayerShape layer = layer_shape(options, runtime.options().threads_per_rank);
     choice = choose_schedule(runtime.topology(), placement, gathered, layer, *options.auto_profile, space);
     chosen_for.assign(gathered.begin(), gathered.end());
     last_shape = shape_of(choice.schedule());

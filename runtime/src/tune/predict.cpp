@@ -12,19 +12,6 @@ constexpr std::int32_t kDrawnRanks = 8;  // whose demand stands for all, beyond 
 
 }  // namespace
 
-LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank) {
-  LayerShape out;
-  out.hidden = options.hidden;
-  out.ffn = options.ffn;
-  out.pre_cols = preactivation_cols(options);
-  out.dtype = options.dtype;
-  out.wire_dtype = options.wire_dtype;
-  out.combine_dtype = options.combine_dtype;
-  out.recompute = options.save == Save::kRows;
-  out.threads = threads_per_rank;
-  return out;
-}
-
 Predictor::Predictor(const Config& config, const Topology& topology, MachineProfile profile)
     : topology_(topology),
       profile_(std::move(profile)),

@@ -19,9 +19,6 @@
 
 namespace sluice {
 
-// What the cost model needs of a layer's options.
-LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank);
-
 class Predictor {
  public:
   Predictor(const Config& config, const Topology& topology, MachineProfile profile);
