@@ -267,7 +267,8 @@ void PlanSummary::op_work(const Template& shape, PassKind pass, const Op& op, Ra
   constexpr SourceClass kAll[] = {SourceClass::kAcross, SourceClass::kInNode, SourceClass::kSelf};
   const auto block_rows = [&] {
     const std::int32_t slots = num_slots(rank);
-    for (std::int32_t l = 0; l < slots; ++l) {
+    const auto end = static_cast<std::int32_t>(op.end_slot(slots));
+    for (auto l = static_cast<std::int32_t>(op.begin_slot(slots)); l < end; ++l) {
       double rows = 0;
       for (const SourceClass k : kAll)
         if (part_of(split, k) == op.part) rows += slot_rows(rank, k, l, c, chunks);
@@ -318,7 +319,8 @@ void PlanSummary::op_work(const Template& shape, PassKind pass, const Op& op, Ra
       block_rows();
       return;
     case OpKind::kActivationBackward:
-      out.rows = block().routes;
+      block_rows();
+      for (const double rows : out.group_rows) out.rows += rows;
       return;
     case OpKind::kReduce: {
       const Amount a = block();
@@ -341,9 +343,7 @@ void PlanSummary::op_work(const Template& shape, PassKind pass, const Op& op, Ra
     }
     case OpKind::kWgrad: {
       const std::int64_t slots = num_slots(rank);
-      const std::int64_t begin = slots * op.part / shape.num_wgrad_pieces;
-      const std::int64_t end = slots * (op.part + 1) / shape.num_wgrad_pieces;
-      for (std::int64_t l = begin; l < end; ++l) {
+      for (std::int64_t l = op.begin_slot(slots), end = op.end_slot(slots); l < end; ++l) {
         double rows = 0;
         for (const SourceClass k : kAll)
           for (std::int32_t i = 0; i < chunks; ++i)

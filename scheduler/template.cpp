@@ -252,12 +252,15 @@ class PassBuilder {
     for (const Block& b : blocks)
       if (b.part == self_part()) order.insert(order.end(), b.work.begin(), b.work.end());
     if (backward_) {
-      for (std::int32_t piece = 0; piece < t_.num_wgrad_pieces; ++piece) {
+      const std::int32_t num_pieces = t_.schedule.policy == SchedulePolicy::kSequential ? 1 : kNumPieces;
+      for (std::int32_t piece = 0; piece < num_pieces; ++piece) {
         const std::uint32_t wgrad = add_index(OpKind::kWgrad, Resource::kCompute, 0);
-        out_.ops[wgrad].part = piece;
+        out_.ops[wgrad].piece = piece;
+        out_.ops[wgrad].num_pieces = num_pieces;
         touch(wgrad, {BufferId::kRecv2, BufferId::kRecvDy, BufferId::kHidden, BufferId::kActivation},
               {BufferId::kGrads});
-        for (const Block& b : blocks) wait_for(wgrad, b.ready_for_wgrad);
+        for (const Block& b : blocks)
+          for (const std::uint32_t op : b.ready_for_wgrad) wait_for(wgrad, op);
         order.push_back(wgrad);
       }
     }
@@ -272,9 +275,11 @@ class PassBuilder {
   struct Block {
     std::int32_t part = 0, chunk = 0;
     std::vector<std::uint32_t> work;  // in the order in which it runs
-    std::uint32_t ready_for_wgrad = 0;
+    std::vector<std::uint32_t> ready_for_wgrad;
     std::uint32_t reduce = 0;
   };
+  // Enough that what peers wait for need not wait long, few enough that a piece is worth its start.
+  static constexpr std::int32_t kNumPieces = 4;
   std::int32_t self_part() const { return part_of(split_, SourceClass::kSelf); }
   bool has_sources(std::int32_t part) const {
     if (part == self_part()) return true;
@@ -286,36 +291,49 @@ class PassBuilder {
     Block b;
     b.part = part;
     b.chunk = chunk;
+    const std::int32_t num_pieces = split_ != SourceSplit::kNone && part == self_part() ? kNumPieces : 1;
+    std::int32_t piece = 0;
     const auto work = [&](OpKind kind, std::vector<BufferId> reads, std::vector<BufferId> writes) {
       const std::uint32_t op = add_index(kind, Resource::kCompute, chunk);
       out_.ops[op].part = part;
+      out_.ops[op].piece = piece;
+      out_.ops[op].num_pieces = num_pieces;
       touch(op, std::move(reads), std::move(writes));
       return op;
     };
-    std::uint32_t last_work = 0;
-    if (backward_) {
-      const std::uint32_t dgrad2 = work(OpKind::kExpertDgrad2, {BufferId::kRecvDy}, {BufferId::kActivation});
-      wait_for_rows(dgrad2, part, chunk);
-      // Recomputes the pre-activation where it was not kept; needs nothing from peers, so it fills their time.
-      const std::uint32_t recompute = work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden});
-      b.ready_for_wgrad = work(OpKind::kActivationBackward, {BufferId::kHidden, BufferId::kActivation},
-                               {BufferId::kHidden, BufferId::kActivation, BufferId::kDw});
-      wait_for(b.ready_for_wgrad, recompute);
-      wait_for(b.ready_for_wgrad, dgrad2);
-      last_work = work(OpKind::kExpertDgrad1, {BufferId::kHidden}, {BufferId::kOut});
-      wait_for(last_work, b.ready_for_wgrad);
-      // What is under way is finished before the next block is begun.
-      b.work = {last_work, b.ready_for_wgrad, dgrad2, recompute};
-    } else {
-      const std::uint32_t gemm1 =
-          work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden, BufferId::kActivation});
-      wait_for_rows(gemm1, part, chunk);
-      last_work = work(OpKind::kExpertGemm2, {BufferId::kActivation}, {BufferId::kOut});
-      wait_for(last_work, gemm1);
-      b.work = {last_work, gemm1};
+    std::vector<std::uint32_t> last_work;
+    for (; piece < num_pieces; ++piece) {
+      // What is under way is finished before the next piece or block is begun.
+      if (backward_) {
+        const std::uint32_t dgrad2 =
+            work(OpKind::kExpertDgrad2, {BufferId::kRecvDy}, {BufferId::kActivation});
+        wait_for_rows(dgrad2, part, chunk);
+        // Recomputes the pre-activation where it was not kept; needs nothing from peers, so it fills their time.
+        const std::uint32_t recompute = work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden});
+        const std::uint32_t activation =
+            work(OpKind::kActivationBackward, {BufferId::kHidden, BufferId::kActivation},
+                 {BufferId::kHidden, BufferId::kActivation, BufferId::kDw});
+        wait_for(activation, recompute);
+        wait_for(activation, dgrad2);
+        b.ready_for_wgrad.push_back(activation);
+        last_work.push_back(work(OpKind::kExpertDgrad1, {BufferId::kHidden}, {BufferId::kOut}));
+        wait_for(last_work.back(), activation);
+        b.work.insert(b.work.end(), {last_work.back(), activation, dgrad2, recompute});
+      } else {
+        const std::uint32_t gemm1 =
+            work(OpKind::kExpertGemm1, {BufferId::kRecv2}, {BufferId::kHidden, BufferId::kActivation});
+        wait_for_rows(gemm1, part, chunk);
+        last_work.push_back(work(OpKind::kExpertGemm2, {BufferId::kActivation}, {BufferId::kOut}));
+        wait_for(last_work.back(), gemm1);
+        b.work.insert(b.work.end(), {last_work.back(), gemm1});
+      }
     }
-    b.reduce = work(OpKind::kReduce, {BufferId::kOut}, {BufferId::kPartial, BufferId::kRet2});
-    wait_for(b.reduce, last_work);
+    piece = 0;
+    const std::uint32_t reduce =
+        work(OpKind::kReduce, {BufferId::kOut}, {BufferId::kPartial, BufferId::kRet2});
+    out_.ops[reduce].num_pieces = 1;
+    for (const std::uint32_t op : last_work) wait_for(reduce, op);
+    b.reduce = reduce;
     return b;
   }
 
@@ -495,6 +513,8 @@ void hash_pass(const PassTemplate& pass, Hasher& h) {
     h.add_int(static_cast<int>(op.kind))
         .add_int(op.chunk)
         .add_int(op.part)
+        .add_int(op.piece)
+        .add_int(op.num_pieces)
         .add_int(op.hop)
         .add_int(op.peer)
         .add_int(op.handed_on);
@@ -535,8 +555,6 @@ Template build_template(RankId rank, const Topology& topology, const ScheduleOpt
   std::sort(t.peers.begin(), t.peers.end());
   t.peers.erase(std::unique(t.peers.begin(), t.peers.end()), t.peers.end());
   t.peers.erase(std::find(t.peers.begin(), t.peers.end(), rank.value));
-  // Enough pieces that sums for peers need not wait long, few enough that a piece is worth its start.
-  t.num_wgrad_pieces = schedule.policy == SchedulePolicy::kSequential ? 1 : 4;
   t.forward = PassBuilder(t, exchange, topology, PassKind::kForward).build();
   t.backward = PassBuilder(t, exchange, topology, PassKind::kBackward).build();
   return t;
@@ -645,7 +663,8 @@ std::string Template::explain() const {
                        index % schedule.num_chunks, "] >= ", w.value);
         }
       }
-      out += str("  #", i, " chunk ", op.chunk, op.part > 0 ? str(" part ", op.part) : std::string(), " ",
+      out += str("  #", i, " chunk ", op.chunk, op.part > 0 ? str(" part ", op.part) : std::string(),
+                 op.num_pieces > 1 ? str(" piece ", op.piece + 1, "/", op.num_pieces) : std::string(), " ",
                  op_name(op), " on ", to_string(op.resource), waits.empty() ? "" : "  ", waits, "\n");
     }
   }
@@ -666,6 +685,8 @@ std::string Template::to_json() const {
       nlohmann::json j{{"kind", to_string(op.kind)},
                        {"chunk", op.chunk},
                        {"part", op.part},
+                       {"piece", op.piece},
+                       {"num_pieces", op.num_pieces},
                        {"hop", op.hop},
                        {"resource", to_string(op.resource)},
                        {"handed_on", op.handed_on}};

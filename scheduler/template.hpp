@@ -23,7 +23,8 @@
 // SourceSplit). A (part, chunk) is a block: the unit of expert work, which waits for nothing but its own rows.
 //
 // The backward pass has the same shape with dy in place of x, dgrad in place of the GEMMs, and wgrad at the end, behind
-// everything that peers wait for and in pieces, so that sums for peers go between them.
+// everything that peers wait for. A rank's own rows (where they are a part) and wgrad are worked on in pieces: an op that
+// has begun is not given up for another, so a peer's rows would wait for all of them otherwise.
 //
 // Thread-safety: plain data. Errors: build_template throws kInvalidArgument; validate throws kInternal.
 #pragma once
@@ -138,14 +139,20 @@ struct Op {
   OpKind kind = OpKind::kReady;
   Resource resource = Resource::kHost;
   std::int32_t chunk = 0;
-  std::int32_t part = 0;  // of expert work and kReduce: PlanOptions::block(part, chunk); of kWgrad: its piece
-  std::int32_t hop = 0;   // of pack, put and return: 1, 2, or 0 for rows that stay on this rank
+  std::int32_t part = 0;  // of expert work and kReduce: PlanOptions::block(part, chunk)
+  // Expert work in several ops is cut by slots, so that what peers wait for goes between them: op `piece` of
+  // `num_pieces` has the slots [L*piece/num_pieces, L*(piece+1)/num_pieces) of the rank's L.
+  std::int32_t piece = 0, num_pieces = 1;
+  std::int32_t hop = 0;    // of pack, put and return: 1, 2, or 0 for rows that stay on this rank
   std::int32_t peer = -1;  // of put, return and ready
   bool handed_on = false;  // put, return and node_reduce: of rows received over hop 1 (else own rows)
   std::int32_t raises_signal = -1;  // at the peer
   std::int32_t raises = 0;          // how often: one put a source, empty or not
   std::vector<CounterWait> waits;
   std::vector<BufferId> reads, writes;
+
+  std::int64_t begin_slot(std::int64_t num_slots) const { return num_slots * piece / num_pieces; }
+  std::int64_t end_slot(std::int64_t num_slots) const { return num_slots * (piece + 1) / num_pieces; }
 };
 
 struct PassTemplate {
@@ -194,8 +201,7 @@ struct Template {
   // Sources whose rows come here through members[m], in the order in which it sends them: itself, then those that it
   // hands on, ascending.
   std::vector<std::vector<std::int32_t>> sources_of_member;
-  std::int32_t num_wgrad_pieces = 1;  // kWgrad's op `part` works on the slots [L*part/n, L*(part+1)/n)
-  std::vector<std::int32_t> peers;    // all ranks that put here or are put to, ascending, without this rank
+  std::vector<std::int32_t> peers;  // all ranks that put here or are put to, ascending, without this rank
   PassTemplate forward;
   PassTemplate backward;
 

@@ -152,7 +152,6 @@ class LayerWork : public ExpertWork {
     when_ = when;
     pass_ = &pass;
     plan_ = &plan;
-    num_wgrad_pieces_ = layer_.shape_of(plan)->num_wgrad_pieces;
     const MoeLayerOptions& o = layer_.options;
     const std::int64_t positions = plan.num_positions();
     if (!pass.is_backward()) {
@@ -169,13 +168,20 @@ class LayerWork : public ExpertWork {
     const MoeLayerOptions& o = layer_.options;
     const std::span<float*const> grad_w1 = layer_.grad_w1, grad_w2 = layer_.grad_w2;
     const auto slots = static_cast<std::size_t>(plan_->num_local_slots);
+    const auto begin_slot = static_cast<std::size_t>(op.begin_slot(plan_->num_local_slots));
+    const std::size_t num_slots = static_cast<std::size_t>(op.end_slot(plan_->num_local_slots)) - begin_slot;
+    if (num_slots == 0 && op.kind != OpKind::kReduce) return;
     // The op's block; wgrad works on all of them.
     const auto first = op.kind == OpKind::kWgrad
                            ? 0
                            : static_cast<std::size_t>(plan_->options.block(op.part, op.chunk)) * slots;
-    const std::span<const std::int64_t> group_ptr = plan_->group_ptr.span(first, slots + 1);
+    const std::span<const std::int64_t> group_ptr = plan_->group_ptr.span(first + begin_slot, num_slots + 1);
     const std::int64_t begin = group_ptr.front(), end = group_ptr.back();
-    const kernels::Groups with_w1{group_ptr, layer_.w1}, with_w2{group_ptr, layer_.w2};
+    const auto weights_of = [&](std::span<const std::byte* const> w) {
+      return w.subspan(begin_slot, num_slots);
+    };
+    const kernels::Groups with_w1{group_ptr, weights_of(layer_.w1)},
+        with_w2{group_ptr, weights_of(layer_.w2)};
     switch (op.kind) {
       case OpKind::kExpertGemm1:
         if (pass_->is_backward()) {
@@ -218,11 +224,6 @@ class LayerWork : public ExpertWork {
         const bool cut = plan_->options.num_blocks() > 1;
         const std::span<const std::int32_t> position = plan_->wgrad_position;
         const std::span<const std::int32_t> row = cut ? plan_->wgrad_row : plan_->expert_row;
-        const auto slot_of = [&](std::int32_t piece) {
-          return slots * static_cast<std::size_t>(piece) / static_cast<std::size_t>(num_wgrad_pieces_);
-        };
-        const std::size_t begin_slot = slot_of(op.part), num_slots = slot_of(op.part + 1) - begin_slot;
-        if (num_slots == 0) break;
         const std::span<const std::int64_t> slot_ptr = plan_->slot_ptr.span(begin_slot, num_slots + 1);
         kernels_.grouped_gemm_wgrad(slot_ptr, pass_->received().view(), row, s_.activation.view(), position,
                                     grad_w2.subspan(begin_slot, num_slots));
@@ -241,7 +242,6 @@ class LayerWork : public ExpertWork {
   ContextStorage& s_;
   PassRun* pass_ = nullptr;
   const Plan* plan_ = nullptr;
-  std::int32_t num_wgrad_pieces_ = 1;
   WeightGradients when_ = WeightGradients::kNow;
 };
 

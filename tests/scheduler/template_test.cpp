@@ -105,6 +105,19 @@ TEST(Template, BySourcePrefersWhatPeersWaitFor) {
   EXPECT_LT(work(OpKind::kReduce, 0), work(OpKind::kExpertGemm1, 0));
   EXPECT_LT(work(OpKind::kExpertGemm1, 0), work(OpKind::kExpertGemm1, 1));
   EXPECT_LT(work(OpKind::kExpertGemm1, 0), self_copy);
+  // A remote block that comes while own rows are worked on need not wait for all of them.
+  const auto pieces = std::count_if(t.forward.ops.begin(), t.forward.ops.end(), [](const Op& op) {
+    return op.kind == OpKind::kExpertGemm1 && op.part == 1 && op.chunk == 0;
+  });
+  EXPECT_GT(pieces, 1);
+  std::int64_t slots = 0;
+  for (const Op& op : t.forward.ops)
+    if (op.kind == OpKind::kExpertGemm1 && op.part == 1 && op.chunk == 0) {
+      EXPECT_EQ(op.num_pieces, pieces);
+      EXPECT_EQ(op.begin_slot(10), slots);
+      slots = op.end_slot(10);
+    }
+  EXPECT_EQ(slots, 10);
   // An own block waits for nothing that travels.
   for (const CounterWait& w : t.forward.ops[static_cast<std::size_t>(work(OpKind::kExpertGemm1, 1))].waits)
     EXPECT_TRUE(w.completion);
