@@ -205,6 +205,9 @@ class Program(unittest.TestCase):
         self.refused(["bad3.toml:2:10", "hidden"], "bench", "--config", self.file("bad3.toml", "[model]\nhidden = -4\n"))
         self.refused(["binary.toml"], "bench", "--config", self.file("binary.toml", b"\x00\x01\x02\xff"))
         self.refused(["nothing.toml"], "bench", "--config", os.path.join(self.dir.name, "nothing.toml"))
+        self.refused(["100 chunks", "50 tokens"], "train", "--set", "schedule.policy=pipelined", "--set", "schedule.num_chunks=100",
+                     "--set", "train.tokens_per_step=200", "--set", "topology.ranks=4", "--set", "train.steps=1", "--set", "runtime.log_level=error")
+        self.refused(["99", "64 tokens"], *BENCH, "--set", "schedule.policy=pipelined", "--set", "schedule.num_chunks=99")
         self.refused(["--set", "model.hidden"], "bench", "--set", "model.hidden=many")
         self.refused(["SLUICE_MODEL_HIDDEN"], "bench", env={"SLUICE_MODEL_HIDDEN": "x"})
         self.refused(["top_k", "num_experts"], "bench", "--set", "bench.top_k=99")

@@ -281,6 +281,13 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
                   const TrainOptions& options) {
   const Config& config = loaded.config;
   const bool root = runtime.rank() == RankId(0);
+  const std::int64_t most_tokens =
+      (config.train.tokens_per_step + runtime.num_ranks() - 1) / runtime.num_ranks();
+  const std::int32_t chunks = std::max(config.schedule.num_chunks, config.schedule.chain_chunks);
+  Require(chunks <= most_tokens, ErrorCode::kInvalidConfig, "schedule has ", chunks,
+          " chunks, but a rank has at most ", most_tokens, " tokens: train.tokens_per_step ",
+          config.train.tokens_per_step, " over ", runtime.num_ranks(),
+          " ranks; chunks would be empty. Choose fewer chunks or more tokens");
   const TextSplit split(static_cast<std::int64_t>(text.bytes.size()), config.model.context,
                         config.train.heldout_fraction);
   const std::vector<std::int64_t> heldout = heldout_positions(split);
