@@ -260,6 +260,9 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   std::vector<std::unique_ptr<Arm>> arms;
   for (const LoadedConfig& c : configs) {
     MoeLayerOptions o = layer_options(c.config);
+    Require(o.schedule.num_chunks <= std::max<std::int64_t>(1, config.bench.tokens_per_rank),
+            ErrorCode::kInvalidConfig, "schedule.num_chunks is ", o.schedule.num_chunks, ", but a rank has ",
+            config.bench.tokens_per_rank, " tokens (bench.tokens_per_rank); chunks would be empty");
     choose_automatically(runtime, c.config, o);
     arms.push_back(std::make_unique<Arm>(runtime, placement, o));
   }
