@@ -3,10 +3,10 @@
 //
 //   exact      from plans: add() of a rank's plan tells what that rank sends, receives and computes
 //   estimated  from the demand counts (source, expert) that all ranks have after a plan's first exchange. Routes are
-//              exact; rows are expected values, as if a source's tokens chose their experts independently:
-//                rows(s, D) = T_s (1 - prod over experts e that s finds in D of (1 - demand(s, e) / T_s))
-//              for a rank or a node D; chunks get equal shares. A batch of a fixed number of routes a token is less
-//              random than that, so its rows are a little more (tests/scheduler/simulator_test.cpp says how much).
+//              exact; rows to a rank or node are the expected number of tokens that visit one of its experts. Where a
+//              source's routes are K a token, K whole, a token visits K experts (Poisson sampling given its size:
+//              Hajek, Ann. Math. Stat. 35, 1964); else visits are independent: rows = T (1 - prod (1 - demand / T)).
+//              Chunks get equal shares. tests/scheduler/simulator_test.cpp says how far off that is.
 //
 // Memory: O(ranks * (nodes + ranks of a node)), times the chunks when exact; a direct exchange has O(ranks^2).
 // Thread-safety: plain data. Errors: kInvalidArgument on sizes that do not fit.
