@@ -365,6 +365,9 @@ void validate(const LoadedConfig& loaded) {
     }
   }
 
+  if (c.train.on_failure == Config::Train::OnFailure::kShrink && c.train.checkpoint_dir.empty())
+    fail(named("train.on_failure"), " goes back to a checkpoint, but train.checkpoint_dir is empty; name a folder");
+
   const std::int32_t node_ranks = c.topology.nodes.num_ranks();
   if (c.topology.ranks > 0 && node_ranks > 0 && node_ranks != c.topology.ranks)
     fail(named("topology.nodes"), " names ", node_ranks, " ranks, but ", named("topology.ranks"),

@@ -158,6 +158,11 @@ struct Config {
     std::string text;
     std::int64_t max_text_bytes;
     std::string report;
+    enum class OnFailure : std::uint8_t { kStop, kShrink };
+    std::string checkpoint_dir;
+    std::int64_t checkpoint_every;
+    std::int64_t checkpoint_keep;
+    OnFailure on_failure;
   } train;
 
   struct Bench {

@@ -35,6 +35,7 @@ constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "b
                                                    "auto"};
 constexpr std::array<Text, 2> kExchanges = {"gateway", "direct"};
 constexpr std::array<Text, 4> kLogLevels = {"error", "warn", "info", "debug"};
+constexpr std::array<Text, 2> kOnFailure = {"stop", "shrink"};
 constexpr std::array<Text, 2> kSaves = {"rows", "activations"};
 
 constexpr std::int32_t kMaxRanks = 65536;
@@ -577,6 +578,35 @@ const Row kRows[] = {
      .default_text = "",
      .kind = Kind::kLocal,
      .doc = "File for the report (JSON) at the end; empty: none."},
+    {.key = "train.checkpoint_dir",
+     .member = SLUICE_MEMBER(train.checkpoint_dir),
+     .unit = "path",
+     .default_text = "",
+     .kind = Kind::kAgreed,
+     .doc = "Folder for checkpoints, which all ranks must see; empty: none are saved. `sluice train --resume` "
+            "goes on from the newest (docs/faults.md)."},
+    {.key = "train.checkpoint_every",
+     .member = SLUICE_MEMBER(train.checkpoint_every),
+     .unit = "steps",
+     .range = between(0, 1e9),
+     .default_text = "100",
+     .kind = Kind::kAgreed,
+     .doc = "A checkpoint is saved after so many steps, and after the last; 0: after the last only."},
+    {.key = "train.checkpoint_keep",
+     .member = SLUICE_MEMBER(train.checkpoint_keep),
+     .unit = "checkpoints",
+     .range = between(1, 1e6),
+     .default_text = "2",
+     .kind = Kind::kAgreed,
+     .doc = "So many checkpoints are kept, the newest; older ones are deleted."},
+    {.key = "train.on_failure",
+     .member = SLUICE_ENUM(train.on_failure),
+     .allowed = kOnFailure,
+     .default_text = "stop",
+     .kind = Kind::kAgreed,
+     .doc = "When a rank is lost. stop: the job ends with an error that names it. shrink: the ranks that are left form "
+            "a new group, go back to the newest checkpoint and go on; needs train.checkpoint_dir and a transport whose "
+            "ranks survive the loss of one (local, shm, tcp; not mpi)."},
 
     // ---- bench ----
     {.key = "bench.tokens_per_rank",

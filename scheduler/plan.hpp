@@ -30,6 +30,7 @@
 #include <string>
 #include <vector>
 
+#include "sluice/base/error.hpp"
 #include "sluice/base/grow_array.hpp"
 #include "sluice/base/ids.hpp"
 #include "sluice/base/topology.hpp"
@@ -195,8 +196,21 @@ struct Plan {
   std::int64_t capacity_bytes() const;
 };
 
+// What a peer sent cannot be true, or not beside what others sent: kDisagreement, with the rank to blame (invalid when
+// none can be singled out, as between two ranks that differ).
+class PlanDisagreement : public Error {
+ public:
+  PlanDisagreement(RankId peer, std::string message)
+      : Error(ErrorCode::kDisagreement, std::move(message)), peer_(peer) {}
+  RankId peer() const { return peer_; }
+
+ private:
+  RankId peer_;
+};
+
 // Builds one rank's plans. Steps alternate with exchanges that the caller performs (over a transport, or between
-// builders of one process). Each take_* checks what came from peers and throws kDisagreement naming the rank at fault.
+// builders of one process). Each take_* checks what came from peers and throws PlanDisagreement naming the rank at
+// fault.
 //
 //   builder.begin(routing, plan);
 //   builder.take_summaries(all_gather(builder.summary()));        // exchange 1: demand
@@ -224,6 +238,8 @@ class PlanBuilder {
   static constexpr std::int64_t kCountsPerPeer = 6;
   static constexpr std::int64_t kOffsetsPerPeer = 4;
   std::span<const std::int64_t> summary() const;                // int64 [num_experts + 2]
+  // Tokens and demand are sums of something: for who looks at them before take_summaries(), which does the same.
+  void check_summaries(std::span<const std::int64_t> gathered) const;
   void take_summaries(std::span<const std::int64_t> gathered);  // int64 [num_ranks * (num_experts + 2)]
   std::span<const std::int64_t> counts() const;                 // int64 [num_ranks * kCountsPerPeer]
   void take_counts(std::span<const std::int64_t> received);     // int64 [num_ranks * kCountsPerPeer]

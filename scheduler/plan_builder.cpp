@@ -251,8 +251,8 @@ struct PlanBuilder::State {
     return &counts[static_cast<std::size_t>(peer) * kCountsPerPeer];
   }
   [[noreturn]] void blame(std::int32_t peer, std::string what) const {
-    throw Error(ErrorCode::kDisagreement,
-                str("rank ", peer, " sent rank ", rank.value, " a bad plan message: ", what));
+    throw PlanDisagreement(RankId(peer),
+                           str("rank ", peer, " sent rank ", rank.value, " a bad plan message: ", what));
   }
 
   // First block of a source's rows (chunk 0).
@@ -352,12 +352,46 @@ std::span<const std::int64_t> PlanBuilder::summary() const {
   return state_->summary;
 }
 
+void PlanBuilder::check_summaries(std::span<const std::int64_t> gathered) const {
+  const State& s = *state_;
+  const auto stride = static_cast<std::size_t>(s.plan->num_experts) + 2;
+  Require(gathered.size() == stride * static_cast<std::size_t>(s.num_ranks), ErrorCode::kInvalidArgument,
+          "summaries have ", gathered.size(), " values, must be ", stride * s.num_ranks);
+  for (std::int32_t r = 0; r < s.num_ranks; ++r) {
+    const std::int64_t* summary = &gathered[static_cast<std::size_t>(r) * stride];
+    if (summary[0] < 0 || summary[0] >= kMaxCount) s.blame(r, str(summary[0], " tokens"));
+    // Every bit that any count has: a count that is negative or too large shows in it.
+    std::int64_t bits = 0;
+    for (std::size_t e = 2; e < stride; ++e) bits |= summary[e];
+    if (bits >= 0 && bits < kMaxCount) continue;
+    for (std::size_t e = 2; e < stride; ++e)
+      if (summary[e] < 0 || summary[e] >= kMaxCount)
+        s.blame(r, str("a demand of ", summary[e], " routes to expert ", e - 2));
+  }
+}
+
+// The lowest rank outside the only group of more than half that has one value; invalid when there is none. Every rank
+// comes to the same.
+static RankId odd_one_out(std::span<const std::int64_t> gathered, std::size_t stride) {
+  const std::size_t n = gathered.size() / stride;
+  for (std::size_t a = 0; a < n; ++a) {
+    std::size_t same = 0;
+    RankId other;
+    for (std::size_t b = n; b-- > 0;)
+      if (gathered[b * stride + 1] == gathered[a * stride + 1])
+        ++same;
+      else
+        other = RankId(static_cast<std::int32_t>(b));
+    if (2 * same > n) return other;
+  }
+  return RankId();
+}
+
 void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
   State& s = *state_;
   Plan& plan = *s.plan;
   const auto stride = static_cast<std::size_t>(plan.num_experts) + 2;
-  Require(gathered.size() == stride * static_cast<std::size_t>(s.num_ranks), ErrorCode::kInvalidArgument,
-          "summaries have ", gathered.size(), " values, must be ", stride * s.num_ranks);
+  check_summaries(gathered);
   plan.source_tokens.resize(static_cast<std::size_t>(s.num_ranks));
   std::string differ;
   Hasher agreement;
@@ -365,14 +399,15 @@ void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* summary = &gathered[static_cast<std::size_t>(r) * stride];
     if (std::bit_cast<std::uint64_t>(summary[1]) != s.prehash) differ += str(differ.empty() ? "" : ", ", r);
-    if (summary[0] < 0 || summary[0] >= kMaxCount) s.blame(r, str(summary[0], " tokens"));
     plan.source_tokens[static_cast<std::size_t>(r)] = static_cast<std::int32_t>(summary[0]);
     agreement.add_int(summary[0]);
   }
-  Require(differ.empty(), ErrorCode::kDisagreement, "rank ", s.rank.value, " disagrees with rank(s) ", differ,
-          " about placement, topology, schedule or the order of calls; all ranks must use the same and call "
-          "in the "
-          "same order");
+  if (!differ.empty())
+    throw PlanDisagreement(
+        odd_one_out(gathered, stride),
+        str("rank ", s.rank.value, " disagrees with rank(s) ", differ,
+            " about placement, topology, schedule or the order of calls; all ranks must use the same and call in "
+            "the same order"));
   std::uint64_t* totals = s.totals.assign(static_cast<std::size_t>(plan.num_experts), 0);
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* demand = &gathered[static_cast<std::size_t>(r) * stride + 2];

@@ -1,5 +1,7 @@
 #include "sluice/runtime/src/gather.hpp"
 
+#include <algorithm>
+
 #include "sluice/comm/collectives.hpp"
 
 namespace sluice {
@@ -22,6 +24,36 @@ std::vector<std::string> gather_to_root(Runtime& runtime, std::string_view mine,
   }
   runtime.collectives().all_to_all_v(sends, receives, phase).throw_if_error();
   return out;
+}
+
+std::string text_of_root(Runtime& runtime, std::string text, std::size_t max_bytes, std::string_view what,
+                         std::string_view phase) {
+  auto size = static_cast<std::int64_t>(text.size());
+  runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), phase);
+  Require(size >= 0 && static_cast<std::uint64_t>(size) <= max_bytes, ErrorCode::kDisagreement,
+          "rank 0 announces ", what, " of ", size, " bytes; at most ", max_bytes, " are taken");
+  text.resize(static_cast<std::size_t>(size));
+  if (size > 0)
+    runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), phase);
+  return text;
+}
+
+void agree_on_success(Runtime& runtime, const Status& mine, std::string_view phase) {
+  const std::int64_t head[2] = {static_cast<std::int64_t>(mine.code),
+                                static_cast<std::int64_t>(std::min<std::size_t>(mine.message.size(), 4096))};
+  const std::vector<std::int64_t> all = runtime.all_gather(head, phase);
+  for (std::int32_t r = 0; r < runtime.num_ranks(); ++r) {
+    const std::int64_t code = all[2 * static_cast<std::size_t>(r)];
+    const std::int64_t size = all[2 * static_cast<std::size_t>(r) + 1];
+    if (code == static_cast<std::int64_t>(ErrorCode::kOk)) continue;
+    Require(code > 0 && code <= static_cast<std::int64_t>(ErrorCode::kInternal) && size >= 0 && size <= 4096,
+            ErrorCode::kDisagreement, "rank ", r, " announces an error ", code, " of ", size, " bytes");
+    std::string message = mine.message;
+    message.resize(static_cast<std::size_t>(size));
+    if (size > 0) runtime.broadcast(std::as_writable_bytes(std::span(message)), RankId(r), phase);
+    throw Error(static_cast<ErrorCode>(code),
+                runtime.num_ranks() > 1 ? str("rank ", r, ": ", message) : message);
+  }
 }
 
 }  // namespace sluice

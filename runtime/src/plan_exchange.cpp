@@ -25,8 +25,24 @@ void PlanExchange::require_own(const Plan& plan, std::string_view call, bool any
           " chunks; it does not fit: plans belong to the layer or dispatcher that made them");
 }
 
+// Who finds a peer's numbers wrong ends the group and names that peer; leaving in silence would put the blame on itself.
 void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash,
                          const Choose& choose) {
+  try {
+    exchange(routing, plan, extra_hash, choose);
+  } catch (const PlanDisagreement& error) {
+    comm::AbortRecord record;
+    record.status = error.status();
+    record.culprit = error.peer();
+    record.reporter = runtime_.rank();
+    record.phase = kPhase;
+    runtime_.transport().abort(record);
+    throw;
+  }
+}
+
+void PlanExchange::exchange(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash,
+                            const Choose& choose) {
   comm::Collectives& all = runtime_.collectives();
   SpanRecorder* recorder = runtime_.recorder();
   const auto ranks = static_cast<std::size_t>(runtime_.num_ranks());
@@ -44,6 +60,7 @@ void PlanExchange::build(const RoutingView& routing, Plan& plan, std::uint64_t e
   exchanged([&] { return all.all_gather(builder_.summary(), received_, kPhase); });
   planned([&] {
     if (choose) {
+      builder_.check_summaries(received_);
       const PlanOptions cut = choose(received_);
       builder_.set_cut(cut.num_chunks, cut.split);
     }

@@ -18,13 +18,14 @@ class PlanExchange {
   using Choose = std::function<PlanOptions(std::span<const std::int64_t> gathered)>;
 
   // Collective, blocking. Builds into `plan`, whose memory is reused. extra_hash joins the agreement check. Without
-  // `choose` rows are cut as the constructor was told.
+  // `choose` rows are cut as the constructor was told. A peer's message that cannot be true ends the group, naming it.
   void build(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash, const Choose& choose = {});
 
   // Throws kInvalidArgument when the plan cannot be of this placement, rank and exchange, or is cut otherwise.
   void require_own(const Plan& plan, std::string_view call, bool any_cut = false) const;
 
  private:
+  void exchange(const RoutingView& routing, Plan& plan, std::uint64_t extra_hash, const Choose& choose);
   void exchange_headers(const PlanBuilder::Headers& out, std::span<const PlanBuilder::Message> in);
 
   Runtime& runtime_;

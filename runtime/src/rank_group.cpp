@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
@@ -54,25 +55,17 @@ std::vector<KeyValue> unpack(std::string_view text) {
   return out;
 }
 
-// rank 0's text on all ranks. Collective.
-std::string from_rank0(Runtime& runtime, std::string text, std::string_view phase) {
-  std::int64_t size = static_cast<std::int64_t>(text.size());
-  runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), phase);
-  Require(size >= 0 && size <= static_cast<std::int64_t>(kMaxConfigFileBytes), ErrorCode::kDisagreement,
-          "rank 0 announces a configuration of ", size, " bytes");
-  text.resize(static_cast<std::size_t>(size));
-  runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), phase);
-  return text;
-}
-
 // Semantic keys must be equal; agreed keys become rank 0's. Collective.
 LoadedConfig agree_on(Runtime& runtime, const LoadedConfig& mine) {
   constexpr std::string_view kPhase = "config agreement";
   const auto own = semantic_values(mine.config);
-  const std::string reference = from_rank0(runtime, pack(own), kPhase);
+  const auto from_rank0 = [&](const std::vector<KeyValue>& values) {
+    return unpack(text_of_root(runtime, pack(values), kMaxConfigFileBytes, "a configuration", kPhase));
+  };
+  const std::vector<KeyValue> reference = from_rank0(own);
   // One bit a key, so that every rank can name what any rank has different. All ranks run one program: the keys are the
   // same and in the same order.
-  const auto differing = differing_keys(unpack(reference), own);
+  const auto differing = differing_keys(reference, own);
   std::vector<std::int64_t> bits(own.size() / 63 + 1, 0);
   for (std::size_t k = 0; k < own.size(); ++k)
     if (std::find(differing.begin(), differing.end(), own[k].key) != differing.end())
@@ -88,7 +81,7 @@ LoadedConfig agree_on(Runtime& runtime, const LoadedConfig& mine) {
   Require(who.empty(), ErrorCode::kDisagreement, "semantic keys differ from rank 0's on ", who,
           "; start all ranks with the same configuration");
   LoadedConfig out = mine;
-  for (const KeyValue& v : unpack(from_rank0(runtime, pack(agreed_values(mine.config)), kPhase)))
+  for (const KeyValue& v : from_rank0(agreed_values(mine.config)))
     if (runtime.rank().value != 0) out.set(v.key, v.value, {ConfigSource::Kind::kCommandLine, "rank 0"});
   validate(out);
   return out;

@@ -55,13 +55,18 @@ std::vector<std::unique_ptr<Runtime>> Runtime::create_local(const Topology& topo
                                                             const RuntimeOptions& options) {
   std::vector<std::unique_ptr<Runtime>> out;
   for (auto& transport : comm::make_local_group(topology))
-    out.push_back(std::unique_ptr<Runtime>(new Runtime(make_state(std::move(transport), options))));
+    out.push_back(create_over(std::move(transport), options));
   return out;
 }
 
 std::unique_ptr<Runtime> Runtime::create(std::string_view transport, const Topology* nodes,
                                          const RuntimeOptions& options) {
-  return std::unique_ptr<Runtime>(new Runtime(make_state(comm::load_transport(transport, nodes), options)));
+  return create_over(comm::load_transport(transport, nodes), options);
+}
+
+std::unique_ptr<Runtime> Runtime::create_over(std::unique_ptr<comm::Transport> transport,
+                                              const RuntimeOptions& options) {
+  return std::unique_ptr<Runtime>(new Runtime(make_state(std::move(transport), options)));
 }
 
 RankId Runtime::rank() const {

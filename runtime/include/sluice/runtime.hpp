@@ -65,6 +65,9 @@ class Runtime {
   // overrides discovery; null discovers.
   static std::unique_ptr<Runtime> create(std::string_view transport, const Topology* nodes = nullptr,
                                          const RuntimeOptions& options = {});
+  // One rank over a transport that the caller made.
+  static std::unique_ptr<Runtime> create_over(std::unique_ptr<comm::Transport> transport,
+                                              const RuntimeOptions& options = {});
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;

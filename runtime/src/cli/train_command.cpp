@@ -12,7 +12,8 @@ void add_train(CLI::App& app, Run& run) {
   struct Options {
     ConfigOptions config;
     std::string text;
-    bool check = false, json = false;
+    bool check = false, json = false, resume = false;
+    std::int64_t resume_step = 0;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command =
@@ -22,6 +23,9 @@ void add_train(CLI::App& app, Run& run) {
                       "file or directory to learn (train.text); default: the program's own sources");
   command->add_flag("--check", o->check,
                     "compare a few steps with a dense single-rank reference instead of training");
+  command->add_flag("--resume", o->resume, "go on from the newest checkpoint in train.checkpoint_dir");
+  command->add_option("--resume-step", o->resume_step, "go on from the checkpoint of this step")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
   command->add_flag("--json", o->json, "print the report as JSON");
   command->callback([o, &run] {
     run = [o] {
@@ -38,7 +42,10 @@ void add_train(CLI::App& app, Run& run) {
           print_document(o->json ? train::to_json(report) : train::to_text(report));
           return;
         }
-        const train::TrainReport report = train::train(runtime, agreed, text);
+        train::TrainOptions options;
+        options.resume = o->resume || o->resume_step > 0;
+        options.resume_step = o->resume_step;
+        const train::TrainReport report = train::train(runtime, agreed, text, options);
         if (!prints_results(runtime)) return;
         print_document(o->json ? train::to_json(report) : train::to_text(report));
       };

@@ -259,6 +259,17 @@ const AdaptiveState& Model::adaptive(std::int32_t layer, std::int32_t iteration)
   return states[states.size() == 1 ? 0 : static_cast<std::size_t>(iteration)];
 }
 
+void Model::restored(std::vector<AdaptiveState> adaptive) {
+  Require(adaptive.size() == adaptive_.size(), ErrorCode::kInvalidArgument, "section adaptive: expected ",
+          adaptive_.size(), " states of policy ", policy_->name(), ", seen ", adaptive.size());
+  for (std::size_t i = 0; i < adaptive.size(); ++i)
+    Require(adaptive[i].values.size() == adaptive_[i].values.size(), ErrorCode::kInvalidArgument,
+            "section adaptive: state ", i, ": expected ", adaptive_[i].values.size(), " values, seen ",
+            adaptive[i].values.size());
+  adaptive_ = std::move(adaptive);
+  set_weights();  // the experts' copies in another dtype follow the masters
+}
+
 std::span<const float> Model::scores(std::int32_t layer, std::int32_t iteration) const {
   return layers_[static_cast<std::size_t>(layer)].context.scores(iteration);
 }

@@ -144,6 +144,11 @@ class Model {
   const SelectionPolicy& policy() const { return *policy_; }
   // Adaptive state of the policy for one iteration of one layer (shared: the same for all).
   const AdaptiveState& adaptive(std::int32_t layer, std::int32_t iteration = 0) const;
+  // All of it, in the order of a checkpoint.
+  const std::vector<AdaptiveState>& adaptive_states() const { return adaptive_; }
+  // After the values and moments of all parameters() were overwritten, as from a checkpoint: takes the adaptive state with
+  // them. Throws kInvalidArgument when it is not that of this policy.
+  void restored(std::vector<AdaptiveState> adaptive);
   // Scores of this rank's tokens in the last batch of compute_gradients(). f32 [num_tokens, num_experts]
   std::span<const float> scores(std::int32_t layer, std::int32_t iteration = 0) const;
   // Of the last batch of compute_gradients(), over its layers.

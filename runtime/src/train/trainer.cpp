@@ -6,6 +6,7 @@
 #include <numbers>
 #include <thread>
 
+#include "sluice/base/log.hpp"
 #include "sluice/base/progress.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/base/text_table.hpp"
@@ -13,6 +14,7 @@
 #include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/timeline.hpp"
+#include "sluice/runtime/src/train/checkpoint.hpp"
 
 namespace sluice::train {
 namespace {
@@ -163,6 +165,38 @@ TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Mod
   else
     out.note = "the sequential step is within 5% of its floor";
   return out;
+}
+
+// Series of the report as rows of a checkpoint, and back. lambda is 0 where the policy has none.
+constexpr std::int64_t kHistoryCols = 11;
+
+History history_of(const TrainReport& report) {
+  History out{kHistoryCols, {}};
+  out.values.reserve(report.losses.size() * static_cast<std::size_t>(kHistoryCols));
+  for (std::size_t i = 0; i < report.losses.size(); ++i)
+    out.values.insert(out.values.end(),
+                      {report.losses[i], report.auxiliary[i], report.grad_norms[i], report.active_mean[i],
+                       static_cast<double>(report.active_min[i]), static_cast<double>(report.active_max[i]),
+                       report.sparsity[i], report.lambda.empty() ? 0.0 : report.lambda[i],
+                       report.expert_balance[i], report.rank_balance[i], report.learning_rates[i]});
+  return out;
+}
+
+void take_history(const History& history, bool with_lambda, TrainReport& report) {
+  for (std::size_t at = 0; at < history.values.size(); at += static_cast<std::size_t>(kHistoryCols)) {
+    const double* row = history.values.data() + at;
+    report.losses.push_back(row[0]);
+    report.auxiliary.push_back(row[1]);
+    report.grad_norms.push_back(row[2]);
+    report.active_mean.push_back(row[3]);
+    report.active_min.push_back(static_cast<std::int32_t>(row[4]));
+    report.active_max.push_back(static_cast<std::int32_t>(row[5]));
+    report.sparsity.push_back(row[6]);
+    if (with_lambda) report.lambda.push_back(row[7]);
+    report.expert_balance.push_back(row[8]);
+    report.rank_balance.push_back(row[9]);
+    report.learning_rates.push_back(row[10]);
+  }
 }
 
 // Text of the progress line since the last one.
@@ -323,13 +357,41 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   const RecorderScope scope(runtime, recorder);
   Model model(runtime, config);
   BatchReader reader(text, split, config, runtime.rank(), runtime.num_ranks());
+
+  std::optional<CheckpointStore> store;
+  report.recoveries = options.recoveries;
+  Require(!options.resume || !config.train.checkpoint_dir.empty(), ErrorCode::kInvalidConfig,
+          "--resume needs train.checkpoint_dir, the folder of the checkpoints to go on from");
+  if (!config.train.checkpoint_dir.empty()) {
+    store.emplace(runtime, loaded, text);
+    const bool recovering = !options.recoveries.empty();
+    bool resume = options.resume || recovering;
+    if (recovering) {  // a rank lost before the first checkpoint: from the beginning, or as the user began
+      std::int64_t saved = root ? static_cast<std::int64_t>(list_checkpoints(config.train.checkpoint_dir).size()) : 0;
+      runtime.broadcast(std::as_writable_bytes(std::span(&saved, 1)), RankId(0), "checkpoint");
+      resume = saved > 0;
+    }
+    if (resume) {
+      History history{kHistoryCols, {}};
+      report.resumed_from =
+          store->restore(model, history, recovering ? 0 : options.resume_step, recovering);
+      take_history(history, relu, report);
+      if (root)
+        log_info("train: going on from the checkpoint of step ", report.resumed_from, " with ",
+                 runtime.num_ranks(), runtime.num_ranks() == 1 ? " rank" : " ranks");
+    } else if (!recovering) {
+      store->require_fresh();
+    }
+    if (recovering) report.recoveries.back().resumed_from = report.resumed_from;
+  }
+  report.measured_steps = config.train.steps - report.resumed_from;
   {
     std::optional<Progress> progress;
     if (root && options.progress) progress.emplace("train", config.train.steps);
     runtime.barrier("train");
     Meter meter;
     const auto begin = Clock::now();
-    for (std::int64_t step = 1; step <= config.train.steps; ++step) {
+    for (std::int64_t step = report.resumed_from + 1; step <= config.train.steps; ++step) {
       if (relu) report.lambda.push_back(model.adaptive(0).values[0]);
       const StepResult result = model.compute_gradients(reader.train(step));
       // Both are sums over all ranks, so all ranks stop here together.
@@ -354,16 +416,19 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
       report.movement += model.movement();
       meter.add(result, model.movement(), config.train.tokens_per_step);
       if (progress) progress->update(step, [&] { return meter.take(config.model.num_experts); });
+      const std::int64_t every = config.train.checkpoint_every;
+      if (store && (step == config.train.steps || (every > 0 && step % every == 0)))
+        store->save(model, step, history_of(report));
     }
     report.seconds = to_us(Clock::now() - begin) / 1e6;
   }
-  report.tokens_per_s = static_cast<double>(config.train.steps) *
+  report.tokens_per_s = static_cast<double>(report.measured_steps) *
                         static_cast<double>(config.train.tokens_per_step) / report.seconds;
   recorder.set_on(false);
 
   report.heldout_bpb = evaluate(runtime, model, reader, heldout, config.train.tokens_per_step);
   gather_totals(runtime, report, model);
-  report.phases_us = gather_phases(runtime, recorder, config.train.steps);
+  report.phases_us = gather_phases(runtime, recorder, std::max<std::int64_t>(1, report.measured_steps));
   report.overlap = measure_overlap(runtime, config, model, reader.train(config.train.steps));
   if (timeline) write_timeline(runtime, recorder, config.runtime.timeline);
   if (root) report.baselines = byte_baselines(text.bytes, split, heldout);
@@ -374,6 +439,25 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
 // ---- report ----------------------------------------------------------------------------------------------------------
 
 namespace {
+
+// Tokens times layers of the measured steps; 1 when there were none, so that nothing is divided by zero.
+double visits_of(const TrainReport& report) {
+  return static_cast<double>(
+      std::max<std::int64_t>(1, report.measured_steps * report.tokens_per_step * report.num_layers));
+}
+
+nlohmann::json recoveries_json(const std::vector<Recovery>& recoveries) {
+  nlohmann::json out = nlohmann::json::array();
+  for (const Recovery& r : recoveries)
+    out.push_back({{"lost_rank", r.lost_rank},
+                   {"phase", r.phase},
+                   {"chunk", r.chunk},
+                   {"error", r.error},
+                   {"ranks_before", r.ranks_before},
+                   {"ranks_after", r.ranks_after},
+                   {"resumed_from", r.resumed_from}});
+  return out;
+}
 
 nlohmann::json overlap_json(const TrainReport::Overlap& overlap) {
   if (overlap.scheduled_us == 0) return {{"measured", false}, {"note", overlap.note}};
@@ -402,8 +486,7 @@ std::string to_json(const TrainReport& report) {
                 {"series", {{"mean", mean}, {"min", min}, {"max", max}}}};
   };
   const Traffic& rows = report.movement.rows;
-  const double visits = static_cast<double>(report.steps) * static_cast<double>(report.tokens_per_step) *
-                        static_cast<double>(report.num_layers);
+  const double visits = visits_of(report);
   const auto memory = [](const TrainReport::Memory& m) {
     return json{{"parameters", m.parameters},
                 {"activations", m.activations},
@@ -446,6 +529,9 @@ std::string to_json(const TrainReport& report) {
         {"heldout_tokens", report.num_heldout_tokens}}},
       {"seed", report.seed},
       {"steps", report.steps},
+      {"resumed_from", report.resumed_from},
+      {"measured_steps", report.measured_steps},
+      {"recoveries", recoveries_json(report.recoveries)},
       {"tokens_per_step", report.tokens_per_step},
       {"world",
        {{"ranks", report.num_ranks},
@@ -485,7 +571,7 @@ std::string to_text(const TrainReport& report) {
   out += run.to_string() + "\n";
 
   const Traffic& rows = report.movement.rows;
-  const double visits = static_cast<double>(report.steps * report.tokens_per_step * report.num_layers);
+  const double visits = visits_of(report);
   TextTable traffic({"all steps and ranks", "rows a token and layer", "bytes", "flat, no de-duplication"});
   traffic.add_row({"same rank", fixed(double(rows.rows_same_rank) / visits, 3), "0 B", "0 B"});
   traffic.add_row({"in node", fixed(double(rows.rows_in_node) / visits, 3),
@@ -508,8 +594,12 @@ std::string to_text(const TrainReport& report) {
   out += phases.to_string() + "\n";
 
   out += str(grouped(std::llround(report.tokens_per_s)), " tokens/s, ", fixed(report.seconds, 1), " s, ",
-             report.steps, " steps; memory ", bytes_text(report.memory_max.total()), " on the largest rank, ",
+             report.measured_steps, " steps; memory ", bytes_text(report.memory_max.total()), " on the largest rank, ",
              bytes_text(report.memory_sum.total()), " in all\n");
+  if (report.resumed_from > 0) out += str("went on from the checkpoint of step ", report.resumed_from, "\n");
+  for (const Recovery& r : report.recoveries)
+    out += str("lost rank ", r.lost_rank, " of ", r.ranks_before, " in phase ", r.phase, "; ", r.ranks_after,
+               " went on from step ", r.resumed_from, "\n");
   const TrainReport::Overlap& overlap = report.overlap;
   if (overlap.scheduled_us > 0)
     out += str("forward and backward of a step: as scheduled ", fixed(overlap.scheduled_us, 0),

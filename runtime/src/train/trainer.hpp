@@ -20,8 +20,24 @@
 
 namespace sluice::train {
 
+// A rank that was lost on the way, and what the others did about it.
+struct Recovery {
+  std::int32_t lost_rank = -1;  // by the numbers of the group that lost it
+  std::string phase;
+  std::int32_t chunk = -1;
+  std::string error;
+  std::int32_t ranks_before = 0, ranks_after = 0;
+  std::int64_t resumed_from = 0;  // step of the checkpoint
+};
+
 struct TrainOptions {
   bool progress = true;  // progress lines on standard error, by rank 0
+  // Go on from the newest checkpoint in train.checkpoint_dir, or from that of resume_step.
+  bool resume = false;
+  std::int64_t resume_step = 0;
+  // Losses of ranks before this call, whose last this call goes on from: from the newest checkpoint that can be read,
+  // or from the beginning when none was saved yet. For the report.
+  std::vector<Recovery> recoveries;
 };
 
 struct TrainReport {
@@ -30,7 +46,7 @@ struct TrainReport {
   Baselines baselines;
   std::int64_t num_heldout_tokens = 0;
 
-  // One entry a step.
+  // One entry a step, those before the checkpoint that the job went on from included.
   std::vector<double> losses;       // nats per byte, mean over the step's tokens
   std::vector<double> auxiliary;    // auxiliary losses
   std::vector<double> grad_norms;   // before clipping
@@ -42,8 +58,12 @@ struct TrainReport {
   std::vector<double> rank_balance;    // mean / max of the routes a rank works on
   std::vector<double> learning_rates;
 
-  double seconds = 0;  // of all steps, without evaluation
+  double seconds = 0;  // of the measured steps, without evaluation
   double tokens_per_s = 0;
+
+  std::int64_t resumed_from = 0;   // step of the checkpoint that this run went on from; 0: from the beginning
+  std::int64_t measured_steps = 0;  // steps of this run, which the following tells of
+  std::vector<Recovery> recoveries;
 
   // Over the run and all ranks.
   Movement movement;

@@ -12,6 +12,7 @@
 
 #include "sluice/base/clock.hpp"
 #include "sluice/base/log.hpp"
+#include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/tune/probe.hpp"
@@ -119,15 +120,8 @@ namespace {
 
 // Rank 0's, on all ranks.
 MachineProfile broadcast_profile(Runtime& runtime, const std::string& mine) {
-  constexpr std::string_view kPhase = "profile agreement";
-  std::string text = mine;
-  auto size = static_cast<std::int64_t>(text.size());
-  runtime.broadcast(std::as_writable_bytes(std::span(&size, 1)), RankId(0), kPhase);
-  Require(size >= 0 && size <= kMaxProfileBytes, ErrorCode::kDisagreement, "rank 0 announces a profile of ",
-          size, " bytes");
-  text.resize(static_cast<std::size_t>(size));
-  runtime.broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), RankId(0), kPhase);
-  return parse_profile(text, "rank 0's profile");
+  return parse_profile(text_of_root(runtime, mine, kMaxProfileBytes, "a profile", "profile agreement"),
+                       "rank 0's profile");
 }
 
 }  // namespace
