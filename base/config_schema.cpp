@@ -900,7 +900,8 @@ void set_integer(const Row& row, Config& config, std::int64_t value, std::string
 void set_number(const Row& row, Config& config, double value, std::string_view where) {
   if (!std::isfinite(value) || !in_range(row.range, value))
     fail(where, row.key, " is ", value, "; must be ", wanted(row));
-  std::get<Member<double>>(row.member)(config) = value;
+  // -0 becomes 0: they are one value, and must be one text and one hash.
+  std::get<Member<double>>(row.member)(config) = value + 0.0;
 }
 
 void set_list(const Row& row, Config& config, const std::vector<std::int64_t>& value,

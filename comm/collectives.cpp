@@ -138,6 +138,21 @@ Status Collectives::sum(std::span<T> data, std::string_view phase) {
 }
 
 Status Collectives::exchange(std::string_view phase) {
+  try {
+    return run_round(phase);
+  } catch (...) {
+    const Status status = current_exception_status();
+    AbortRecord record;
+    record.status = {status.scope() == Scope::kGroup ? status.code : ErrorCode::kAborted,
+                     str("rank ", rank_, " ended the group in ", phase, ": ", status.message)};
+    record.culprit = record.reporter = transport_.rank();
+    record.phase = std::string(phase);
+    transport_.abort(record);
+    throw;
+  }
+}
+
+Status Collectives::run_round(std::string_view phase) {
   const auto parity = static_cast<std::uint32_t>(round_++ % 2);
   Require(sends_[rank_].size() == receives_[rank_].size(), ErrorCode::kInvalidArgument, "rank ", rank_,
           " sends itself ", sends_[rank_].size(), " bytes but expects ", receives_[rank_].size());

@@ -54,8 +54,10 @@ class Collectives {
  private:
   template <typename T>
   Status sum(std::span<T> data, std::string_view phase);
-  // One round: sends_ and receives_ to and from every rank.
+  // One round: sends_ and receives_ to and from every rank. An exception, of idle work for one, ends the group before it
+  // leaves: peers may be writing into what the caller is about to free.
   Status exchange(std::string_view phase);
+  Status run_round(std::string_view phase);
   Status wait(std::uint32_t signal, std::uint64_t value, std::string_view phase);
 
   Transport& transport_;

@@ -274,6 +274,7 @@ struct PlanBuilder::State {
   void lay_out_messages1();
   void start_partials();
   void lay_out_send2(std::span<const std::int32_t> words);
+  void check_relayed_to_self(std::span<const std::int32_t> words, std::int32_t member) const;
   void copy_own_blocks();
   void write_relayed(List& list, const std::uint64_t* from, const std::uint64_t* to, const Segment& in,
                      const std::int32_t* pairs, SlotId first_slot);
@@ -403,11 +404,11 @@ void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
     agreement.add_int(summary[0]);
   }
   if (!differ.empty())
-    throw PlanDisagreement(
-        odd_one_out(gathered, stride),
-        str("rank ", s.rank.value, " disagrees with rank(s) ", differ,
-            " about placement, topology, schedule or the order of calls; all ranks must use the same and call in "
-            "the same order"));
+    throw PlanDisagreement(odd_one_out(gathered, stride),
+                           str("rank ", s.rank.value, " disagrees with rank(s) ", differ,
+                               " about placement, topology, schedule or the order of calls; all ranks must "
+                               "use the same and call in "
+                               "the same order"));
   std::uint64_t* totals = s.totals.assign(static_cast<std::size_t>(plan.num_experts), 0);
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* demand = &gathered[static_cast<std::size_t>(r) * stride + 2];
@@ -623,7 +624,8 @@ void PlanBuilder::take_counts(std::span<const std::int64_t> received) {
       const bool gateway_only =
           k == 3 && !(s.exchange.node_of(RankId(r)) != s.my_node && s.is_gateway_for(r));
       if (in[k] < 0 || in[k] > tokens || in[k + 1] < in[k] || in[k + 1] >= kMaxCount ||
-          (in[k] == 0 && in[k + 1] != 0) || (gateway_only && in[k] != 0))
+          in[k + 1] > in[k] * plan.num_experts || (in[k] == 0 && in[k + 1] != 0) ||
+          (gateway_only && in[k] != 0))
         s.blame(r, str(in[k], " rows with ", in[k + 1], " routes, from a source of ", tokens, " tokens"));
     }
 
@@ -825,6 +827,7 @@ void PlanBuilder::State::lay_out_send2(std::span<const std::int32_t> words) {
       if (seg.num_rows > 0) append_segment(seg);
     }
     if (!own_done) append_own();
+    if (d == rank.value) check_relayed_to_self(words, m);
     message.num_words = at - message.word_begin;
     if (message.num_words > 0) out2.push_back(message);
   }
@@ -846,6 +849,30 @@ void PlanBuilder::State::lay_out_send2(std::span<const std::int32_t> words) {
   send2.row.resize(static_cast<std::size_t>(rows));
   send2.route.resize(static_cast<std::size_t>(routes));
   plan->partial_position.resize(static_cast<std::size_t>(rows));
+}
+
+// What a source of another node said to this rank about its rows here must be what it said to this rank as its gateway;
+// else this rank would expect other words of itself than it sends.
+void PlanBuilder::State::check_relayed_to_self(std::span<const std::int32_t> words,
+                                               std::int32_t member) const {
+  std::size_t next = 0;
+  const std::vector<Segment>& in = plan->recv1.segments;  // sources ascending
+  for (std::int32_t r = 0; r < num_ranks; ++r) {
+    std::int64_t relayed[2] = {0, 0};
+    if (next < in.size() && in[next].source == r) {
+      const std::int32_t* relay =
+          &words[static_cast<std::size_t>(in1[next].word_begin + kRelayWords * member)];
+      relayed[0] = relay[0];
+      relayed[1] = relay[1];
+      ++next;
+    } else if (exchange.node_of(RankId(r)) == my_node || !is_gateway_for(r)) {
+      continue;
+    }
+    const std::int64_t* said = &received_counts[static_cast<std::size_t>(r * kCountsPerPeer)];
+    if (said[0] != relayed[0] || said[1] != relayed[1])
+      blame(r, str("it announces ", said[0], " rows with ", said[1], " routes and sends ", relayed[0],
+                   " with ", relayed[1]));
+  }
 }
 
 void PlanBuilder::State::copy_own_blocks() {

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "sluice/base/log.hpp"
+#include "sluice/comm/transport.hpp"
 #include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
@@ -105,50 +106,137 @@ RuntimeOptions runtime_options(const Config& config) {
   return out;
 }
 
-void run_local(const LoadedConfig& config, const GroupOptions& options) {
-  std::int32_t num_ranks = configured_ranks(config.config);
-  if (num_ranks == 0) num_ranks = options.default_ranks;
+// What is left of a group of `num_ranks` ranks for the next one; former: the ranks that stay, ascending.
+LoadedConfig shrunk(const LoadedConfig& loaded, std::int32_t num_ranks, std::span<const RankId> former) {
+  LoadedConfig out = loaded;
+  Config& c = out.config;
+  const ConfigSource source{ConfigSource::Kind::kCommandLine, "the loss of a rank"};
+  if (c.topology.nodes.declared()) {
+    const Topology before = configured_topology(loaded.config, num_ranks);
+    NodesSpec nodes;
+    for (std::int32_t n = 0; n < before.num_nodes(); ++n) {
+      std::vector<std::int32_t> ranks;
+      for (std::size_t i = 0; i < former.size(); ++i)
+        if (before.node_of(former[i]) == NodeId(n)) ranks.push_back(static_cast<std::int32_t>(i));
+      if (!ranks.empty()) nodes.lists.push_back(std::move(ranks));
+    }
+    nodes.num_nodes = static_cast<std::int32_t>(nodes.lists.size());
+    c.topology.nodes = nodes;
+    out.set_source("topology.nodes", source);
+  }
+  if (c.topology.ranks > 0) {
+    c.topology.ranks = static_cast<std::int32_t>(former.size());
+    out.set_source("topology.ranks", source);
+  }
+  if (!c.placement.slots_per_rank.empty()) {
+    log_warn("placement.slots_per_rank was for ", num_ranks, " ranks; the ", former.size(),
+             " that are left share the experts evenly");
+    c.placement.slots_per_rank.clear();
+    out.set_source("placement.slots_per_rank", source);
+  }
+  validate(out);
+  return out;
+}
+
+bool goes_on(const LoadedConfig& config, const GroupOptions& options) {
+  return options.after_loss && config.config.train.on_failure == Config::Train::OnFailure::kShrink;
+}
+
+GroupLoss loss_of(const comm::AbortRecord& record, std::int32_t num_ranks) {
+  return {record.culprit, record.phase, record.chunk, record.status, num_ranks};
+}
+
+// What became of a group of threads.
+struct LocalOutcome {
+  std::vector<std::exception_ptr> errors;  // [num_ranks]
+  comm::AbortRecord record;                // of the group; ok when it ended in order
+
+  bool own(std::size_t rank) const {  // the rank failed by itself, not with the group
+    if (!errors[rank]) return false;
+    try {
+      std::rethrow_exception(errors[rank]);
+    } catch (const Error& error) {
+      return error.scope() != Scope::kGroup;
+    } catch (...) {
+      return true;
+    }
+  }
+  // The first cause: an error of a rank's own before one that only tells of the end of the group.
+  std::exception_ptr cause() const {
+    std::exception_ptr out;
+    for (std::size_t r = 0; r < errors.size(); ++r) {
+      if (errors[r] && own(r)) return errors[r];
+      if (!out) out = errors[r];
+    }
+    return out;
+  }
+  // Ranks that only learned of the loss of another; empty when nobody in particular was lost.
+  std::vector<RankId> survivors() const {
+    std::vector<RankId> out;
+    bool lost = record.culprit.valid();
+    for (std::size_t r = 0; r < errors.size(); ++r) {
+      const RankId rank(static_cast<std::int32_t>(r));
+      if (own(r) || rank == record.culprit)
+        lost = true;
+      else
+        out.push_back(rank);
+    }
+    if (!lost) out.clear();
+    return out;
+  }
+};
+
+using LocalBody = std::function<void(Runtime& runtime)>;
+
+LocalOutcome run_threads(const LoadedConfig& config, std::int32_t num_ranks, const LocalBody& body) {
   const Topology topology = configured_topology(config.config, num_ranks);
   auto group = Runtime::create_local(topology, runtime_options(config.config));
   const std::vector<int> cores = usable_cores();
   const auto threads = static_cast<std::size_t>(config.config.runtime.threads_per_rank);
   const bool pin = group.size() * threads <= cores.size();
 
-  std::vector<std::exception_ptr> errors(group.size());
+  LocalOutcome out;
+  out.errors.resize(group.size());
   std::vector<std::thread> ranks;
   for (std::size_t r = 0; r < group.size(); ++r)
     ranks.emplace_back([&, r] {
       const LogRank log_rank(static_cast<std::int32_t>(r));
       if (pin) pin_to(cores, r * threads, threads);
       try {
-        options.body(*group[r], config);
+        body(*group[r]);
         group[r]->barrier("end");
       } catch (...) {
-        errors[r] = std::current_exception();
+        out.errors[r] = std::current_exception();
         const Status status = current_exception_status();
         if (status.scope() != Scope::kGroup) group[r]->abort("job", status.message);
       }
     });
   for (std::thread& t : ranks) t.join();
+  if (group[0]->transport().aborted()) out.record = group[0]->transport().abort_record();
+  return out;
+}
 
-  // The first cause: an error of a rank's own before one that only tells of the end of the group.
-  std::exception_ptr cause;
-  bool cause_is_own = false;
-  for (const std::exception_ptr& e : errors) {
-    if (!e) continue;
-    bool own = true;
-    try {
-      std::rethrow_exception(e);
-    } catch (const Error& error) {
-      own = error.scope() != Scope::kGroup;
-    } catch (...) {
-    }
-    if (!cause || (own && !cause_is_own)) {
-      cause = e;
-      cause_is_own = own;
-    }
+void run_local(LoadedConfig config, const GroupOptions& options) {
+  std::int32_t num_ranks = configured_ranks(config.config);
+  if (num_ranks == 0) num_ranks = options.default_ranks;
+  std::vector<GroupLoss> losses;
+  while (true) {
+    const LocalOutcome outcome = run_threads(config, num_ranks, [&](Runtime& runtime) {
+      if (losses.empty())
+        options.body(runtime, config);
+      else
+        options.after_loss(runtime, config, losses);
+    });
+    const std::exception_ptr cause = outcome.cause();
+    if (!cause) return;
+    const std::vector<RankId> survivors = outcome.survivors();
+    if (!goes_on(config, options) || survivors.empty()) std::rethrow_exception(cause);
+    losses.push_back(loss_of(outcome.record, num_ranks));
+    log_warn("a rank was lost: ", outcome.record.status.message, "; ", survivors.size(), " of ", num_ranks,
+             " ranks form a new group");
+    config = shrunk(config, num_ranks, survivors);
+    num_ranks = static_cast<std::int32_t>(survivors.size());
   }
-  if (cause) std::rethrow_exception(cause);
 }
 
 void run_launched(const LoadedConfig& config, const GroupOptions& options) {

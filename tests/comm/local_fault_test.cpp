@@ -326,6 +326,30 @@ TEST(LocalFault, DestructionInAnyOrderIsNoFault) {
   }
 }
 
+// Idle work that throws in the middle of a collective ends the group before the rank frees what peers write into.
+TEST(LocalFault, AnExceptionInsideACollectiveEndsTheGroupFirst) {
+  for (int round = 0; round < 20; ++round) {
+    const auto outcomes = run(Topology::uniform(3, 1), [&](Transport& t, std::int32_t r) -> Status {
+      t.set_timeout(seconds(20));
+      int calls = 0;
+      if (r == 1)
+        t.set_idle_work([&]() -> bool {
+          if (++calls == 5 + round) throw Error(ErrorCode::kOutOfMemory, "no memory for the work");
+          return false;
+        });
+      Collectives collectives(t);
+      for (int i = 0; i < 1'000'000; ++i) {
+        std::vector<float> data(40'000, 1.0f);
+        if (Status s = collectives.all_reduce_sum(std::span(data), "sum"); !s.ok()) return s;
+      }
+      return {};
+    });
+    EXPECT_EQ(outcomes[1].status.code, ErrorCode::kOutOfMemory);
+    expect_blamed(outcomes, RankId(1), ErrorCode::kAborted, {0, 2}, "no memory for the work");
+    EXPECT_EQ(outcomes[0].record.phase, "sum");
+  }
+}
+
 // Ranks that abort at random moments take their windows back and free them at once, while peers still put: nothing may
 // be written into freed memory (the sanitizers watch), and all come to see one record.
 TEST(LocalFault, AbortsAtRandomMomentsUnderTraffic) {

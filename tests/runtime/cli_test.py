@@ -52,6 +52,28 @@ class Program(unittest.TestCase):
             self.assertIn(key, info)
         self.assertIn("transport local", run("info").stdout)
 
+    def test_checkpoints(self):
+        text = self.file("text.txt", "the gate opens, the water flows. " * 300)
+        folder = os.path.join(self.dir.name, "ckpt")
+        job = ["train", "--json", "--text", text, "--set", "topology.ranks=2", "--set", "model.hidden=16", "--set",
+               "model.ffn=16", "--set", "train.tokens_per_step=64", "--set", "train.steps=6", "--set",
+               "train.checkpoint_every=2", "--set", "train.checkpoint_keep=3", "--set",
+               f"train.checkpoint_dir={folder}", "--set", "runtime.log_level=error"]
+        whole = self.document(*job)
+        self.assertEqual(sorted(os.listdir(folder)), [f"step-{step:010}" for step in (2, 4, 6)])
+        self.refused(["already holds", "--resume"], *job)
+        resumed = self.document(*job, "--resume-step", "2")
+        self.assertEqual(resumed["resumed_from"], 2)
+        self.assertEqual(resumed["losses"], whole["losses"])
+        self.assertEqual(resumed["heldout_bpb"], whole["heldout_bpb"])
+        newest = os.path.join(folder, "step-0000000006")
+        shard = os.path.join(newest, min(os.listdir(newest), key=lambda name: not name.endswith("00001.bin")))
+        with open(shard, "r+b") as f:
+            f.truncate(1000)
+        self.refused([shard, "section", "expected", "seen", "--resume-step 4"], *job, "--resume")
+        self.refused(["train.checkpoint_dir"], "train", "--text", text, "--resume", "--set", "runtime.log_level=error")
+        self.refused(["train.on_failure", "train.checkpoint_dir"], "train", "--set", "train.on_failure=shrink")
+
     def test_config(self):
         effective = self.document("config", "--json", "--set", "train.steps=7")
         self.assertEqual(effective["train"]["steps"]["value"], 7)

@@ -33,7 +33,7 @@ void add_train(CLI::App& app, Run& run) {
       if (!o->text.empty()) config.set("train.text", o->text, {ConfigSource::Kind::kCommandLine, "--text"});
       GroupOptions group;
       group.default_ranks = 4;
-      group.body = [&](Runtime& runtime, const LoadedConfig& agreed) {
+      const auto work = [&](Runtime& runtime, const LoadedConfig& agreed, std::span<const GroupLoss> losses) {
         const train::Text text = train::load_text(runtime, agreed.config);
         if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
         if (o->check) {
@@ -45,10 +45,16 @@ void add_train(CLI::App& app, Run& run) {
         train::TrainOptions options;
         options.resume = o->resume || o->resume_step > 0;
         options.resume_step = o->resume_step;
+        for (std::size_t i = 0; i < losses.size(); ++i)
+          options.recoveries.push_back(
+              {losses[i].culprit.value, losses[i].phase, losses[i].chunk, losses[i].status.message,
+               losses[i].num_ranks, i + 1 < losses.size() ? losses[i + 1].num_ranks : runtime.num_ranks()});
         const train::TrainReport report = train::train(runtime, agreed, text, options);
         if (!prints_results(runtime)) return;
         print_document(o->json ? train::to_json(report) : train::to_text(report));
       };
+      group.body = [&](Runtime& runtime, const LoadedConfig& agreed) { work(runtime, agreed, {}); };
+      group.after_loss = work;
       run_group(config, group);
       return 0;
     };

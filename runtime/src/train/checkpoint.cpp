@@ -14,6 +14,7 @@
 #include <set>
 
 #include "sluice/base/log.hpp"
+#include "sluice/comm/transport.hpp"
 #include "sluice/runtime/src/gather.hpp"
 
 namespace sluice::train {
@@ -42,7 +43,8 @@ fs::path step_folder(const fs::path& folder, std::int64_t step) {
 // The step of a folder's name; 0 when it is none.
 std::int64_t step_of(const fs::path& folder) {
   const std::string name = folder.filename().string();
-  if (name.size() != kStepPrefix.size() + kStepDigits || name.compare(0, kStepPrefix.size(), kStepPrefix) != 0)
+  if (name.size() != kStepPrefix.size() + kStepDigits ||
+      name.compare(0, kStepPrefix.size(), kStepPrefix) != 0)
     return 0;
   std::int64_t step = 0;
   for (const char c : name.substr(kStepPrefix.size())) {
@@ -220,10 +222,9 @@ void CheckpointStore::save(const Model& model, std::int64_t step, const History&
   std::vector<Tensor> tensors;
   std::size_t replicated = 0;
   for (const Parameter& p : model.parameters()) {
-    const bool mine = p.shape.expert >= 0
-                          ? p.owned
-                          : replicated++ % static_cast<std::size_t>(runtime_.num_ranks()) ==
-                                runtime_.rank().index();
+    const bool mine = p.shape.expert >= 0 ? p.owned
+                                          : replicated++ % static_cast<std::size_t>(runtime_.num_ranks()) ==
+                                                runtime_.rank().index();
     if (!mine) continue;
     for (Tensor& tensor : tensors_of(p)) tensors.push_back(std::move(tensor));
   }
@@ -280,16 +281,15 @@ void CheckpointStore::save(const Model& model, std::int64_t step, const History&
         manifest.shards.push_back(
             {shard.at("file").get<std::string>(), shard.at("bytes").get<std::int64_t>()});
         for (const auto& s : shard.at("sections"))
-          manifest.sections.push_back({s.at("name").get<std::string>(), s.at("dtype").get<std::string>(), index,
-                                       s.at("offset").get<std::int64_t>(), s.at("rows").get<std::int64_t>(),
-                                       s.at("cols").get<std::int64_t>(),
+          manifest.sections.push_back({s.at("name").get<std::string>(), s.at("dtype").get<std::string>(),
+                                       index, s.at("offset").get<std::int64_t>(),
+                                       s.at("rows").get<std::int64_t>(), s.at("cols").get<std::int64_t>(),
                                        s.at("checksum").get<std::uint64_t>()});
       }
       const std::string text = to_text(manifest);
       // What could not be read back must not replace what can.
       (void)parse_manifest(text, (folder / kManifestName).string());
-      write_whole(folder / kManifestName,
-                  [&](File& file) { file.write(std::as_bytes(std::span(text))); });
+      write_whole(folder / kManifestName, [&](File& file) { file.write(std::as_bytes(std::span(text))); });
       // Shards of an earlier save of this step.
       std::set<std::string> wanted{std::string(kManifestName)};
       for (const ShardFile& shard : manifest.shards) wanted.insert(shard.file);
@@ -314,7 +314,8 @@ void CheckpointStore::delete_old() const {
   std::vector<fs::path> broken;
   for (const auto& entry : fs::directory_iterator(folder_, ignored)) {
     const std::int64_t step = step_of(entry.path());
-    if (step > 0 && !steps.empty() && step < steps.back() && !fs::exists(entry.path() / kManifestName, ignored))
+    if (step > 0 && !steps.empty() && step < steps.back() &&
+        !fs::exists(entry.path() / kManifestName, ignored))
       broken.push_back(entry.path());
   }
   for (const fs::path& path : broken) fs::remove_all(path, ignored);
@@ -332,8 +333,8 @@ std::int64_t CheckpointStore::restore(Model& model, History& history, std::int64
       steps = list_checkpoints(folder_);
       if (step > 0) std::erase_if(steps, [&](std::int64_t s) { return s != step; });
       Require(!steps.empty(), ErrorCode::kNotFound, folder_.string(), ": there is no checkpoint",
-              step > 0 ? str(" of step ", step) : std::string(),
-              " to go on from; a checkpoint is a folder ", kStepPrefix, "N with a ", kManifestName);
+              step > 0 ? str(" of step ", step) : std::string(), " to go on from; a checkpoint is a folder ",
+              kStepPrefix, "N with a ", kManifestName);
     });
   agree_on_success(runtime_, status, kPhase);
   auto count = static_cast<std::int64_t>(steps.size());
@@ -397,14 +398,15 @@ void CheckpointStore::check_model(const CheckpointManifest& manifest, std::strin
     list += str(list.empty() ? "" : "; ", key, ": the checkpoint has ", value_in(manifest.semantic, key),
                 ", this job ", value_in(mine, key));
   }
-  Require(differ.empty(), ErrorCode::kInvalidConfig, name, ": section semantic: is a checkpoint of another job: ",
-          differ);
+  Require(differ.empty(), ErrorCode::kInvalidConfig, name,
+          ": section semantic: is a checkpoint of another job: ", differ);
   const std::uint64_t hash = semantic_hash(config_, kBoundSections);
-  Require(manifest.config_hash == hash, ErrorCode::kInvalidConfig, name,
-          ": section config_hash: expected ", hash, ", seen ", manifest.config_hash);
-  Require(manifest.text_bytes == text_bytes_ && manifest.text_hash == text_hash_, ErrorCode::kInvalidConfig, name,
-          ": section text: was trained on another text: expected ", manifest.text_bytes, " bytes with hash ",
-          manifest.text_hash, ", seen ", text_bytes_, " bytes with hash ", text_hash_, "; name the text by --text");
+  Require(manifest.config_hash == hash, ErrorCode::kInvalidConfig, name, ": section config_hash: expected ",
+          hash, ", seen ", manifest.config_hash);
+  Require(manifest.text_bytes == text_bytes_ && manifest.text_hash == text_hash_, ErrorCode::kInvalidConfig,
+          name, ": section text: was trained on another text: expected ", manifest.text_bytes,
+          " bytes with hash ", manifest.text_hash, ", seen ", text_bytes_, " bytes with hash ", text_hash_,
+          "; name the text by --text");
   Require(manifest.seed == config_.train.seed &&
               manifest.next_token == manifest.step * config_.train.tokens_per_step,
           ErrorCode::kInvalidArgument, name, ": section next_token: expected ",
@@ -435,8 +437,8 @@ void CheckpointStore::read_sections(const CheckpointManifest& manifest, const fs
         break;
       }
     Require(seen == expected, ErrorCode::kInvalidArgument, path.string(), ": section ", cut, ": ",
-            seen < expected ? "the file is truncated" : "the file has bytes at its end", ": expected ", expected,
-            " bytes, seen ", seen);
+            seen < expected ? "the file is truncated" : "the file has bytes at its end", ": expected ",
+            expected, " bytes, seen ", seen);
     std::array<std::byte, kShardHeaderBytes> header;
     const std::size_t size = file->read(0, header);
     check_shard_header(std::span(header).first(size), manifest, shard, path.string());
@@ -450,26 +452,27 @@ void CheckpointStore::read_sections(const CheckpointManifest& manifest, const fs
   };
   const auto read = [&](const TensorSection& section, std::span<std::byte> bytes) {
     const std::size_t seen_bytes = open(section.shard).read(section.offset_bytes, bytes);
-    Require(seen_bytes == bytes.size(), ErrorCode::kInvalidArgument, path_of(section.shard).string(), ": section ",
-            section.name, ": expected ", bytes.size(), " bytes, seen ", seen_bytes);
+    Require(seen_bytes == bytes.size(), ErrorCode::kInvalidArgument, path_of(section.shard).string(),
+            ": section ", section.name, ": expected ", bytes.size(), " bytes, seen ", seen_bytes);
     const std::uint64_t seen = checksum(bytes);
-    Require(seen == section.checksum, ErrorCode::kInvalidArgument, path_of(section.shard).string(), ": section ",
-            section.name, ": is corrupt: expected checksum ", section.checksum, ", seen ", seen);
+    Require(seen == section.checksum, ErrorCode::kInvalidArgument, path_of(section.shard).string(),
+            ": section ", section.name, ": is corrupt: expected checksum ", section.checksum, ", seen ",
+            seen);
   };
   for (const Parameter& p : model.parameters())
     for (const Tensor& tensor : tensors_of(p)) {
       const TensorSection& section = find(tensor.name);
       Require(section.dtype == tensor.dtype && section.rows == tensor.rows && section.cols == tensor.cols,
               ErrorCode::kInvalidArgument, (folder / kManifestName).string(), ": section ", tensor.name,
-              ": expected ", tensor.dtype, " [", tensor.rows, ", ", tensor.cols, "], seen ", section.dtype, " [",
-              section.rows, ", ", section.cols, "]");
+              ": expected ", tensor.dtype, " [", tensor.rows, ", ", tensor.cols, "], seen ", section.dtype,
+              " [", section.rows, ", ", section.cols, "]");
       read(section, tensor.bytes);
     }
   const TensorSection& rows = find(std::string(kHistory));
   Require(rows.dtype == "f64" && rows.rows == manifest.step && rows.cols == history.cols,
           ErrorCode::kInvalidArgument, (folder / kManifestName).string(), ": section ", kHistory,
-          ": expected f64 [", manifest.step, ", ", history.cols, "], seen ", rows.dtype, " [", rows.rows, ", ",
-          rows.cols, "]");
+          ": expected f64 [", manifest.step, ", ", history.cols, "], seen ", rows.dtype, " [", rows.rows,
+          ", ", rows.cols, "]");
   history.values.resize(static_cast<std::size_t>(rows.rows * rows.cols));
   read(rows, std::as_writable_bytes(std::span(history.values)));
 }

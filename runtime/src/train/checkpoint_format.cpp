@@ -53,9 +53,8 @@ class Reader {
     const nlohmann::json& value = field(object, key);
     if (!value.is_number_integer()) fail(key, ": expected an integer, seen ", value.type_name());
     // Above 2^63 the library keeps it unsigned.
-    const std::int64_t out = value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX
-                                 ? -1
-                                 : value.get<std::int64_t>();
+    const std::int64_t out =
+        value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX ? -1 : value.get<std::int64_t>();
     if (out < min || out > max) fail(key, ": expected ", min, "..", max, ", seen ", value.dump());
     return out;
   }
@@ -135,7 +134,8 @@ CheckpointManifest parse_manifest(std::string_view text, std::string_view name) 
   const std::size_t end = text.substr(0, 128).find('\n');
   const std::string_view head = text.substr(0, end);
   if (end == std::string_view::npos || head.substr(0, kMagic.size()) != kMagic)
-    read.fail("is no manifest of a checkpoint: expected a first line \"", kMagic, " VERSION BYTES CHECKSUM\"");
+    read.fail("is no manifest of a checkpoint: expected a first line \"", kMagic,
+              " VERSION BYTES CHECKSUM\"");
   std::array<std::string_view, 3> words;
   std::string_view rest = head.substr(kMagic.size());
   for (std::string_view& word : words) {

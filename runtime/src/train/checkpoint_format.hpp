@@ -26,8 +26,8 @@ inline constexpr std::size_t kMaxManifestBytes = std::size_t{256} << 20;
 inline constexpr std::size_t kShardHeaderBytes = 64;
 
 struct TensorSection {
-  std::string name;         // "layer.0.expert.3.w1/value"; kinds: value, m, v; "history" for the losses so far
-  std::string dtype;        // "f32" or "f64", little endian
+  std::string name;   // "layer.0.expert.3.w1/value"; kinds: value, m, v; "history" for the losses so far
+  std::string dtype;  // "f32" or "f64", little endian
   std::int32_t shard = -1;  // in CheckpointManifest::shards
   std::int64_t offset_bytes = 0;
   std::int64_t rows = 0, cols = 0;
@@ -48,10 +48,10 @@ struct CheckpointManifest {
   std::int64_t seed = 0, next_token = 0;
   std::int64_t text_bytes = 0;
   std::uint64_t text_hash = 0;
-  std::uint64_t config_hash = 0;        // of the semantic keys that a checkpoint depends on
-  std::vector<KeyValue> semantic;       // all semantic keys, for errors that name one
+  std::uint64_t config_hash = 0;              // of the semantic keys that a checkpoint depends on
+  std::vector<KeyValue> semantic;             // all semantic keys, for errors that name one
   std::vector<std::vector<double>> adaptive;  // state of the selection policy, e.g. lambda of ReLU routing
-  std::string world;                    // who saved it, for people
+  std::string world;                          // who saved it, for people
   std::vector<ShardFile> shards;
   std::vector<TensorSection> sections;
 };

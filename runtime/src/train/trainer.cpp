@@ -367,14 +367,14 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
     const bool recovering = !options.recoveries.empty();
     bool resume = options.resume || recovering;
     if (recovering) {  // a rank lost before the first checkpoint: from the beginning, or as the user began
-      std::int64_t saved = root ? static_cast<std::int64_t>(list_checkpoints(config.train.checkpoint_dir).size()) : 0;
+      std::int64_t saved =
+          root ? static_cast<std::int64_t>(list_checkpoints(config.train.checkpoint_dir).size()) : 0;
       runtime.broadcast(std::as_writable_bytes(std::span(&saved, 1)), RankId(0), "checkpoint");
       resume = saved > 0;
     }
     if (resume) {
       History history{kHistoryCols, {}};
-      report.resumed_from =
-          store->restore(model, history, recovering ? 0 : options.resume_step, recovering);
+      report.resumed_from = store->restore(model, history, recovering ? 0 : options.resume_step, recovering);
       take_history(history, relu, report);
       if (root)
         log_info("train: going on from the checkpoint of step ", report.resumed_from, " with ",
@@ -382,7 +382,6 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
     } else if (!recovering) {
       store->require_fresh();
     }
-    if (recovering) report.recoveries.back().resumed_from = report.resumed_from;
   }
   report.measured_steps = config.train.steps - report.resumed_from;
   {
@@ -419,6 +418,7 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
       const std::int64_t every = config.train.checkpoint_every;
       if (store && (step == config.train.steps || (every > 0 && step % every == 0)))
         store->save(model, step, history_of(report));
+      if (options.after_step) options.after_step(step);
     }
     report.seconds = to_us(Clock::now() - begin) / 1e6;
   }
@@ -454,8 +454,7 @@ nlohmann::json recoveries_json(const std::vector<Recovery>& recoveries) {
                    {"chunk", r.chunk},
                    {"error", r.error},
                    {"ranks_before", r.ranks_before},
-                   {"ranks_after", r.ranks_after},
-                   {"resumed_from", r.resumed_from}});
+                   {"ranks_after", r.ranks_after}});
   return out;
 }
 
@@ -594,12 +593,12 @@ std::string to_text(const TrainReport& report) {
   out += phases.to_string() + "\n";
 
   out += str(grouped(std::llround(report.tokens_per_s)), " tokens/s, ", fixed(report.seconds, 1), " s, ",
-             report.measured_steps, " steps; memory ", bytes_text(report.memory_max.total()), " on the largest rank, ",
-             bytes_text(report.memory_sum.total()), " in all\n");
+             report.measured_steps, " steps; memory ", bytes_text(report.memory_max.total()),
+             " on the largest rank, ", bytes_text(report.memory_sum.total()), " in all\n");
   if (report.resumed_from > 0) out += str("went on from the checkpoint of step ", report.resumed_from, "\n");
   for (const Recovery& r : report.recoveries)
     out += str("lost rank ", r.lost_rank, " of ", r.ranks_before, " in phase ", r.phase, "; ", r.ranks_after,
-               " went on from step ", r.resumed_from, "\n");
+               " went on\n");
   const TrainReport::Overlap& overlap = report.overlap;
   if (overlap.scheduled_us > 0)
     out += str("forward and backward of a step: as scheduled ", fixed(overlap.scheduled_us, 0),

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -27,7 +28,6 @@ struct Recovery {
   std::int32_t chunk = -1;
   std::string error;
   std::int32_t ranks_before = 0, ranks_after = 0;
-  std::int64_t resumed_from = 0;  // step of the checkpoint
 };
 
 struct TrainOptions {
@@ -37,7 +37,9 @@ struct TrainOptions {
   std::int64_t resume_step = 0;
   // Losses of ranks before this call, whose last this call goes on from: from the newest checkpoint that can be read,
   // or from the beginning when none was saved yet. For the report.
-  std::vector<Recovery> recoveries;
+  std::vector<Recovery> recoveries = {};
+  // Called on every rank after each step and its checkpoint; may throw.
+  std::function<void(std::int64_t step)> after_step = {};
 };
 
 struct TrainReport {
@@ -61,7 +63,7 @@ struct TrainReport {
   double seconds = 0;  // of the measured steps, without evaluation
   double tokens_per_s = 0;
 
-  std::int64_t resumed_from = 0;   // step of the checkpoint that this run went on from; 0: from the beginning
+  std::int64_t resumed_from = 0;  // step of the checkpoint that this run went on from; 0: from the beginning
   std::int64_t measured_steps = 0;  // steps of this run, which the following tells of
   std::vector<Recovery> recoveries;
 
