@@ -128,7 +128,7 @@ TEST(TrainReport, TimelineHasAllRanks) {
 TEST(TrainReport, OverlapIsMeasuredWhereItMeansSomething) {
   // Two ranks of a thread each; on one core nothing is measured, and the report says so.
   const LoadedConfig loaded =
-      small_config({"schedule.policy=pipelined", "topology.across_nodes_bytes_per_s=1e7"});
+      small_config({"schedule.policy=pipelined", "topology.across_nodes_bytes_per_s=1e6"});
   const train::TrainReport report = run_train(loaded, 2, word_text(20000));
   EXPECT_TRUE(report.emulated_links);
   if (std::thread::hardware_concurrency() < 2) {
