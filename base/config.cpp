@@ -377,7 +377,14 @@ void validate(const LoadedConfig& loaded) {
     fail(named("topology.ranks"), " is not a multiple of ", named("topology.nodes"),
          "; list the ranks of each node instead, as in [[0,1],[2]]");
 
+  const bool from_file = c.placement.policy == Config::Placement::Policy::kFile;
+  if (from_file != !c.placement.file.empty())
+    fail(named("placement.policy"), " and ", named("placement.file"),
+         " do not go together: policy = \"file\" needs a file, and nothing else takes one");
   const std::vector<std::int32_t>& slots = c.placement.slots_per_rank;
+  if (from_file && !slots.empty())
+    fail(named("placement.slots_per_rank"), " has no meaning with ", named("placement.policy"),
+         "; the file says what every rank holds");
   if (!slots.empty()) {
     const std::int32_t ranks = configured_ranks(c);
     if (ranks > 0 && static_cast<std::int32_t>(slots.size()) != ranks)

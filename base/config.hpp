@@ -91,8 +91,9 @@ struct Config {
   } routing;
 
   struct Placement {
-    enum class Policy : std::uint8_t { kContiguous };
+    enum class Policy : std::uint8_t { kContiguous, kFile };
     Policy policy;
+    std::string file;
     std::vector<std::int32_t> slots_per_rank;  // int32 [ranks], or empty: even
   } placement;
 
@@ -170,6 +171,8 @@ struct Config {
     std::int32_t top_k;
     double skew;
     std::string popularity;
+    std::string replay;
+    std::int32_t replay_layer;
     std::int64_t iterations;
     std::int64_t warmup;
     std::int64_t seed;

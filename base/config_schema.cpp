@@ -28,7 +28,7 @@ constexpr std::array<Text, 3> kWireDTypes = {"f32", "bf16", "rows"};
 constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmoid_topk"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
-constexpr std::array<Text, 1> kPlacementPolicies = {"contiguous"};
+constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
 constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
@@ -259,7 +259,16 @@ const Row kRows[] = {
      .allowed = kPlacementPolicies,
      .default_text = "contiguous",
      .kind = Kind::kSemantic,
-     .doc = "contiguous: experts in order of their ids, the first ones on rank 0."},
+     .doc = "contiguous: experts in order of their ids, the first ones on rank 0. file: as placement.file "
+            "says."},
+    {.key = "placement.file",
+     .member = SLUICE_MEMBER(placement.file),
+     .unit = "path",
+     .default_text = "",
+     .kind = Kind::kSemantic,
+     .doc = "Placement that `sluice place --out` wrote (docs/placement.md), for placement.policy = file: one "
+            "for each "
+            "layer of the model, or one for all. sluice bench takes the one of bench.replay_layer."},
     {.key = "placement.slots_per_rank",
      .member = SLUICE_MEMBER(placement.slots_per_rank),
      .unit = "experts",
@@ -636,6 +645,22 @@ const Row kRows[] = {
      .kind = Kind::kSemantic,
      .doc = "File with one number an expert, separated by white space: experts are drawn with probability "
             "proportional to it, in place of bench.skew. Counts of a real model are such numbers."},
+    {.key = "bench.replay",
+     .member = SLUICE_MEMBER(bench.replay),
+     .unit = "path",
+     .default_text = "",
+     .kind = Kind::kSemantic,
+     .doc = "Recorded routing (docs/trace.md) in place of drawn one: a rank has the tokens of its source "
+            "where the trace "
+            "has as many sources as there are ranks, else tokens are dealt in turn. tokens_per_rank, top_k, "
+            "skew and "
+            "popularity have no effect then."},
+    {.key = "bench.replay_layer",
+     .member = SLUICE_MEMBER(bench.replay_layer),
+     .range = between(0, 65535),
+     .default_text = "0",
+     .kind = Kind::kSemantic,
+     .doc = "Layer of the trace that bench.replay names."},
     {.key = "bench.iterations",
      .member = SLUICE_MEMBER(bench.iterations),
      .unit = "runs",

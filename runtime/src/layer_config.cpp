@@ -1,13 +1,33 @@
 #include "sluice/runtime/src/layer_config.hpp"
 
+#include <fstream>
+#include <iterator>
+
+#include "sluice/scheduler/placement_file.hpp"
+
 namespace sluice {
 
-Placement placement_of(const Config& config, std::int32_t num_ranks) {
+Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer) {
   const auto& m = config.model;
   std::vector<ExpertKind> kinds(static_cast<std::size_t>(m.num_ffn_experts()), ExpertKind::kFFN);
   kinds.insert(kinds.end(), static_cast<std::size_t>(m.zero_experts), ExpertKind::kZero);
   kinds.insert(kinds.end(), static_cast<std::size_t>(m.copy_experts), ExpertKind::kCopy);
   kinds.insert(kinds.end(), static_cast<std::size_t>(m.constant_experts), ExpertKind::kConstant);
+  if (config.placement.policy == Config::Placement::Policy::kFile) {
+    const std::string& path = config.placement.file;
+    std::ifstream in(path, std::ios::binary);
+    Require(in.is_open(), ErrorCode::kNotFound, "cannot open placement.file ", path);
+    const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+    const PlacementFile file = parse_placement(text, path);
+    Require(file.num_experts == m.num_experts, ErrorCode::kInvalidConfig, path, " places ", file.num_experts,
+            " experts, model.num_experts is ", m.num_experts);
+    Require(file.num_ranks() == num_ranks, ErrorCode::kInvalidConfig, path, " places experts on ",
+            file.num_ranks(), " ranks, there are ", num_ranks);
+    const auto index = file.layers.size() == 1 ? std::size_t{0} : static_cast<std::size_t>(layer);
+    Require(index < file.layers.size(), ErrorCode::kInvalidConfig, path, " has ", file.layers.size(),
+            " layers, layer ", layer, " is asked for; it must have one for each layer, or one for all");
+    return placement_from_lists(m.num_experts, file.layers[index].experts_of_rank, kinds);
+  }
   return contiguous_placement(m.num_experts, num_ranks, kinds, config.placement.slots_per_rank);
 }
 

@@ -9,8 +9,9 @@
 
 namespace sluice {
 
-// Expert kinds in the order of the configuration: ffn, zero, copy, constant.
-Placement placement_of(const Config& config, std::int32_t num_ranks);
+// Of one layer; expert kinds in the order of the configuration: ffn, zero, copy, constant. Reads placement.file where the
+// policy is file; throws kNotFound or kInvalidConfig when it does not fit the model or the ranks.
+Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer = 0);
 MoeLayerOptions layer_options(const Config& config);
 ChainLayerOptions chain_options(const Config& config);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);

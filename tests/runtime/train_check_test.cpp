@@ -1,8 +1,13 @@
 // The check against the dense reference: it passes over policies, kinds of experts, topologies and dtypes, and it can
 // fail.
+#include <unistd.h>
+
+#include <cstdio>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "sluice/runtime/src/train/check.hpp"
+#include "sluice/scheduler/placement_file.hpp"
 #include "train_harness.hpp"
 
 namespace sluice::testing {
@@ -33,6 +38,28 @@ TEST_P(TrainCheck, Agrees) {
     EXPECT_TRUE(json["passed"].get<bool>());
     EXPECT_LE(json["errors"]["gradient"]["error"], json["errors"]["gradient"]["limit"]);
   });
+}
+
+// Replicas, and another placement in each layer, from a file: the gradient of an expert is the sum over its copies, once.
+TEST(TrainCheckPlacement, ReplicasOfAFile) {
+  const std::string path = ::testing::TempDir() + "sluice_placement_" + std::to_string(::getpid()) + ".json";
+  std::ofstream(path) << PlacementFile{"by hand",
+                                       6,
+                                       {{0, 1}, {2, 3}},
+                                       {{0, {{0, 1, 5}, {2, 0}, {3, 4, 0, 5}, {5}}},
+                                        {1, {{5, 4}, {}, {3, 4}, {0, 1, 2, 4}}}}}
+                             .to_json();
+  const LoadedConfig loaded = tiny_config({"placement.policy=file", "placement.file=" + path,
+                                           "topology.nodes=[[0,1],[2,3]]", "routing.relu_lambda0=0.1"});
+  const train::Text text = word_text(6000);
+  run_job(loaded, 4, [&](Runtime& runtime) {
+    const train::CheckReport report = train::check(runtime, loaded, text);
+    if (runtime.rank() != RankId(0)) return;
+    const auto json = nlohmann::json::parse(train::to_json(report));
+    EXPECT_TRUE(json["passed"].get<bool>()) << json.dump();
+    EXPECT_GT(report.gradient.error, 0);
+  });
+  std::remove(path.c_str());
 }
 
 INSTANTIATE_TEST_SUITE_P(

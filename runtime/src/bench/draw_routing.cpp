@@ -10,6 +10,7 @@
 
 #include "sluice/base/error.hpp"
 #include "sluice/base/hash.hpp"
+#include "sluice/runtime/src/trace/routing_trace.hpp"
 
 namespace sluice {
 namespace {
@@ -39,7 +40,13 @@ std::vector<double> read_popularity(const Config& config, std::int32_t num_exper
 
 }  // namespace
 
-Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank) {
+Routing draw_routing(const Config& config, std::int32_t num_experts, RankId rank, std::int32_t num_ranks) {
+  if (!config.bench.replay.empty()) {
+    Routing out = replay_layer(config.bench.replay, config.bench.replay_layer, rank.value, num_ranks);
+    Require(out.num_experts == num_experts, ErrorCode::kInvalidConfig, "bench.replay: ", config.bench.replay,
+            " has ", out.num_experts, " experts, model.num_experts is ", num_experts);
+    return out;
+  }
   std::mt19937_64 order_rng(static_cast<std::uint64_t>(config.bench.seed));
   std::vector<double> popularity(static_cast<std::size_t>(num_experts));
   for (std::size_t e = 0; e < popularity.size(); ++e)

@@ -51,9 +51,9 @@ std::vector<std::byte> random_rows(std::mt19937_64& rng, std::size_t n, float sc
 Inputs make_inputs(const Config& config, const MoeLayerOptions& options, const Placement& placement,
                    RankId rank) {
   Inputs in;
-  in.routing = draw_routing(config, placement.num_experts, rank);
+  in.routing = draw_routing(config, placement.num_experts, rank, placement.num_ranks);
   std::mt19937_64 rng(Hasher().add_int(config.bench.seed).add_int(rank.value).add_text("rows").value());
-  const auto n = static_cast<std::size_t>(config.bench.tokens_per_rank * options.hidden);
+  const auto n = static_cast<std::size_t>(in.routing.num_tokens() * options.hidden);
   in.x = random_rows(rng, n, 1, options.dtype);
   in.dy = random_rows(rng, n, 1, options.dtype);
   in.y.resize(n * size_of(options.dtype));
@@ -246,7 +246,7 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   for (const LoadedConfig& other : configs)
     Require(semantic_hash(other.config) == semantic_hash(config), ErrorCode::kInvalidArgument,
             "schedules are compared on one model, routing and group; the configs differ in more");
-  const Placement placement = placement_of(config, runtime.num_ranks());
+  const Placement placement = placement_of(config, runtime.num_ranks(), config.bench.replay_layer);
   const MoeLayerOptions options = layer_options(config);
   Inputs in = make_inputs(config, options, placement, runtime.rank());
   std::vector<ExpertWeights> weights;
@@ -271,7 +271,7 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   arms.push_back(std::make_unique<Arm>(runtime, placement, sequential));
   for (const auto& arm : arms) arm->layer.set_weights(weights);
 
-  const std::int64_t tokens = config.bench.tokens_per_rank;
+  const std::int64_t tokens = in.routing.num_tokens();
   const auto view = [&](std::vector<std::byte>& b) {
     return MatrixView(b.data(), options.dtype, tokens, options.hidden, options.hidden);
   };

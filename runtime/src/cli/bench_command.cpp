@@ -27,18 +27,22 @@ std::vector<LoadedConfig> sweep(const LoadedConfig& configured) {
 void add_bench(CLI::App& app, Run& run) {
   struct Options {
     ConfigOptions config;
+    std::string replay;
     bool json = false, sweep = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command =
       app.add_subcommand("bench", "measure one MoE layer, forward and backward, beside its floors");
   add_config_options(*command, o->config);
+  command->add_option("--replay", o->replay, "recorded routing in place of drawn one (bench.replay)");
   command->add_flag("--sweep", o->sweep, "measure every schedule, in turns");
   command->add_flag("--json", o->json, "print as JSON");
   command->callback([o, &run] {
     run = [o] {
       std::vector<LoadedConfig> configs;
       configs.push_back(o->config.load());
+      if (!o->replay.empty())
+        configs.front().set("bench.replay", o->replay, {ConfigSource::Kind::kCommandLine, "--replay"});
       if (o->sweep) configs = sweep(configs.front());
       std::string json, text;
       GroupOptions group;

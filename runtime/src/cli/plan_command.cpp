@@ -26,12 +26,12 @@ nlohmann::json traffic_json(const Traffic& t, std::int64_t row_bytes) {
 // Plans of all ranks for one layer of the trace. The configuration's transport does not matter: nothing but the plan
 // is exchanged, between threads.
 std::vector<std::shared_ptr<Plan>> plan_layer(const LoadedConfig& config, const std::vector<Routing>& sources,
-                                              const ScheduleOptions& schedule) {
+                                              const ScheduleOptions& schedule, std::int32_t layer) {
   LoadedConfig local = config;
   local.set("comm.transport", "local", {ConfigSource::Kind::kCommandLine, "sluice plan"});
   const auto num_ranks = static_cast<std::int32_t>(sources.size());
   std::vector<std::shared_ptr<Plan>> plans(sources.size());
-  const Placement placement = placement_of(local.config, num_ranks);
+  const Placement placement = placement_of(local.config, num_ranks, layer);
   GroupOptions group;
   group.default_ranks = num_ranks;
   group.body = [&](Runtime& runtime, const LoadedConfig&) {
@@ -83,7 +83,7 @@ void add_plan(CLI::App& app, Run& run) {
               config.config.model.num_experts, " (from ", config.source("model.num_experts").text, ")");
       const MoeLayerOptions layer = layer_options(config.config);
       const std::int64_t row_bytes = layer.hidden * static_cast<std::int64_t>(size_of(layer.wire_dtype));
-      const auto plans = plan_layer(config, sources, layer.schedule);
+      const auto plans = plan_layer(config, sources, layer.schedule, o->layer);
       const Topology topology = configured_topology(config.config, static_cast<std::int32_t>(num_ranks));
       Traffic total;
       std::int64_t tokens = 0, routes = 0, most_routes = 0;

@@ -14,6 +14,8 @@ void add_train(CLI::App& app, Run& run) {
     std::string text;
     bool check = false, json = false, resume = false;
     std::int64_t resume_step = 0;
+    std::vector<std::string> record;
+    std::int64_t record_steps = train::TrainOptions().record_steps;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command =
@@ -26,11 +28,26 @@ void add_train(CLI::App& app, Run& run) {
   command->add_flag("--resume", o->resume, "go on from the newest checkpoint in train.checkpoint_dir");
   command->add_option("--resume-step", o->resume_step, "go on from the checkpoint of this step")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
+  command
+      ->add_option(
+          "--record", o->record,
+          "FILE: record the routing of the last steps; FILE=TEXT: of this text, once trained; statistics "
+          "where FILE ends in .json, else a trace; may be repeated")
+      ->allow_extra_args(false);
+  command
+      ->add_option("--record-steps", o->record_steps, "steps or batches to record; 0: every step of training")
+      ->check(CLI::NonNegativeNumber);
   command->add_flag("--json", o->json, "print the report as JSON");
   command->callback([o, &run] {
     run = [o] {
       LoadedConfig config = o->config.load();
       if (!o->text.empty()) config.set("train.text", o->text, {ConfigSource::Kind::kCommandLine, "--text"});
+      train::TrainOptions recording;
+      recording.record_steps = o->record_steps;
+      for (const std::string& request : o->record)
+        recording.record.push_back(train::parse_record_request(request));
+      Require(recording.record.empty() || !o->check, ErrorCode::kInvalidArgument,
+              "--record records training, which --check does not do; leave one of them out");
       GroupOptions group;
       group.default_ranks = 4;
       const auto work = [&](Runtime& runtime, const LoadedConfig& agreed, std::span<const GroupLoss> losses) {
@@ -42,7 +59,7 @@ void add_train(CLI::App& app, Run& run) {
           print_document(o->json ? train::to_json(report) : train::to_text(report));
           return;
         }
-        train::TrainOptions options;
+        train::TrainOptions options = recording;
         options.resume = o->resume || o->resume_step > 0;
         options.resume_step = o->resume_step;
         for (std::size_t i = 0; i < losses.size(); ++i)

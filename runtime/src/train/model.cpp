@@ -137,10 +137,10 @@ Model::Model(Runtime& runtime, const Config& config)
   choose_automatically(runtime, config, options.layer);
   wire_dtype_ = options.layer.wire_dtype;
   combine_dtype_ = options.layer.combine_dtype;
-  const Placement placement = placement_of(config, runtime.num_ranks());
   layers_.resize(static_cast<std::size_t>(num_layers));
-  for (Layer& layer : layers_)
-    layer.moe = std::make_unique<ChainLayer>(runtime, placement, options, *policy_);
+  for (std::int32_t l = 0; l < num_layers; ++l)
+    layers_[static_cast<std::size_t>(l)].moe = std::make_unique<ChainLayer>(
+        runtime, placement_of(config, runtime.num_ranks(), l), options, *policy_);
   batch_states_.resize(num_batches);
   allocate_parameters();
   set_weights();
@@ -166,9 +166,9 @@ void Model::allocate_parameters() {
     parameters_.push_back({.shape = std::move(shape)});
   }
   first_expert_ = parameters_.size();
-  const Placement& placement = layers_.front().moe->placement();
   std::int64_t size = num_replicated_;
-  for (std::int32_t l = 0; l < model.num_layers; ++l)
+  for (std::int32_t l = 0; l < model.num_layers; ++l) {
+    const Placement& placement = layers_[static_cast<std::size_t>(l)].moe->placement();
     for (const std::int32_t e : placement.experts_of(runtime_.rank())) {
       const std::int32_t first = placement.slots_of(ExpertId(e)).front();
       for (ParameterShape& shape : expert_shapes(model, l, e)) {
@@ -178,6 +178,7 @@ void Model::allocate_parameters() {
              .owned = placement.slot_rank[static_cast<std::size_t>(first)] == runtime_.rank().value});
       }
     }
+  }
   const auto n = static_cast<std::size_t>(size);
   values_.resize(n);
   gradients_.assign(n, 0.0f);
@@ -272,6 +273,13 @@ void Model::restored(std::vector<AdaptiveState> adaptive) {
 
 std::span<const float> Model::scores(std::int32_t layer, std::int32_t iteration) const {
   return layers_[static_cast<std::size_t>(layer)].context.scores(iteration);
+}
+
+RoutingView Model::routing(std::int32_t layer, std::int32_t iteration) const {
+  const ChainContext& context = layers_[static_cast<std::size_t>(layer)].context;
+  Require(context.num_chunks() == 1, ErrorCode::kNotSupported, "routing of a batch in ", context.num_chunks(),
+          " chunks cannot be told; set schedule.chain_chunks to 1");
+  return context.policy_state(iteration).routing;
 }
 
 std::int64_t Model::parameter_bytes() const {

@@ -151,6 +151,8 @@ class Model {
   void restored(std::vector<AdaptiveState> adaptive);
   // Scores of this rank's tokens in the last batch of compute_gradients(). f32 [num_tokens, num_experts]
   std::span<const float> scores(std::int32_t layer, std::int32_t iteration = 0) const;
+  // Of this rank's tokens in the last batch of compute_gradients(). Throws kNotSupported where the chain cuts it in chunks.
+  RoutingView routing(std::int32_t layer, std::int32_t iteration = 0) const;
   // Of the last batch of compute_gradients(), over its layers.
   const Movement& movement() const { return movement_; }
 

@@ -231,6 +231,31 @@ class Meter {
   std::int64_t same_rank_ = 0, in_node_ = 0, across_ = 0, tokens_ = 0, steps_ = 0;
 };
 
+// Collective. Routes a text with the trained model.
+void record_text(Runtime& runtime, const Config& config, Model& model, const RecordRequest& request,
+                 std::int64_t num_batches) {
+  Config other = config;
+  other.train.text = request.text;
+  const Text text = load_text(runtime, other);
+  const auto size = static_cast<std::int64_t>(text.bytes.size());
+  const TextSplit split(size, config.model.context, config.train.heldout_fraction);
+  BatchReader reader(text, split, config, runtime.rank(), runtime.num_ranks());
+  RoutingRecorder recorder(runtime, config, request.file);
+  const std::int64_t first = config.model.context, per_batch = config.train.tokens_per_step;
+  const std::int64_t count = std::min(size - first, std::max<std::int64_t>(1, num_batches) * per_batch);
+  std::vector<std::int64_t> positions;
+  for (std::int64_t begin = 0; begin < count; begin += per_batch) {
+    positions.clear();
+    for (std::int64_t i = begin; i < std::min(count, begin + per_batch); ++i)
+      positions.push_back(first + i * (size - first) / count);
+    const StepResult result = model.compute_gradients(reader.at(positions));
+    Require(std::isfinite(result.loss), ErrorCode::kInvalidState, "the loss on ", request.text, " is ",
+            result.loss);
+    recorder.add(model);
+  }
+  recorder.finish();
+}
+
 // The recorder of a Runtime while a job runs.
 class RecorderScope {
  public:
@@ -384,6 +409,10 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
     }
   }
   report.measured_steps = config.train.steps - report.resumed_from;
+  std::vector<std::unique_ptr<RoutingRecorder>> routing_recorders;
+  for (const RecordRequest& request : options.record)
+    if (request.text.empty())
+      routing_recorders.push_back(std::make_unique<RoutingRecorder>(runtime, config, request.file));
   {
     std::optional<Progress> progress;
     if (root && options.progress) progress.emplace("train", config.train.steps);
@@ -414,6 +443,8 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
       report.learning_rates.push_back(adamw.learning_rate);
       report.movement += model.movement();
       meter.add(result, model.movement(), config.train.tokens_per_step);
+      if (options.record_steps == 0 || step > config.train.steps - options.record_steps)
+        for (const auto& r : routing_recorders) r->add(model);
       if (progress) progress->update(step, [&] { return meter.take(config.model.num_experts); });
       const std::int64_t every = config.train.checkpoint_every;
       if (store && (step == config.train.steps || (every > 0 && step % every == 0)))
@@ -430,6 +461,9 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   gather_totals(runtime, report, model);
   report.phases_us = gather_phases(runtime, recorder, std::max<std::int64_t>(1, report.measured_steps));
   report.overlap = measure_overlap(runtime, config, model, reader.train(config.train.steps));
+  for (const auto& r : routing_recorders) r->finish();
+  for (const RecordRequest& request : options.record)
+    if (!request.text.empty()) record_text(runtime, config, model, request, options.record_steps);
   if (timeline) write_timeline(runtime, recorder, config.runtime.timeline);
   if (root) report.baselines = byte_baselines(text.bytes, split, heldout);
   runtime.barrier("report");

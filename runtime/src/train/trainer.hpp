@@ -17,6 +17,7 @@
 #include "sluice/base/config.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/runtime/src/train/model.hpp"
+#include "sluice/runtime/src/train/record.hpp"
 #include "sluice/runtime/src/train/text.hpp"
 
 namespace sluice::train {
@@ -40,6 +41,9 @@ struct TrainOptions {
   std::vector<Recovery> recoveries = {};
   // Called on every rank after each step and its checkpoint; may throw.
   std::function<void(std::int64_t step)> after_step = {};
+  std::vector<RecordRequest> record = {};
+  std::int64_t record_steps =
+      8;  // of training: the last so many, 0 all; of a text: so many batches spread over it
 };
 
 struct TrainReport {

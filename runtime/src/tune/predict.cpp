@@ -19,8 +19,9 @@ Predictor::Predictor(const Config& config, const Topology& topology, MachineProf
   const std::int32_t ranks = topology.num_ranks(), experts = config.model.num_experts;
   Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
           config.model.constant_experts, "; the layer computes ffn, zero and copy experts");
-  if (config.model.num_ffn_experts() >= ranks || !config.placement.slots_per_rank.empty()) {
-    placement_ = placement_of(config, ranks);
+  if (config.model.num_ffn_experts() >= ranks || !config.placement.slots_per_rank.empty() ||
+      config.placement.policy == Config::Placement::Policy::kFile) {
+    placement_ = placement_of(config, ranks, config.bench.replay_layer);
   } else {
     std::vector<std::vector<std::int32_t>> lists(static_cast<std::size_t>(ranks));
     for (std::int32_t r = 0; r < ranks; ++r)
@@ -31,7 +32,12 @@ Predictor::Predictor(const Config& config, const Topology& topology, MachineProf
   }
   most_tokens_ = config.bench.tokens_per_rank;
   const std::int32_t drawn = ranks <= kMostFullRanks ? ranks : kDrawnRanks;
-  for (std::int32_t r = 0; r < drawn; ++r) routings_.push_back(draw_routing(config, experts, RankId(r)));
+  for (std::int32_t r = 0; r < drawn; ++r)
+    routings_.push_back(draw_routing(config, experts, RankId(r), ranks));
+  if (!config.bench.replay.empty()) {
+    most_tokens_ = 0;
+    for (const Routing& r : routings_) most_tokens_ = std::max(most_tokens_, r.num_tokens());
+  }
   if (ranks > kMostFullRanks) {
     const std::vector<std::int64_t> few = gathered_demand(routings_, experts);
     const std::size_t stride = static_cast<std::size_t>(experts) + 2;
