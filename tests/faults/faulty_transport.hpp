@@ -68,9 +68,10 @@ class FaultyTransport final : public comm::Transport {
   void expect(std::span<const comm::Expect> expects) override { inner_->expect(expects); }
 
   void put(const comm::Put& put) override {
+    follow(put);
     if (put.channel != 0) {
       at(after_loss_ ? Place::kBackward : Place::kDispatch);
-    } else if (put.source.size() == spec_.summary_bytes) {
+    } else if (stage_ == Stage::kSummary) {
       if (place_ != Place::kPlan) after_loss_ = false;
       at(Place::kPlan);
     }
@@ -184,17 +185,30 @@ class FaultyTransport final : public comm::Transport {
     }
   }
 
+  // Where in a plan's exchanges the rank is: sizes alone would not do, a header may have any.
+  enum class Stage { kNone, kSummary, kCounts, kOffsets, kHeaders };
   static constexpr std::size_t kCountsBytes = 48, kOffsetsBytes = 32;
+
+  void follow(const comm::Put& put) {
+    const std::size_t size = put.source.size();
+    if (put.channel != 0)
+      stage_ = Stage::kNone;
+    else if (stage_ <= Stage::kSummary)
+      stage_ = size == spec_.summary_bytes                         ? Stage::kSummary
+               : stage_ == Stage::kSummary && size == kCountsBytes ? Stage::kCounts
+                                                                   : Stage::kNone;
+    else if (stage_ == Stage::kCounts && size == kOffsetsBytes)
+      stage_ = Stage::kOffsets;
+    else if (stage_ == Stage::kOffsets && size != kOffsetsBytes)
+      stage_ = Stage::kHeaders;
+  }
 
   bool wants_tampering(const comm::Put& put) const {
     if (!tamper_ || put.channel != 0 || put.source.empty()) return false;
-    const std::size_t size = put.source.size();
-    if (spec_.fault == Fault::kOther) return size == spec_.summary_bytes;
+    if (spec_.fault == Fault::kOther) return stage_ == Stage::kSummary;
     // To a peer of the node: between nodes rows go through a gateway, and whether it or the source lies nobody can tell.
-    if (spec_.fault == Fault::kLie)
-      return place_ == Place::kPlan && size == kCountsBytes && topology().same_node(rank(), put.peer);
-    return place_ == Place::kPlan && size != kCountsBytes && size != kOffsetsBytes &&
-           size != spec_.summary_bytes;
+    if (!topology().same_node(rank(), put.peer)) return false;
+    return stage_ == (spec_.fault == Fault::kLie ? Stage::kCounts : Stage::kHeaders);
   }
 
   std::vector<std::byte> tampered(std::span<const std::byte> source) {
@@ -239,6 +253,7 @@ class FaultyTransport final : public comm::Transport {
   bool after_loss_ = false;  // this step's loss has been exchanged: passes are backward ones
   bool done_ = false, tamper_ = false, slow_ = false;
   int seen_ = 0;
+  Stage stage_ = Stage::kNone;
 };
 
 }  // namespace sluice::testing
