@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs="${1:-10000000}" seed="${2:-1}" target="${3:-all}"
-cmake --preset asan -B build/fuzz -DCMAKE_CXX_FLAGS="-fsanitize-coverage=trace-pc" -DSLUICE_MPI=OFF >&2
+cmake --preset asan -B build/fuzz -DSLUICE_MPI=OFF \
+  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1 -fsanitize-coverage=trace-pc" >&2
 cmake --build build/fuzz --target fuzz -j "$(nproc)" >&2
 export ASAN_OPTIONS="max_allocation_size_mb=2048:allocator_may_return_null=0:detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
 exec build/fuzz/tests/fuzz/fuzz --target "$target" --runs "$runs" --seed "$seed"

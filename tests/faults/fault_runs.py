@@ -178,8 +178,8 @@ def draw(seed, transports, timeout_ms):
     victim = rng.randrange(ranks)
     if fault in ("lie", "garbage") and ranks == 3 and victim == 2:
         victim = 0  # with an odd seed rank 2 is alone in its node (fault_rank.cpp), and lies are told within a node
-    return {"transport": transport, "fault": fault, "place": place, "ranks": ranks, "victim": victim, "count": 1 if place == "start" else rng.randint(1, 60),
-            "timeout_ms": timeout_ms, "seed": seed}
+    return {"transport": transport, "fault": fault, "place": place, "ranks": ranks, "victim": victim,
+            "count": 1 if place == "start" else rng.randint(1, 60), "timeout_ms": timeout_ms, "seed": seed}
 
 
 def main():

@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -25,14 +24,14 @@
 namespace {
 
 constexpr std::size_t kMapSize = 1 << 16;
-std::array<unsigned char, kMapSize> edges{};
+unsigned char edges[kMapSize];
 bool new_edge = false;
 std::uintptr_t last_edge = 0;
 
 }  // namespace
 
 // Called by instrumented code at every edge.
-extern "C" [[gnu::no_sanitize("all")]] void __sanitizer_cov_trace_pc();
+extern "C" [[gnu::no_sanitize_coverage]] void __sanitizer_cov_trace_pc();
 extern "C" void __sanitizer_cov_trace_pc() {
   // Relative to this function, so that runs with one seed do not differ by where the program lies in memory.
   const std::uintptr_t pc = reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)) -
@@ -207,20 +206,20 @@ void fuzz(const Target& target, std::int64_t runs, std::uint64_t seed, std::size
   std::snprintf(crash_name, sizeof crash_name, "fuzz-crash-%s-%llu.bin", target.name.c_str(),
                 static_cast<unsigned long long>(seed));
   std::vector<std::string> corpus = target.seeds;
-  edges.fill(0);
+  std::fill(std::begin(edges), std::end(edges), 0);
   for (const std::string& input : corpus) execute(target, input);
   Mutator mutate(target, seed, max_bytes);
   const auto begin = std::chrono::steady_clock::now();
   for (std::int64_t i = 0; i < runs; ++i) {
     if (i % 256 == 0) alarm(10);
-    new_edge = false;
     std::string input = mutate(corpus);
+    new_edge = false;
     execute(target, input);
     if (new_edge && corpus.size() < 20'000) corpus.push_back(std::move(input));
   }
   alarm(0);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  const auto covered = std::count(edges.begin(), edges.end(), 1);
+  const auto covered = std::count(std::begin(edges), std::end(edges), 1);
   std::printf(
       "{\"target\": \"%s\", \"executions\": %lld, \"seed\": %llu, \"seconds\": %.1f, \"corpus\": %zu, "
       "\"edges\": %lld, \"faults\": 0}\n",
