@@ -269,7 +269,7 @@ TEST(Config, UnknownKeysAndSections) {
   EXPECT_EQ(error_of("  steps = 3\n"),
             "f.toml:1:3: key \"steps\" is in no section; did you mean train.steps?");
   EXPECT_EQ(error_of("[placement]\nzzzzzzzzzzzzz = 3\n"),
-            "f.toml:2:1: unknown key \"placement.zzzzzzzzzzzzz\"; keys of placement: policy, slots_per_rank");
+            "f.toml:2:1: unknown key \"placement.zzzzzzzzzzzzz\"; keys of placement: policy, file, slots_per_rank");
   EXPECT_TRUE(contains(error_of("[qqqqqqqq]\na = 3\n"), "; sections: model, routing,"));
   EXPECT_TRUE(begins(error_of("model = 3\n"), "f.toml:1:9: model is an integer; it is a section"));
   EXPECT_TRUE(begins(error_of("[[model]]\nhidden = 3\n"), "f.toml:1:1: model is an array"));

@@ -28,6 +28,7 @@ using Run = std::function<int()>;
 void add_info(CLI::App& app, Run& run);
 void add_config(CLI::App& app, Run& run);
 void add_bench(CLI::App& app, Run& run);
+void add_place(CLI::App& app, Run& run);
 void add_plan(CLI::App& app, Run& run);
 void add_train(CLI::App& app, Run& run);
 void add_simulate(CLI::App& app, Run& run);

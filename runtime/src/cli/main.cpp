@@ -37,6 +37,7 @@ int main(int argc, char** argv) {
   cli::add_train(app, run);
   cli::add_bench(app, run);
   cli::add_plan(app, run);
+  cli::add_place(app, run);
   cli::add_simulate(app, run);
   cli::add_tune(app, run);
   cli::add_info(app, run);
