@@ -109,6 +109,8 @@ struct Config {
   struct Comm {
     std::string transport;
     std::int64_t timeout_ms;
+    std::string rendezvous;
+    std::string secret_file;
     WireDType wire_dtype;
     WireDType combine_dtype;
     bool deterministic;

@@ -29,7 +29,7 @@ constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmo
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
-constexpr std::array<Text, 2> kTransports = {"local", "mpi"};
+constexpr std::array<Text, 3> kTransports = {"local", "tcp", "mpi"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
                                                    "auto"};
@@ -331,7 +331,8 @@ const Row kRows[] = {
      .allowed = kTransports,
      .default_text = "local",
      .kind = Kind::kSemantic,
-     .doc = "local: ranks are threads of one process. mpi: ranks are processes started by mpirun or srun."},
+     .doc = "local: ranks are threads of one process. tcp: ranks are processes that sluice launch, torchrun, "
+            "mpirun or srun started (docs/transports.md). mpi: the same over MPI, started by mpirun or srun."},
     {.key = "comm.timeout_ms",
      .member = SLUICE_MEMBER(comm.timeout_ms),
      .unit = "ms",
@@ -339,6 +340,17 @@ const Row kRows[] = {
      .default_text = "30000",
      .kind = Kind::kAgreed,
      .doc = "A wait for another rank that lasts longer ends the job with an error that names the rank."},
+    {.key = "comm.rendezvous",
+     .member = SLUICE_MEMBER(comm.rendezvous),
+     .default_text = "",
+     .kind = Kind::kLocal,
+     .doc = "HOST:PORT at rank 0's host where the processes of a job meet; empty: where the launcher says, or on "
+            "one host by themselves. Needs comm.secret_file."},
+    {.key = "comm.secret_file",
+     .member = SLUICE_MEMBER(comm.secret_file),
+     .default_text = "",
+     .kind = Kind::kLocal,
+     .doc = "File of mode 0600 with the job's secret, which a process must know to join; empty: the launcher's."},
     {.key = "comm.wire_dtype",
      .member = SLUICE_ENUM(comm.wire_dtype),
      .allowed = kWireDTypes,

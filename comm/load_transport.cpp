@@ -1,4 +1,4 @@
-// Finds and loads the module of a transport. Modules stay loaded until the process ends: a message passing library
+// Gives a transport by its name: finds and loads its module where it has one. Modules stay loaded until the process ends: a message passing library
 // cannot be taken out of a process again.
 #include <dlfcn.h>
 #include <link.h>
@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <system_error>
 
+#include "sluice/comm/process_transport.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/comm/transport_module.hpp"
 
@@ -48,7 +49,9 @@ std::string find_transport_module(std::string_view name) {
   return found.string();
 }
 
-std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override) {
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override,
+                                          const JoinOptions& options) {
+  if (is_process_transport(name)) return join_group(name, topology_override, options);
   const std::string found = find_transport_module(name);
   void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (module == nullptr) {

@@ -16,6 +16,12 @@ Status Transport::wait(const WaitSpec& spec) {
   return {};
 }
 
+Survivors Transport::survivors(std::chrono::nanoseconds) {
+  throw Error(ErrorCode::kNotSupported,
+              str("transport ", name(),
+                  " cannot form a group of the survivors; relaunch the job from its checkpoint"));
+}
+
 Status Transport::wait_for_puts(std::uint32_t channel, std::uint64_t num_puts) {
   while (puts_completed(channel) < num_puts) {
     if (!aborted() && (progress() || (idle_work_ && idle_work_()))) continue;

@@ -105,6 +105,13 @@ struct LinkTime {
   Clock::time_point begin, end;
 };
 
+class Transport;
+// A group after a loss.
+struct Survivors {
+  std::unique_ptr<Transport> transport;
+  std::vector<RankId> former;  // [num_ranks of the new group]: the rank that each one had before
+};
+
 class Transport {
  public:
   virtual ~Transport() = default;
@@ -156,6 +163,13 @@ class Transport {
   // Called when something came, or when the rank goes on to compute; restarts the deadline.
   virtual void advanced() = 0;
 
+  // After an abort, where caps().survives_peer_loss: a new group of the ranks that are left. Every survivor calls it;
+  // who does not within `span`, and the culprit of the abort, are left out. Ranks keep their order and are numbered
+  // anew; nodes stay who they were. Channels, windows and signals start afresh. This transport may be destroyed
+  // afterwards, and can do nothing else. Blocks for at most twice `span` and what set-up takes. Throws kNotSupported,
+  // kInvalidState (not aborted), kPeerLost (this rank was left out), kTimeout.
+  virtual Survivors survivors(std::chrono::nanoseconds span);
+
   // What wait() and wait_for_puts() call before they idle: other work of the rank, which must not block. It returns
   // whether it did anything. Empty: nothing.
   void set_idle_work(std::function<bool()> work) { idle_work_ = std::move(work); }
@@ -174,11 +188,19 @@ class Transport {
 // are emulated (Perf::emulated says so). The transports share state and may be destroyed in any order.
 std::vector<std::unique_ptr<Transport>> make_local_group(const Topology& topology);
 
-// One rank of a group that already exists outside, from a module loaded on demand ("mpi"; its file is looked
-// for beside the library). `nodes` empty: the nodes are discovered; else the topology is this one and must
-// have as many ranks. Throws kNotSupported naming the file when the module is not there, kInvalidConfig when
-// the rank counts differ.
-std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override);
+// How the processes of a group find each other (launch_environment.hpp); mpi needs none of it.
+struct JoinOptions {
+  std::string rendezvous;                                       // HOST:PORT; empty: as the launcher says
+  std::string secret_file;                                      // mode 0600; empty: as the launcher says
+  std::chrono::nanoseconds timeout = std::chrono::seconds(30);  // until all ranks are there
+};
+
+// One rank of a group of processes that was launched outside: "tcp", or from a module loaded on demand "mpi" (its file
+// is looked for beside the library). `topology_override` null: the nodes are discovered; else the topology is this one
+// and must have as many ranks. Collective. Throws kNotSupported naming the file when a module is not there,
+// kInvalidConfig when the rank counts differ, and what rendezvous.hpp throws.
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override,
+                                          const JoinOptions& options = {});
 // The module's file, without loading it. Throws as load_transport does when it is not there.
 std::string find_transport_module(std::string_view name);
 

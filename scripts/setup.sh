@@ -6,6 +6,7 @@ set -euo pipefail
 packages=(
   g++ cmake ninja-build make git ca-certificates    # build
   libtomlplusplus-dev libcli11-dev nlohmann-json3-dev  # configuration, command line, JSON
+  libboost1.81-dev libssl-dev                       # transport tcp, rendezvous
   libopenmpi-dev openmpi-bin                        # transport mpi
   libgtest-dev python3 python3-numpy                # tests
   libopenblas-dev libdnnl-dev                       # baselines of the benchmarks

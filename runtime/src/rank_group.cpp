@@ -92,6 +92,8 @@ RuntimeOptions runtime_options(const Config& config) {
   RuntimeOptions out;
   out.timeout = std::chrono::milliseconds(config.comm.timeout_ms);
   out.threads_per_rank = config.runtime.threads_per_rank;
+  out.rendezvous = config.comm.rendezvous;
+  out.secret_file = config.comm.secret_file;
   switch (config.runtime.progress) {
     case Config::Runtime::Progress::kAuto:
       out.progress = ProgressMode::kAuto;

@@ -61,7 +61,11 @@ std::vector<std::unique_ptr<Runtime>> Runtime::create_local(const Topology& topo
 
 std::unique_ptr<Runtime> Runtime::create(std::string_view transport, const Topology* nodes,
                                          const RuntimeOptions& options) {
-  return create_over(comm::load_transport(transport, nodes), options);
+  return create_over(comm::load_transport(transport, nodes,
+                                          {.rendezvous = options.rendezvous,
+                                           .secret_file = options.secret_file,
+                                           .timeout = options.timeout}),
+                     options);
 }
 
 std::unique_ptr<Runtime> Runtime::create_over(std::unique_ptr<comm::Transport> transport,

@@ -53,6 +53,9 @@ struct RuntimeOptions {
   int threads_per_rank = 1;  // compute threads, the calling thread among them
   ProgressMode progress = ProgressMode::kAuto;
   Allocator allocator;
+  // How processes find each other (docs/transports.md); empty: as the launcher says. Not for transport local or mpi.
+  std::string rendezvous;   // HOST:PORT at rank 0's host
+  std::string secret_file;  // of mode 0600
 };
 
 class Runtime {
@@ -61,7 +64,7 @@ class Runtime {
   // declares limited are emulated.
   static std::vector<std::unique_ptr<Runtime>> create_local(const Topology& topology,
                                                             const RuntimeOptions& options = {});
-  // One rank of a group that was launched outside, over a transport loaded on demand ("mpi"). Collective. `nodes`
+  // One rank of a group that was launched outside, over its transport ("tcp", "mpi"). Collective. `nodes`
   // overrides discovery; null discovers.
   static std::unique_ptr<Runtime> create(std::string_view transport, const Topology* nodes = nullptr,
                                          const RuntimeOptions& options = {});

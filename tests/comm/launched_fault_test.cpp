@@ -1,5 +1,6 @@
-// What the survivors of an MPI group report. mpi_fault_test MODE: rank 1 of at least two ranks
+// What the survivors of a group of processes report. launched_fault_test TRANSPORT MODE: rank 1 of three
 //   exit   leaves without a word (as if killed),
+//   kill   kills itself, and the survivors form a new group where the transport can,
 //   stop   stops itself,
 //   late   computes for longer than the deadline,
 //   close  closes its transport while the others still wait,
@@ -29,6 +30,7 @@ constexpr milliseconds kTimeout(1000);
 int be_culprit(Transport& t, const std::string& mode) {
   std::this_thread::sleep_for(milliseconds(200));  // the others wait by now
   if (mode == "exit") _exit(0);
+  if (mode == "kill") std::raise(SIGKILL);
   if (mode == "stop") std::raise(SIGSTOP);
   if (mode == "late" || mode == "stop") std::this_thread::sleep_for(seconds(5));
   if (mode == "close") return 0;  // the destructor does it
@@ -47,8 +49,29 @@ int be_culprit(Transport& t, const std::string& mode) {
   return 3;
 }
 
-int run(const std::string& mode) {
-  const auto transport = load_transport("mpi", nullptr);
+// The ranks that are left work together again.
+void form_again(Transport& t) {
+  const std::int32_t me = t.rank().value;
+  const Survivors next = t.survivors(seconds(2));
+  next.transport->set_timeout(kTimeout);
+  Collectives collectives(*next.transport);
+  const std::int64_t mine = me;
+  std::vector<std::int64_t> all(static_cast<std::size_t>(next.transport->num_ranks()));
+  collectives.all_gather({&mine, 1}, all, "again").throw_if_error();
+  std::vector<float> sum(100000, 1.0f);
+  collectives.all_reduce_sum(std::span(sum), "again").throw_if_error();
+  std::string line = str("rank ", me, " goes on as rank ", next.transport->rank().value, " of");
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    Require(all[r] == next.former[r].value, ErrorCode::kInternal, "rank ", r, " was ", all[r]);
+    line += str(" ", all[r]);
+  }
+  line += str(", sum ", static_cast<double>(sum.back()), "\n");
+  std::fwrite(line.data(), 1, line.size(), stdout);
+  std::fflush(stdout);
+}
+
+int run(const std::string& name, const std::string& mode) {
+  const auto transport = load_transport(name, nullptr);
   Transport& t = *transport;
   t.set_timeout(kTimeout);
   Collectives collectives(t);
@@ -75,15 +98,15 @@ int run(const std::string& mode) {
                          "\n    ", status.message, "\n    after ", took.count(), " ms\n");
   std::fwrite(line.data(), 1, line.size(), stdout);
   std::fflush(stdout);
+  if (mode == "kill" && t.caps().survives_peer_loss) form_again(t);
   return 3;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string mode = argc == 2 ? argv[1] : "";
   try {
-    return run(mode);
+    return run(argc == 3 ? argv[1] : "", argc == 3 ? argv[2] : "");
   } catch (const sluice::Error& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;
