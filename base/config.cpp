@@ -356,14 +356,48 @@ void validate(const LoadedConfig& loaded) {
     fail(parts, " leave no expert with weights of ", named("model.num_experts"), "; at least one is needed");
   }
 
-  if (c.routing.policy != Config::Routing::Policy::kSoftmaxTopK) {
-    for (const std::string_view key : {"routing.aux_loss", "routing.z_loss"}) {
-      const double coefficient = key == "routing.aux_loss" ? c.routing.aux_loss : c.routing.z_loss;
-      if (coefficient > 0)
-        fail(named(key), " has no meaning with ", named("routing.policy"),
-             "; only softmax_topk has this loss, relu and sigmoid_topk balance the load in other ways");
-    }
+  using Policy = Config::Routing::Policy;
+  const bool swapping = c.routing.policy == Policy::kBoundedRegret;
+  // Whose keys hold.
+  const Policy router =
+      !swapping                                                            ? c.routing.policy
+      : c.routing.regret_base == Config::Routing::RegretBase::kSoftmaxTopK ? Policy::kSoftmaxTopK
+      : c.routing.regret_base == Config::Routing::RegretBase::kSigmoidTopK ? Policy::kSigmoidTopK
+                                                                           : Policy::kNodeLimited;
+  const std::string router_named =
+      named("routing.policy") + (swapping ? str(" on ", named("routing.regret_base")) : std::string());
+  if (c.routing.aux_loss > 0 && (router == Policy::kRelu || router == Policy::kSigmoidTopK))
+    fail(named("routing.aux_loss"), " has no meaning with ", router_named,
+         "; relu and sigmoid_topk balance the load in other ways");
+  if (c.routing.z_loss > 0 && router != Policy::kSoftmaxTopK)
+    fail(named("routing.z_loss"), " has no meaning with ", router_named, "; only softmax_topk has this loss");
+  if (c.routing.locality_loss > 0 && router != Policy::kSoftmaxTopK && router != Policy::kEtr)
+    fail(named("routing.locality_loss"), " has no meaning with ", router_named,
+         "; softmax_topk and etr have this loss");
+  if (router == Policy::kNodeLimited && c.routing.num_groups > 0) {
+    if (c.model.num_experts % c.routing.num_groups != 0)
+      fail(named("model.num_experts"), " do not divide into ", named("routing.num_groups"),
+           "; choose a divisor of the number of experts");
+    if (c.routing.top_groups > c.routing.num_groups)
+      fail(named("routing.top_groups"), " is more than ", named("routing.num_groups"));
+    if (c.routing.top_k > c.model.num_experts / c.routing.num_groups * c.routing.top_groups)
+      fail(named("routing.top_k"), " is more than the experts of ", named("routing.top_groups"), " of ",
+           named("routing.num_groups"), " groups of ", named("model.num_experts"));
   }
+  if (router == Policy::kEtr) {
+    if (c.model.hidden % c.model.num_experts != 0)
+      fail(named("model.hidden"), " is not a multiple of ", named("model.num_experts"),
+           "; etr's affinities (GrAP) give each expert an equal slice of the row");
+    if (c.routing.etr_switch_off < c.routing.etr_switch_on)
+      fail(named("routing.etr_switch_off"), " is less than ", named("routing.etr_switch_on"),
+           "; the switch back must not come first");
+    if (c.model.gate_residual)
+      fail(named("model.gate_residual"), " has no meaning with ", named("routing.policy"),
+           ", which has no trained gate");
+  }
+  if (c.model.gate_residual && c.model.chain_iterations > 1)
+    fail(named("model.gate_residual"), " with ", named("model.chain_iterations"),
+         ": scores are carried from layer to layer, a chain has several in one");
 
   if (c.train.on_failure == Config::Train::OnFailure::kShrink && c.train.checkpoint_dir.empty())
     fail(named("train.on_failure"), " goes back to a checkpoint, but train.checkpoint_dir is empty; name a folder");

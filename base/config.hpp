@@ -66,6 +66,7 @@ struct Config {
     ChainResidual chain_residual;
     bool chain_shared_gate;
     std::int64_t shared_ffn;
+    bool gate_residual;
 
     // Experts with weights; their ids come first, then zero, copy and constant experts.
     std::int32_t num_ffn_experts() const {
@@ -75,8 +76,20 @@ struct Config {
   } model;
 
   struct Routing {
-    enum class Policy : std::uint8_t { kRelu, kSoftmaxTopK, kSigmoidTopK };
+    enum class Policy : std::uint8_t {
+      kRelu,
+      kSoftmaxTopK,
+      kSigmoidTopK,
+      kNodeLimited,
+      kBoundedRegret,
+      kMoepp,
+      kEtr
+    };
     enum class ReluVariant : std::uint8_t { kPaper, kOfficial };
+    enum class RegretBase : std::uint8_t { kSoftmaxTopK, kSigmoidTopK, kNodeLimited };
+    enum class RegretScope : std::uint8_t { kRank, kNode };
+    enum class EtrChoice : std::uint8_t { kAuto, kToken, kBoth };
+    enum class EtrQuota : std::uint8_t { kGlobal, kLocal };
     Policy policy;
     std::int32_t top_k;
     bool renormalize;
@@ -88,6 +101,24 @@ struct Config {
     bool relu_load_balanced;
     double aux_loss;
     double z_loss;
+    double bias_update;
+    std::int32_t num_groups;
+    std::int32_t top_groups;
+    RegretBase regret_base;
+    double regret_epsilon;
+    RegretScope regret_scope;
+    double locality_loss;
+    double locality_epsilon;
+    double capacity_factor;
+    double moepp_tau;
+    double etr_tau;
+    double etr_temperature;
+    double etr_delta_max;
+    EtrChoice etr_choice;
+    EtrQuota etr_quota;
+    double etr_switch_on;
+    double etr_switch_off;
+    double etr_switch_decay;
   } routing;
 
   struct Placement {

@@ -25,7 +25,12 @@ using Text = std::string_view;
 constexpr std::array<Text, 3> kActivations = {"swiglu", "gelu", "relu"};
 constexpr std::array<Text, 2> kDTypes = {"f32", "bf16"};
 constexpr std::array<Text, 3> kWireDTypes = {"f32", "bf16", "rows"};
-constexpr std::array<Text, 3> kRoutingPolicies = {"relu", "softmax_topk", "sigmoid_topk"};
+constexpr std::array<Text, 7> kRoutingPolicies = {
+    "relu", "softmax_topk", "sigmoid_topk", "node_limited", "bounded_regret", "moepp", "etr"};
+constexpr std::array<Text, 3> kRegretBases = {"softmax_topk", "sigmoid_topk", "node_limited"};
+constexpr std::array<Text, 2> kRegretScopes = {"rank", "node"};
+constexpr std::array<Text, 3> kEtrChoices = {"auto", "token", "both"};
+constexpr std::array<Text, 2> kEtrQuotas = {"global", "local"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
@@ -151,7 +156,9 @@ const Row kRows[] = {
      .range = between(0, 65536),
      .default_text = "0",
      .kind = Kind::kSemantic,
-     .doc = "Of num_experts, how many give a trained vector that does not depend on the input."},
+     .doc =
+         "Of num_experts, how many give a1 x + a2 v, with v a trained vector and [a1, a2] = softmax(W_c x) "
+         "(MoE++, arXiv 2410.07348)."},
     {.key = "model.chain_iterations",
      .member = SLUICE_MEMBER(model.chain_iterations),
      .unit = "iterations",
@@ -181,6 +188,12 @@ const Row kRows[] = {
      .kind = Kind::kSemantic,
      .doc = "Inner width of the shared expert that every token visits in every iteration; 0: none. Several "
             "shared experts are one of their widths together."},
+    {.key = "model.gate_residual",
+     .member = SLUICE_MEMBER(model.gate_residual),
+     .default_text = "false",
+     .kind = Kind::kSemantic,
+     .doc = "Scores of a layer add a trained matrix times the token's scores at the layer before (MoE++'s "
+            "pathway-aware router): z_l = W_l x + W_g,l z_(l-1)."},
 
     // ---- routing ----
     {.key = "routing.policy",
@@ -188,20 +201,27 @@ const Row kRows[] = {
      .allowed = kRoutingPolicies,
      .default_text = "relu",
      .kind = Kind::kSemantic,
-     .doc = "relu: the weight is relu(score), any number of experts a token (ReMoE, arXiv 2412.14711). "
-            "softmax_topk, sigmoid_topk: the top_k highest scores."},
+     .doc =
+         "relu: the weight is relu(score), any number of experts a token (ReMoE, arXiv 2412.14711). "
+         "softmax_topk, sigmoid_topk: the top_k highest scores. node_limited: sigmoid_topk within the best "
+         "top_groups of num_groups groups (DeepSeek-V3). bounded_regret: regret_base, its choice swapped for "
+         "nearer experts within regret_epsilon. moepp: softmax_topk over experts of all kinds with their "
+         "capacities (MoE++). etr: Expert-Token Resonance, by fixed affinities in place of a trained gate. "
+         "docs/selection.md."},
     {.key = "routing.top_k",
      .member = SLUICE_MEMBER(routing.top_k),
      .unit = "experts per token",
      .range = between(1, 65536),
      .default_text = "2",
      .kind = Kind::kSemantic,
-     .doc = "Experts a token visits; for relu the mean that the adaptive L1 term steers to."},
+     .doc =
+         "Experts a token visits; for relu the mean that the adaptive L1 term steers to; for etr the most."},
     {.key = "routing.renormalize",
      .member = SLUICE_MEMBER(routing.renormalize),
      .default_text = "true",
      .kind = Kind::kSemantic,
-     .doc = "Top-k policies: weights of a token are divided by their sum."},
+     .doc =
+         "Top-k policies and etr: weights of a token are divided by their sum. moepp has a rule of its own."},
     {.key = "routing.pre_softmax",
      .member = SLUICE_MEMBER(routing.pre_softmax),
      .default_text = "true",
@@ -213,7 +233,7 @@ const Row kRows[] = {
      .range = above(0),
      .default_text = "1.0",
      .kind = Kind::kSemantic,
-     .doc = "Top-k policies: factor of every weight, applied last."},
+     .doc = "Top-k policies and etr: factor of every weight, applied last."},
     {.key = "routing.relu_variant",
      .member = SLUICE_ENUM(routing.relu_variant),
      .allowed = kReluVariants,
@@ -244,14 +264,151 @@ const Row kRows[] = {
      .range = between(0, 1e6),
      .default_text = "0.0",
      .kind = Kind::kSemantic,
-     .doc = "softmax_topk: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961); "
-            "0 is off."},
+     .doc = "Coefficient of the load-balancing loss: softmax_topk (Switch Transformer, arXiv 2101.03961), "
+            "node_limited (DeepSeek-V3's, over the batch), moepp (heterogeneous), etr (LocMoE's); 0 is off."},
     {.key = "routing.z_loss",
      .member = SLUICE_MEMBER(routing.z_loss),
      .range = between(0, 1e6),
      .default_text = "0.0",
      .kind = Kind::kSemantic,
      .doc = "softmax_topk: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off."},
+    {.key = "routing.bias_update",
+     .member = SLUICE_MEMBER(routing.bias_update),
+     .range = between(0, 1),
+     .default_text = "0.001",
+     .kind = Kind::kSemantic,
+     .doc = "sigmoid_topk, node_limited: after a step the bias of an expert that has fewer routes than the "
+            "mean, over "
+            "all ranks, rises by this, of one that has more falls (arXiv 2408.15664). It acts on the choice "
+            "only. "
+            "0: no bias."},
+    {.key = "routing.num_groups",
+     .member = SLUICE_MEMBER(routing.num_groups),
+     .unit = "groups",
+     .range = between(0, 65536),
+     .default_text = "0",
+     .kind = Kind::kSemantic,
+     .doc = "node_limited: groups of consecutive experts, as many in each; 0: one a node of the topology."},
+    {.key = "routing.top_groups",
+     .member = SLUICE_MEMBER(routing.top_groups),
+     .unit = "groups",
+     .range = between(1, 65536),
+     .default_text = "1",
+     .kind = Kind::kSemantic,
+     .doc = "node_limited: groups in which a token may choose."},
+    {.key = "routing.regret_base",
+     .member = SLUICE_ENUM(routing.regret_base),
+     .allowed = kRegretBases,
+     .default_text = "softmax_topk",
+     .kind = Kind::kSemantic,
+     .doc = "bounded_regret: the router whose choice is swapped. Its own keys hold."},
+    {.key = "routing.regret_epsilon",
+     .member = SLUICE_MEMBER(routing.regret_epsilon),
+     .range = between(0, 1e6),
+     .default_text = "0.05",
+     .kind = Kind::kSemantic,
+     .doc = "bounded_regret: what all swaps of a token may lose together, in the score by which the base "
+            "chooses "
+            "(a probability, or sigmoid plus bias). 0: ties only."},
+    {.key = "routing.regret_scope",
+     .member = SLUICE_ENUM(routing.regret_scope),
+     .allowed = kRegretScopes,
+     .default_text = "rank",
+     .kind = Kind::kSemantic,
+     .doc = "bounded_regret: node: swaps save crossings between nodes. rank: and, with what is left of the "
+            "bound, "
+            "between ranks of the own node."},
+    {.key = "routing.locality_loss",
+     .member = SLUICE_MEMBER(routing.locality_loss),
+     .range = between(0, 1e6),
+     .default_text = "0.0",
+     .kind = Kind::kSemantic,
+     .doc = "softmax_topk (bounded_regret on it, too), etr: coefficient mu of LocMoE's locality loss (arXiv "
+            "2401.13920), which draws tokens to experts of their own node; 0 is off. No value is published."},
+    {.key = "routing.locality_epsilon",
+     .member = SLUICE_MEMBER(routing.locality_epsilon),
+     .range = {.min = 0, .max = 1, .min_open = true, .max_open = true},
+     .default_text = "0.05",
+     .kind = Kind::kSemantic,
+     .doc = "Locality loss: share of a token's probability that the localised distribution leaves to other "
+            "nodes. "
+            "Our choice: the paper does not define that distribution."},
+    {.key = "routing.capacity_factor",
+     .member = SLUICE_MEMBER(routing.capacity_factor),
+     .range = between(0, 1e6),
+     .default_text = "1.1",
+     .kind = Kind::kSemantic,
+     .doc = "moepp, etr: routes that an expert takes in training, over an even share; what is beyond is "
+            "dropped. "
+            "0: no limit."},
+    {.key = "routing.moepp_tau",
+     .member = SLUICE_MEMBER(routing.moepp_tau),
+     .range = {.min = 0, .max = 1, .min_open = true},
+     .default_text = "0.75",
+     .kind = Kind::kSemantic,
+     .doc = "moepp: share of an expert with weights over one without, in capacity and balance loss; less "
+            "sends more "
+            "tokens to experts that cost nothing."},
+    {.key = "routing.etr_tau",
+     .member = SLUICE_MEMBER(routing.etr_tau),
+     .range = between(0, 1e6),
+     .default_text = "0.0",
+     .kind = Kind::kSemantic,
+     .doc = "etr: a token takes experts, best first, until their affinities sum to this, at most top_k; 0: "
+            "one. The "
+            "paper does not publish its value."},
+    {.key = "routing.etr_temperature",
+     .member = SLUICE_MEMBER(routing.etr_temperature),
+     .range = above(0),
+     .default_text = "1.0",
+     .kind = Kind::kSemantic,
+     .doc = "etr: weights are softmax(affinity / this). Our choice: the paper says softmax alone, which is "
+            "nearly flat "
+            "over cosines."},
+    {.key = "routing.etr_delta_max",
+     .member = SLUICE_MEMBER(routing.etr_delta_max),
+     .range = between(0, 1),
+     .default_text = "0.0",
+     .kind = Kind::kSemantic,
+     .doc = "etr: an expert's capacity is at least exp(hidden d^2 / (2 - d^2)) / num_experts with d this; 0: "
+            "no such "
+            "bound."},
+    {.key = "routing.etr_choice",
+     .member = SLUICE_ENUM(routing.etr_choice),
+     .allowed = kEtrChoices,
+     .default_text = "auto",
+     .kind = Kind::kSemantic,
+     .doc = "etr: token: an expert takes the first tokens that chose it. both: it takes those of highest "
+            "affinity. auto: "
+            "the first, then the second once affinities separate tokens well; a switch a layer."},
+    {.key = "routing.etr_quota",
+     .member = SLUICE_ENUM(routing.etr_quota),
+     .allowed = kEtrQuotas,
+     .default_text = "global",
+     .kind = Kind::kSemantic,
+     .doc = "etr: global: capacity is of all ranks' tokens, exactly, by offer and accept. local: each rank "
+            "fills its own "
+            "share: no exchange, another result."},
+    {.key = "routing.etr_switch_on",
+     .member = SLUICE_MEMBER(routing.etr_switch_on),
+     .range = between(0, 1e6),
+     .default_text = "1.0",
+     .kind = Kind::kSemantic,
+     .doc = "etr, auto: experts choose too once the smoothed crowding 2 T q / C is at most this. Our choice, "
+            "as the "
+            "estimate of q is."},
+    {.key = "routing.etr_switch_off",
+     .member = SLUICE_MEMBER(routing.etr_switch_off),
+     .range = between(0, 1e6),
+     .default_text = "1.25",
+     .kind = Kind::kSemantic,
+     .doc = "etr, auto: back to token choice when it is above this; at least etr_switch_on."},
+    {.key = "routing.etr_switch_decay",
+     .member = SLUICE_MEMBER(routing.etr_switch_decay),
+     .range = from_to_below(0, 1),
+     .default_text = "0.9",
+     .kind = Kind::kSemantic,
+     .doc = "etr, auto: share of the old value in the smoothed crowding, a step."},
 
     // ---- placement ----
     {.key = "placement.policy",

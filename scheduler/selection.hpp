@@ -31,13 +31,30 @@ struct Scores {
   std::span<const float> logits;
   std::int64_t num_tokens = 0;
   std::int32_t num_experts = 0;
+  // The tokens' home, for policies that look at where experts live: one for all, or one a token where not empty.
+  std::int32_t rank = 0;
+  std::span<const std::int32_t> rank_of_token = {};  // int32 [num_tokens], or empty
+
+  std::int32_t rank_of(std::size_t token) const {
+    return rank_of_token.empty() ? rank : rank_of_token[token];
+  }
 };
 
 // What a policy may ask the runtime for.
 enum class ExchangeKind : std::uint8_t {
   kNone,
   kSumAcrossRanks,  // element-wise sum over all ranks, ranks ascending, of `buffer`; result in place
-  kAllGather,       // concatenation over ranks; result in `gathered`
+  kAllGather,       // concatenation over ranks of `buffer`, as long on all of them; result in `gathered`
+  // The first send_counts[0] values of `buffer` go to rank 0, the next send_counts[1] to rank 1, ...; in `gathered` come
+  // receive_counts[0] values from rank 0, and so on. Both sides know both counts.
+  kAllToAll,
+};
+
+// What a policy reports of a batch besides its counts.
+struct PolicyFigure {
+  std::string_view name;   // "regret"
+  bool per_route = false;  // mean over routes; else over tokens
+  std::string_view doc;    // one line for reports
 };
 
 // What a batch did. Over all ranks once done in training; of this rank alone otherwise.
@@ -48,6 +65,8 @@ struct BatchStatistics {
   std::int32_t max_active = 0;
   std::vector<std::int64_t> tokens_of_expert;    // int64 [num_experts]
   std::vector<std::int64_t> tokens_with_active;  // int64 [num_experts + 1], tokens with so many experts
+  // Sums over tokens that the policy asked for; first those of its figures(), in their order.
+  std::vector<double> sums;
 
   double mean_active() const {
     return num_tokens == 0 ? 0 : static_cast<double>(num_routes) / static_cast<double>(num_tokens);
@@ -58,14 +77,17 @@ struct BatchStatistics {
 struct PolicyState {
   int step = 0;  // steps taken in this batch
   ExchangeKind exchange = ExchangeKind::kNone;
-  std::vector<double> buffer;    // f64, what to exchange; holds the result for kSumAcrossRanks
-  std::vector<double> gathered;  // f64 [num_ranks * buffer.size()], for kAllGather
+  std::vector<double> buffer;  // f64, what to exchange; holds the result for kSumAcrossRanks
+  std::vector<double>
+      gathered;  // f64 [num_ranks * buffer.size()] for kAllGather; [sum of receive_counts] for kAllToAll
+  std::vector<std::int64_t> send_counts, receive_counts;  // int64 [num_ranks], for kAllToAll
 
   // The routing is final. It can be so before the policy is done: what is left then serves statistics and
   // backward only, so its exchange may wait until then, and those of several layers may travel as one.
   bool routing_ready = false;
   bool done = false;
-  bool training = false;  // as given to step()
+  bool training = false;        // as given to step()
+  std::int64_t num_tokens = 0;  // of the scores given to the first step()
 
   Routing routing;           // valid once routing_ready
   std::vector<float> saved;  // what backward needs (policy's own layout)
@@ -74,6 +96,8 @@ struct PolicyState {
 
   // Memory of a call in progress, kept so that steps allocate nothing once sizes have settled.
   mutable std::vector<double> scratch;
+  std::vector<std::int32_t> indices;
+  std::vector<double> kept;  // what later steps want of earlier exchanges
 
   // Auxiliary loss of this batch (already multiplied by its coefficients), this rank's share. Valid once done.
   double auxiliary_loss = 0;
@@ -104,6 +128,9 @@ class SelectionPolicy {
   virtual ~SelectionPolicy() = default;
   virtual std::string_view name() const = 0;
 
+  // What statistics.sums begins with.
+  virtual std::span<const PolicyFigure> figures() const { return {}; }
+
   // Whether a token's routing depends on its own scores alone, and the rest on sums over all tokens. Then a batch may be
   // cut into parts with a state each: step() each part, add up their buffers (all kSumAcrossRanks, after the routing),
   // over ranks too, and give every part the sum; auxiliary losses of the parts add up.
@@ -116,7 +143,7 @@ class SelectionPolicy {
 
   // Advances one batch. Returns true when done. When false, the runtime performs state.exchange on state.buffer
   // and calls again with the same arguments. `training`: losses and global statistics are wanted and backward
-  // will follow; without it no exchange is asked for by any token-local policy.
+  // will follow; without it no policy of the project asks for an exchange.
   virtual bool step(const Scores& scores, const AdaptiveState& adaptive, bool training,
                     PolicyState& state) const = 0;
 

@@ -11,6 +11,7 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/comm/collectives.hpp"
+#include "sluice/kernels/grap.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
@@ -99,6 +100,8 @@ struct ChainStorage {
   ConstMatrixView x;
   MatrixView y;
   std::span<const AdaptiveState> adaptive;
+  ConstMatrixView previous;  // of forward
+  ScoreGradients path;       // of backward
 
   std::vector<ChainStep> steps;          // [num_iterations][num_chunks], and more that were used once
   std::vector<Rows> inner;               // [num_iterations - 1] dtype [n, hidden], x(t + 1)
@@ -196,7 +199,8 @@ struct ChainLayer::State {
   bool compared = false;
   std::vector<std::int64_t> gathered;  // [num_ranks * 2]
 
-  std::vector<GateWeights> gates;  // [num_iterations] or [1]
+  std::vector<GateWeights> gates;  // [num_iterations] or [1]; none for GrAP
+  GateWeights residual;            // W_g
   ExpertWeights shared;
 
   // Of the pass in progress: one forward or backward runs at a time.
@@ -206,6 +210,7 @@ struct ChainLayer::State {
   Rows d_rows[2];                    // dtype [n, hidden], the same for experts; unused when dtype is f32
   Rows moe_out;                      // dtype [n, hidden], D through the experts
   Rows gate_out;                     // f32 [n of a chunk, hidden]
+  Rows path_out;                     // f32 [n of a chunk, num_experts], W_g z'
   Rows dscores;                      // f32 [n, num_experts]
   Rows shared_wa[2];                 // dtype [n, shared_ffn], by the parity of t
   std::vector<GrowArray<float>> dw;  // [num_chunks] f32 [routes]
@@ -238,7 +243,12 @@ struct ChainLayer::State {
                .add_int(o.shared_ffn)
                .add_int(o.num_chunks)
                .add_text(p.name())
+               .add_int(static_cast<int>(o.gate))
                .value();
+    if (o.gate == GateKind::kGrap)
+      Require(hidden % num_experts == 0, ErrorCode::kInvalidConfig, "hidden is ", hidden,
+              ", which is no multiple of the ", num_experts,
+              " experts; affinities (GrAP) give each expert an equal slice of the row");
     gathered.resize(2 * static_cast<std::size_t>(r.num_ranks()));
     sum.resize(static_cast<std::size_t>(hidden));
   }
@@ -273,7 +283,8 @@ struct ChainLayer::State {
     const float* first = c.scores[static_cast<std::size_t>(t)].f32() + rows.begin * num_experts;
     return {{first, static_cast<std::size_t>(rows.size() * num_experts)},
             rows.size(),
-            static_cast<std::int32_t>(num_experts)};
+            static_cast<std::int32_t>(num_experts),
+            runtime.rank().value};
   }
 
   ChainStorage& acquire();
@@ -320,6 +331,9 @@ const Placement& ChainLayer::placement() const {
 void ChainLayer::set_weights(std::span<const ExpertWeights> slots) {
   state_->moe.set_weights(slots);
 }
+void ChainLayer::set_constant_experts(std::span<const ConstantExpertWeights> experts) {
+  state_->moe.set_constant_experts(experts);
+}
 
 namespace {
 void require_contiguous(const ConstMatrixView& m, std::string_view what) {
@@ -329,7 +343,9 @@ void require_contiguous(const ConstMatrixView& m, std::string_view what) {
 
 void ChainLayer::set_gates(std::span<const GateWeights> gates) {
   State& s = *state_;
-  const std::size_t expected = s.options.shared_gate ? 1 : static_cast<std::size_t>(s.options.num_iterations);
+  const std::size_t expected = s.options.gate == GateKind::kGrap ? 0
+                               : s.options.shared_gate           ? 1
+                                                       : static_cast<std::size_t>(s.options.num_iterations);
   Require(gates.size() == expected, ErrorCode::kInvalidArgument, gates.size(), " gates were given; ",
           s.options.num_iterations, " iterations ", s.options.shared_gate ? "share " : "have ", expected);
   for (std::size_t t = 0; t < gates.size(); ++t) {
@@ -337,6 +353,13 @@ void ChainLayer::set_gates(std::span<const GateWeights> gates) {
     require_contiguous(gates[t].w, str("gate ", t));
   }
   s.gates.assign(gates.begin(), gates.end());
+}
+
+void ChainLayer::set_gate_residual(const GateWeights& residual) {
+  State& s = *state_;
+  require_shape(residual.w, "the gate residual", s.num_experts, s.num_experts);
+  require_contiguous(residual.w, "the gate residual");
+  s.residual = residual;
 }
 
 void ChainLayer::set_shared_expert(const ExpertWeights& weights) {
@@ -409,6 +432,27 @@ void ChainLayer::State::exchange(PolicyState& state) {
     runtime.all_reduce_sum(std::span<double>(state.buffer), "policy");
     return;
   }
+  if (state.exchange == ExchangeKind::kAllToAll) {
+    const auto ranks = static_cast<std::size_t>(runtime.num_ranks());
+    Require(state.send_counts.size() == ranks && state.receive_counts.size() == ranks, ErrorCode::kInternal,
+            "policy ", policy.name(), " asks for an exchange among ", state.send_counts.size(), " ranks");
+    std::int64_t received = 0;
+    for (const std::int64_t n : state.receive_counts) received += n;
+    state.gathered.resize(static_cast<std::size_t>(received));
+    std::vector<std::span<const std::byte>> sends;
+    std::vector<std::span<std::byte>> receives;
+    std::size_t from = 0, to = 0;
+    for (std::size_t r = 0; r < ranks; ++r) {
+      const auto sent = static_cast<std::size_t>(state.send_counts[r]),
+                 arriving = static_cast<std::size_t>(state.receive_counts[r]);
+      sends.push_back(std::as_bytes(std::span(state.buffer).subspan(from, sent)));
+      receives.push_back(std::as_writable_bytes(std::span(state.gathered).subspan(to, arriving)));
+      from += sent;
+      to += arriving;
+    }
+    runtime.collectives().all_to_all_v(sends, receives, "policy").throw_if_error();
+    return;
+  }
   std::vector<std::int64_t> bits(state.buffer.size());
   std::memcpy(bits.data(), state.buffer.data(), state.buffer.size() * sizeof(double));
   const std::vector<std::int64_t> all = runtime.all_gather(bits, "policy");
@@ -476,7 +520,7 @@ void ChainLayer::settle(ChainContext& context) {
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 ChainContext ChainLayer::forward(ConstMatrixView x, MatrixView y, std::span<const AdaptiveState> adaptive,
-                                 bool training) {
+                                 bool training, ConstMatrixView previous) {
   State& s = *state_;
   const ChainLayerOptions& o = s.options;
   for (const auto& [view, what] : {std::pair{x, "x"}, std::pair{ConstMatrixView(y), "y"}}) {
@@ -484,7 +528,17 @@ ChainContext ChainLayer::forward(ConstMatrixView x, MatrixView y, std::span<cons
     Require(view.dtype == s.dtype, ErrorCode::kInvalidArgument, what, " is ", to_string(view.dtype),
             ", must be ", to_string(s.dtype));
   }
-  Require(!s.gates.empty(), ErrorCode::kInvalidState, "forward before set_gates");
+  Require(!s.gates.empty() || o.gate == GateKind::kGrap, ErrorCode::kInvalidState,
+          "forward before set_gates");
+  if (previous.data != nullptr) {
+    require_shape(previous, "previous scores", x.rows, s.num_experts);
+    Require(previous.dtype == DType::kF32, ErrorCode::kInvalidArgument, "previous scores are ",
+            to_string(previous.dtype), ", must be f32");
+    Require(o.num_iterations == 1 && o.gate == GateKind::kLinear, ErrorCode::kInvalidState,
+            "previous scores go with one iteration and a trained gate");
+    Require(s.residual.w.data != nullptr, ErrorCode::kInvalidState,
+            "forward with previous scores before set_gate_residual");
+  }
   Require(o.shared_ffn == 0 || s.shared.w1.data != nullptr, ErrorCode::kInvalidState,
           "forward before set_shared_expert");
   Require(adaptive.size() == 1 || adaptive.size() == static_cast<std::size_t>(o.num_iterations),
@@ -504,6 +558,7 @@ ChainContext ChainLayer::forward(ConstMatrixView x, MatrixView y, std::span<cons
   c.x = x;
   c.y = y;
   c.adaptive = adaptive;
+  c.previous = previous;
   c.not_finite.clear();
   c.sums.clear();
   c.num_chunks = s.agree_on_chunks(n);
@@ -545,7 +600,17 @@ void ChainLayer::State::prepare_step(ChainStorage& c, std::int32_t t, std::int32
     const Span span(runtime.recorder(), "gate", "compute", chunk);
     const ComputeTurn turn(*runtime.state().executor);
     Rows& scores = c.scores[static_cast<std::size_t>(t)];
-    multiply(gate(t).w, in, row_range(scores.view(), rows.begin, rows.end));
+    const MatrixView out = row_range(scores.view(), rows.begin, rows.end);
+    if (options.gate == GateKind::kGrap)
+      kernels::grap_affinity(in, out);
+    else
+      multiply(gate(t).w, in, out);
+    if (c.previous.data != nullptr) {
+      multiply(residual.w, row_range(c.previous, rows.begin, rows.end),
+               path_out.resize(rows.size(), num_experts, DType::kF32));
+      float* z = scores.f32() + rows.begin * num_experts;
+      for (std::int64_t i = 0; i < rows.size() * num_experts; ++i) z[i] += path_out.f32()[i];
+    }
     for (std::int64_t i = rows.begin; i < rows.end; ++i) {
       float* z = scores.f32() + i * num_experts;
       if (std::all_of(z, z + num_experts, [](float v) { return std::isfinite(v); })) continue;
@@ -607,7 +672,8 @@ void ChainLayer::State::end_step(ChainStorage& c, std::int32_t t, std::int32_t c
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-void ChainLayer::backward(ChainContext& context, ConstMatrixView dy, MatrixView dx) {
+void ChainLayer::backward(ChainContext& context, ConstMatrixView dy, MatrixView dx,
+                          const ScoreGradients& path) {
   State& s = *state_;
   Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
           "backward needs a context that forward of this layer returned");
@@ -625,6 +691,19 @@ void ChainLayer::backward(ChainContext& context, ConstMatrixView dy, MatrixView 
     Require(gate.grad != nullptr, ErrorCode::kInvalidState, "set_gates gave no gradient for some gate");
   Require(s.options.shared_ffn == 0 || (s.shared.grad_w1 && s.shared.grad_w2), ErrorCode::kInvalidState,
           "set_shared_expert gave no gradients");
+  for (const auto& [view, what] :
+       {std::pair{path.of_scores, "gradient of the scores"},
+        std::pair{ConstMatrixView(path.of_previous), "gradient of the previous scores"}})
+    if (view.data != nullptr) {
+      require_shape(view, what, n, s.num_experts);
+      Require(view.dtype == DType::kF32 && c.num_iterations == 1, ErrorCode::kInvalidArgument, "the ", what,
+              " must be f32, of a layer of one iteration");
+    }
+  if (c.previous.data != nullptr)
+    Require(n == 0 || (path.of_previous.data != nullptr && s.residual.grad != nullptr),
+            ErrorCode::kInvalidState,
+            "backward needs room for the gradient of the previous scores, and of the gate residual");
+  c.path = path;
   if (!c.settled) {
     s.runtime.all_reduce_sum(std::span<double>(c.sums), "policy");
     s.settle(c);
@@ -711,8 +790,22 @@ void ChainLayer::State::end_backward_step(ChainStorage& c, std::int32_t t, std::
                                  static_cast<std::size_t>(rows.size() * num_experts));
   policy.backward(scores_of(c, t, rows), adaptive(c, t), step.state, dw[static_cast<std::size_t>(chunk)],
                   dlogits);
-  multiply_backward_input(gate(t).w, row_range(dscores.view(), rows.begin, rows.end),
-                          gate_out.resize(rows.size(), hidden, DType::kF32));
+  const MatrixView ds = row_range(dscores.view(), rows.begin, rows.end);
+  if (c.path.of_scores.data != nullptr)
+    for (std::int64_t i = rows.begin; i < rows.end; ++i) {
+      const float* more = c.path.of_scores.row_as<float>(i);
+      for (std::int64_t e = 0; e < num_experts; ++e) dscores.f32()[i * num_experts + e] += more[e];
+    }
+  if (c.previous.data != nullptr)
+    multiply_backward_input(residual.w, ds, row_range(c.path.of_previous, rows.begin, rows.end));
+  gate_out.resize(rows.size(), hidden, DType::kF32);
+  if (options.gate == GateKind::kGrap)
+    kernels::grap_backward(
+        row_range(input(c, t), rows.begin, rows.end),
+        row_range(ConstMatrixView(c.scores[static_cast<std::size_t>(t)].view()), rows.begin, rows.end), ds,
+        gate_out.view());
+  else
+    multiply_backward_input(gate(t).w, ds, gate_out.view());
 
   const MatrixView to = t == 0 ? dx : d[parity(t - 1)].view();
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
@@ -743,7 +836,8 @@ void ChainLayer::State::add_expert_gradients(ChainStorage& c, std::int32_t t) {
 void ChainLayer::State::add_gate_gradients(ChainStorage& c, std::int32_t t) {
   const Span span(runtime.recorder(), "gate_backward", "compute");
   const ComputeTurn turn(*runtime.state().executor);
-  multiply_backward_weight(dscores.view(), input(c, t), gate(t).grad);
+  if (options.gate == GateKind::kLinear) multiply_backward_weight(dscores.view(), input(c, t), gate(t).grad);
+  if (c.previous.data != nullptr) multiply_backward_weight(dscores.view(), c.previous, residual.grad);
   if (options.shared_ffn == 0) return;
   multiply_backward_weight(d_view(t), shared_wa[parity(t)].view(), shared.grad_w2);
   multiply_backward_weight(shared_hidden(c, t).view(), input(c, t), shared.grad_w1);
@@ -756,8 +850,9 @@ void ChainLayer::sync_replica_gradients() {
 ChainLayer::Memory ChainLayer::memory() const {
   const State& s = *state_;
   std::size_t bytes = s.ones.capacity_bytes() + s.unused_dw.capacity_bytes();
-  for (const Rows* rows : {&s.shared_out, &s.shared_activation, &s.d[0], &s.d[1], &s.d_rows[0], &s.d_rows[1],
-                           &s.moe_out, &s.gate_out, &s.dscores, &s.shared_wa[0], &s.shared_wa[1]})
+  for (const Rows* rows :
+       {&s.shared_out, &s.shared_activation, &s.d[0], &s.d[1], &s.d_rows[0], &s.d_rows[1], &s.moe_out,
+        &s.gate_out, &s.path_out, &s.dscores, &s.shared_wa[0], &s.shared_wa[1]})
     bytes += rows->memory.capacity_bytes();
   for (const GrowArray<float>& dw : s.dw) bytes += dw.capacity_bytes();
   std::int64_t chain = static_cast<std::int64_t>(bytes);

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "sluice/scheduler/placement_file.hpp"
+#include "sluice/scheduler/selection/factory.hpp"
 
 namespace sluice {
 
@@ -88,10 +89,20 @@ ChainLayerOptions chain_options(const Config& config) {
       out.residual = ChainResidual::kOuter;
       break;
   }
+  out.gate = config.routing.policy == Config::Routing::Policy::kEtr ? GateKind::kGrap : GateKind::kLinear;
   out.shared_gate = config.model.chain_shared_gate;
   out.shared_ffn = config.model.shared_ffn;
   out.num_chunks = config.schedule.chain_chunks;
   return out;
+}
+
+std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology) {
+  PolicyOptions options =
+      policy_options(config.routing, config.model.num_layers * config.model.chain_iterations);
+  options.hidden = config.model.hidden;
+  options.locality =
+      std::make_shared<const Locality>(locality_of(placement_of(config, topology.num_ranks()), topology));
+  return make_policy(options);
 }
 
 std::int64_t preactivation_cols(const MoeLayerOptions& options) {

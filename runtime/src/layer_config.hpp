@@ -1,6 +1,7 @@
 // From configuration to the options of layers.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "sluice/base/config.hpp"
@@ -14,6 +15,8 @@ namespace sluice {
 Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer = 0);
 MoeLayerOptions layer_options(const Config& config);
 ChainLayerOptions chain_options(const Config& config);
+// The configured policy over the configured placement.
+std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);
 // What the cost model needs of a layer's options.
 LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank);

@@ -1,6 +1,7 @@
 #include "sluice/moe_layer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "sluice/base/hash.hpp"
@@ -89,6 +90,9 @@ struct MoeLayer::State {
   std::vector<float*> grad_w1, grad_w2;  // [num_local_slots]
   std::vector<float> scale;              // per token, for copy experts
   std::vector<float> replica_sum;
+  std::vector<std::int32_t> constant_ids;        // int32 [constant experts], ascending
+  std::vector<ConstantExpertWeights> constants;  // [constant experts]
+  std::vector<float> row_x, row_sum;             // f32 [hidden], of constant experts
   // Of one source's rows in one context, for weight gradients that are added later.
   GrowArray<std::int64_t> later_ptr;                  // int64 [num_local_slots + 1]
   GrowArray<std::int32_t> later_position, later_row;  // int32 [routes]
@@ -108,8 +112,7 @@ struct MoeLayer::State {
     Require(o.hidden >= 1 && o.ffn >= 1, ErrorCode::kInvalidArgument, "hidden is ", o.hidden, " and ffn ",
             o.ffn, "; both must be at least 1");
     for (std::int32_t e = 0; e < placement.num_experts; ++e)
-      Require(placement.kind[static_cast<std::size_t>(e)] != ExpertKind::kConstant, ErrorCode::kNotSupported,
-              "expert ", e, " is a constant expert; the layer computes ffn, zero and copy experts");
+      if (placement.kind[static_cast<std::size_t>(e)] == ExpertKind::kConstant) constant_ids.push_back(e);
     layer_hash = Hasher()
                      .add_int(o.hidden)
                      .add_int(o.ffn)
@@ -136,8 +139,14 @@ struct MoeLayer::State {
   void start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in, MatrixView out,
              std::span<float> dw, WeightGradients when = WeightGradients::kNow);
   void add_gradients_of_source(const Plan& plan, ContextStorage& storage, std::int32_t source);
-  void add_copies(const Plan& plan, ConstMatrixView x, MatrixView y);
-  void add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x, std::span<float> dw);
+  void add_everywhere(const Plan& plan, ConstMatrixView x, MatrixView y);
+  void add_everywhere_backward(const Plan& plan, ConstMatrixView dy, ConstMatrixView x, MatrixView dx,
+                               std::span<float> dw);
+  void add_copy(const EverywhereRoutes& routes, std::size_t route, ConstMatrixView x, MatrixView y);
+  const ConstantExpertWeights& constant(std::int32_t expert) const {
+    return constants[static_cast<std::size_t>(
+        std::lower_bound(constant_ids.begin(), constant_ids.end(), expert) - constant_ids.begin())];
+  }
 };
 
 namespace {
@@ -380,15 +389,75 @@ void check_rows(const ConstMatrixView& view, std::string_view what, const Plan& 
 
 }  // namespace
 
-void MoeLayer::State::add_copies(const Plan& plan, ConstMatrixView x, MatrixView y) {
+namespace {
+
+void load_row(const ConstMatrixView& m, std::int64_t row, std::vector<float>& to) {
+  to.resize(static_cast<std::size_t>(m.cols));
+  if (m.dtype == DType::kF32)
+    std::copy_n(m.row_as<float>(row), m.cols, to.begin());
+  else
+    for (std::size_t j = 0; j < to.size(); ++j) to[j] = static_cast<float>(m.row_as<bf16>(row)[j]);
+}
+void store_row(const std::vector<float>& from, const MatrixView& m, std::int64_t row) {
+  if (m.dtype == DType::kF32)
+    std::copy(from.begin(), from.end(), m.row_as<float>(row));
+  else
+    for (std::size_t j = 0; j < from.size(); ++j) m.row_as<bf16>(row)[j] = static_cast<bf16>(from[j]);
+}
+double dot(const float* a, const std::vector<float>& b) {
+  double sum = 0;
+  for (std::size_t j = 0; j < b.size(); ++j) sum += static_cast<double>(a[j]) * static_cast<double>(b[j]);
+  return sum;
+}
+// softmax(W_c x)
+std::array<double, 2> constant_mix(const ConstantExpertWeights& expert, const std::vector<float>& x) {
+  const double a = dot(expert.w.row_as<float>(0), x), b = dot(expert.w.row_as<float>(1), x);
+  const double first = 1 / (1 + std::exp(b - a));
+  return {first, 1 / (1 + std::exp(a - b))};
+}
+
+}  // namespace
+
+void MoeLayer::set_constant_experts(std::span<const ConstantExpertWeights> experts) {
+  State& s = *state_;
+  Require(experts.size() == s.constant_ids.size(), ErrorCode::kInvalidArgument, "weights of ", experts.size(),
+          " constant experts were given; the placement has ", s.constant_ids.size());
+  for (std::size_t i = 0; i < experts.size(); ++i) {
+    const std::string what = str(" of constant expert ", s.constant_ids[i]);
+    require_shape(experts[i].w, "W_c" + what, 2, s.options.hidden);
+    require_shape(experts[i].v, "v" + what, 1, s.options.hidden);
+    for (const ConstMatrixView& m : {experts[i].w, experts[i].v})
+      Require(m.dtype == DType::kF32 && m.row_stride == m.cols, ErrorCode::kInvalidArgument, "weights", what,
+              " must be f32 and contiguous");
+  }
+  s.constants.assign(experts.begin(), experts.end());
+}
+
+void MoeLayer::State::add_copy(const EverywhereRoutes& routes, std::size_t route, ConstMatrixView x,
+                               MatrixView y) {
+  const std::int64_t t = routes.token[route];
+  runtime.kernels().add_scaled_rows({x.row(t), x.dtype, 1, x.cols, x.row_stride},
+                                    std::span<const float>(&routes.weight[route], 1),
+                                    {y.row(t), y.dtype, 1, y.cols, y.row_stride});
+}
+
+void MoeLayer::State::add_everywhere(const Plan& plan, ConstMatrixView x, MatrixView y) {
   const EverywhereRoutes& routes = plan.everywhere;
-  // Zero experts add nothing. Copies of one token add one after the other, experts ascending.
+  // Zero experts add nothing. Others of one token add one after the other, experts ascending.
   for (std::size_t i = 0; i < routes.token.size(); ++i) {
-    if (placement.kind[static_cast<std::size_t>(routes.expert[i])] != ExpertKind::kCopy) continue;
-    const std::int64_t t = routes.token[i];
-    runtime.kernels().add_scaled_rows({x.row(t), x.dtype, 1, x.cols, x.row_stride},
-                                      std::span<const float>(&routes.weight[i], 1),
-                                      {y.row(t), y.dtype, 1, y.cols, y.row_stride});
+    const ExpertKind kind = placement.kind[static_cast<std::size_t>(routes.expert[i])];
+    if (kind == ExpertKind::kCopy) add_copy(routes, i, x, y);
+    if (kind != ExpertKind::kConstant) continue;
+    const ConstantExpertWeights& expert = constant(routes.expert[i]);
+    load_row(x, routes.token[i], row_x);
+    load_row(y, routes.token[i], row_sum);
+    const auto mix = constant_mix(expert, row_x);
+    const auto w = static_cast<double>(routes.weight[i]);
+    const float* v = expert.v.row_as<float>(0);
+    for (std::size_t j = 0; j < row_x.size(); ++j)
+      row_sum[j] += static_cast<float>(
+          w * (mix[0] * static_cast<double>(row_x[j]) + mix[1] * static_cast<double>(v[j])));
+    store_row(row_sum, y, routes.token[i]);
   }
 }
 
@@ -408,6 +477,8 @@ Context MoeLayer::start_forward(const std::shared_ptr<const Plan>& plan, ConstMa
   Require(plan != nullptr, ErrorCode::kInvalidArgument, "forward was given no plan");
   s.exchange.require_own(*plan, "forward", s.options.auto_profile != nullptr);
   Require(s.weights_set, ErrorCode::kInvalidState, "forward before set_weights");
+  Require(s.constants.size() == s.constant_ids.size(), ErrorCode::kInvalidState,
+          "forward before set_constant_experts");
   check_rows(x, "x", *plan, s.options.hidden, s.options.dtype);
   check_rows(y, "y", *plan, s.options.hidden, s.options.dtype);
   Context context;
@@ -468,8 +539,10 @@ void MoeLayer::finish(Context& context) {
   const Plan& plan = *context.plan_;
   run_in_flight(s.runtime, storage, pass.is_backward() ? "backward" : "forward", [&] {
     s.runtime.state().executor->finish(pass);
-    s.add_copies(plan, context.in_, context.out_);  // copy: J = 1, so dx += w dy
-    if (pass.is_backward()) s.add_everywhere_dw(plan, context.in_, context.x_, context.dw_);
+    if (pass.is_backward())
+      s.add_everywhere_backward(plan, context.in_, context.x_, context.out_, context.dw_);
+    else
+      s.add_everywhere(plan, context.in_, context.out_);
   });
   storage.pass->run.reset();
 }
@@ -532,14 +605,46 @@ void MoeLayer::add_weight_gradients(std::span<Context> contexts) {
   for (Context& context : contexts) context.gradients_left_ = false;
 }
 
-void MoeLayer::State::add_everywhere_dw(const Plan& plan, ConstMatrixView dy, ConstMatrixView x,
-                                        std::span<float> dw) {
+// Constant, with d = w dy, [a1, a2] its mix:  dx += a1 d + W_c^T dl,  dv += a2 d,  dW_c += dl x^T,
+// dl_i = a_i (b_i - a1 b1 - a2 b2),  b = [<d, x>, <d, v>]
+void MoeLayer::State::add_everywhere_backward(const Plan& plan, ConstMatrixView dy, ConstMatrixView x,
+                                              MatrixView dx, std::span<float> dw) {
   const EverywhereRoutes& routes = plan.everywhere;
   for (std::size_t i = 0; i < routes.token.size(); ++i) {
     float value = 0;  // zero: E(x) = 0
-    if (placement.kind[static_cast<std::size_t>(routes.expert[i])] == ExpertKind::kCopy)
+    const ExpertKind kind = placement.kind[static_cast<std::size_t>(routes.expert[i])];
+    if (kind == ExpertKind::kCopy) {  // J = 1, so dx += w dy
+      add_copy(routes, i, dy, dx);
       runtime.kernels().row_dots(dy, routes.token.span(i, 1), x, routes.token.span(i, 1),
                                  std::span<float>(&value, 1));
+    }
+    if (kind == ExpertKind::kConstant) {
+      const ConstantExpertWeights& expert = constant(routes.expert[i]);
+      Require(expert.grad_w && expert.grad_v, ErrorCode::kInvalidState,
+              "set_constant_experts gave no gradients for expert ", routes.expert[i]);
+      load_row(x, routes.token[i], row_x);
+      load_row(dy, routes.token[i], row_sum);
+      const auto mix = constant_mix(expert, row_x);
+      const float* v = expert.v.row_as<float>(0);
+      const auto w = static_cast<double>(routes.weight[i]);
+      const double along[2] = {dot(row_x.data(), row_sum), dot(v, row_sum)};
+      const double mean = mix[0] * along[0] + mix[1] * along[1];
+      value = static_cast<float>(mean);
+      const double dl[2] = {w * mix[0] * (along[0] - mean), w * mix[1] * (along[1] - mean)};
+      const float *w0 = expert.w.row_as<float>(0), *w1 = expert.w.row_as<float>(1);
+      const auto hidden = row_x.size();
+      for (std::size_t j = 0; j < hidden; ++j) {
+        const double d = w * static_cast<double>(row_sum[j]);
+        expert.grad_v[j] += static_cast<float>(mix[1] * d);
+        expert.grad_w[j] += static_cast<float>(dl[0] * static_cast<double>(row_x[j]));
+        expert.grad_w[hidden + j] += static_cast<float>(dl[1] * static_cast<double>(row_x[j]));
+        row_sum[j] = static_cast<float>(mix[0] * d + dl[0] * static_cast<double>(w0[j]) +
+                                        dl[1] * static_cast<double>(w1[j]));
+      }
+      load_row(dx, routes.token[i], row_x);
+      for (std::size_t j = 0; j < hidden; ++j) row_x[j] += row_sum[j];
+      store_row(row_x, dx, routes.token[i]);
+    }
     dw[static_cast<std::size_t>(routes.route[i])] = value;
   }
 }

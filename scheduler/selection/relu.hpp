@@ -24,7 +24,7 @@
 // lambda has grown (about 100 steps); nothing may be sized T*k. -0.0 and 0.0 are not routed.
 #pragma once
 
-#include "sluice/scheduler/selection/token_local.hpp"
+#include "sluice/scheduler/selection/staged.hpp"
 
 namespace sluice {
 

@@ -5,24 +5,26 @@
 
 namespace sluice {
 
-SoftmaxTopKPolicy::SoftmaxTopKPolicy(const SoftmaxTopKOptions& options) : options_(options) {
+SoftmaxTopKPolicy::SoftmaxTopKPolicy(const SoftmaxTopKOptions& options)
+    : options_(options),
+      swap_(options_.name, options.locality, options.regret),
+      locality_loss_(options_.name, options.locality.get(), options.locality_loss, options.locality_epsilon) {
   constexpr ErrorCode kBad = ErrorCode::kInvalidConfig;
-  Require(options.top_k >= 1, kBad, "policy softmax_topk: top_k is ", options.top_k,
+  Require(options.top_k >= 1, kBad, "policy ", name(), ": top_k is ", options.top_k,
           "; it must be at least 1");
-  Require(options.route_scale > 0 && std::isfinite(options.route_scale), kBad,
-          "policy softmax_topk: route_scale is ", options.route_scale, "; it must be above 0");
-  Require(options.aux_loss >= 0 && std::isfinite(options.aux_loss), kBad, "policy softmax_topk: aux_loss is ",
+  Require(options.route_scale > 0 && std::isfinite(options.route_scale), kBad, "policy ", name(),
+          ": route_scale is ", options.route_scale, "; it must be above 0");
+  Require(options.aux_loss >= 0 && std::isfinite(options.aux_loss), kBad, "policy ", name(), ": aux_loss is ",
           options.aux_loss, "; it must not be negative");
-  Require(options.z_loss >= 0 && std::isfinite(options.z_loss), kBad, "policy softmax_topk: z_loss is ",
+  Require(options.z_loss >= 0 && std::isfinite(options.z_loss), kBad, "policy ", name(), ": z_loss is ",
           options.z_loss, "; it must not be negative");
 }
 
 void SoftmaxTopKPolicy::check_options(std::int32_t num_experts, bool training) const {
   check_top_k(name(), options_.top_k, num_experts);
-  Require(
-      !training || options_.top_k > 1 || !over_selected(), ErrorCode::kInvalidConfig,
-      "policy softmax_topk: with top_k 1 a softmax over the chosen expert is always 1 and the router gets no "
-      "gradient; use pre_softmax without renormalize, or top_k of at least 2");
+  Require(!training || options_.top_k > 1 || !over_selected(), ErrorCode::kInvalidConfig, "policy ", name(),
+          ": with top_k 1 a softmax over the chosen expert is always 1 and the router gets no "
+          "gradient; use pre_softmax without renormalize, or top_k of at least 2");
 }
 
 // saved, in training: f32 [num_tokens, num_experts] p, then f32 [num_tokens] logsumexp
@@ -35,7 +37,11 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
   routing.weight.resize(num_tokens * top_k);
   routing.row_ptr.resize(num_tokens + 1);
   for (std::size_t t = 0; t <= num_tokens; ++t) routing.row_ptr[t] = static_cast<std::int64_t>(t * top_k);
-  const bool need_all = state.training || !over_selected();
+  const bool need_all = state.training || !over_selected() || swap_.on();
+  if (locality_loss_.on()) options_.locality->check(name(), scores);
+  swap_.check(name(), scores);
+  std::vector<double>& preference = state.scratch;
+  if (swap_.on()) preference.resize(num_experts);
   // Without training one token's p at a time.
   state.saved.resize(state.training ? num_tokens * (num_experts + 1) : num_experts);
 
@@ -57,6 +63,10 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
         state.saved[num_tokens * num_experts + t] =
             static_cast<float>(static_cast<double>(top) + std::log(sum));
     }
+    if (swap_.on()) {
+      std::copy_n(p, num_experts, preference.begin());
+      swap_.apply(scores.rank_of(t), preference, {chosen, top_k}, state.statistics.sums);
+    }
     const auto scale = static_cast<float>(options_.route_scale);
     if (over_selected()) {
       float top = z[chosen[0]];
@@ -70,6 +80,9 @@ void SoftmaxTopKPolicy::select(const Scores& scores, const AdaptiveState&, Polic
       for (std::size_t i = 0; i < top_k; ++i) weight[i] = p[chosen[i]] * scale;
     }
   }
+  if (state.training)
+    locality_loss_.add_sums(scores, state.saved.data(),
+                            std::span(state.statistics.sums).subspan(figures().size()));
 }
 
 double SoftmaxTopKPolicy::aux_factor(std::int32_t num_experts, const PolicyState& state) const {
@@ -101,6 +114,7 @@ double SoftmaxTopKPolicy::auxiliary(const Scores& scores, const AdaptiveState&, 
     }
     loss += options_.z_loss * squares / static_cast<double>(state.statistics.num_tokens);
   }
+  loss += locality_loss_.loss(scores, std::span(state.statistics.sums).subspan(figures().size()));
   return loss;
 }
 
@@ -129,6 +143,8 @@ void SoftmaxTopKPolicy::gradient(const Scores& scores, const AdaptiveState&, con
     if (!over_selected())
       for (std::size_t i = 0; i < top_k; ++i)
         upstream[static_cast<std::size_t>(chosen[i])] += scale * static_cast<double>(a[i]);
+    locality_loss_.add_gradient(scores, t, std::span(state.statistics.sums).subspan(figures().size()),
+                                upstream);
     double mean = 0;
     for (std::size_t e = 0; e < num_experts; ++e) mean += static_cast<double>(p[e]) * upstream[e];
     const double of_z = z_factor * static_cast<double>(state.saved[num_tokens * num_experts + t]);

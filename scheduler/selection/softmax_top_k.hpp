@@ -12,7 +12,8 @@
 // Losses over the T tokens of all ranks (c_e: global routes of e):
 //   aux = aux_loss * E / (K T^2) * sum_e c_e sum_t p_te      Switch eqs 4-6 with K experts; uniform: = coeff
 //   z   = z_loss / T * sum_t logsumexp(z_t)^2                ST-MoE (arXiv 2202.08906) eq 5
-// c_e is a constant of the gradient.
+// c_e is a constant of the gradient. And LocMoE's locality loss on p (locality.hpp).
+// S may be swapped for nearer experts within a bound (bounded_regret.hpp), with preference p.
 //
 // Backward, a = route_scale * dweight:
 //   not renormalized:  dz_i = p_i (u_i - sum_e p_e u_e), u_e = a_e [e in S] + g_e: not zero for experts not chosen
@@ -20,7 +21,11 @@
 //   losses:            g_e = aux_loss * E c_e / (K T^2);   z-loss: dz_i += z_loss / T * 2 lse p_i
 #pragma once
 
-#include "sluice/scheduler/selection/token_local.hpp"
+#include <memory>
+#include <string>
+
+#include "sluice/scheduler/selection/bounded_regret.hpp"
+#include "sluice/scheduler/selection/staged.hpp"
 
 namespace sluice {
 
@@ -33,16 +38,25 @@ struct SoftmaxTopKOptions {
   double route_scale = 1;    // above 0
   double aux_loss = 0;       // 1e-2 is usual; at least 0
   double z_loss = 0;         // 1e-3 is usual; at least 0
+  std::string name = "softmax_topk";
+  RegretOptions regret = {};
+  double locality_loss = 0;  // mu, at least 0
+  double locality_epsilon = 0.05;
+  std::shared_ptr<const Locality> locality = nullptr;  // for swaps and the locality loss
 };
 
 class SoftmaxTopKPolicy final : public TokenLocalPolicy {
  public:
   // Throws kInvalidConfig naming the option out of range.
   explicit SoftmaxTopKPolicy(const SoftmaxTopKOptions& options);
-  std::string_view name() const override { return "softmax_topk"; }
+  std::string_view name() const override { return options_.name; }
+  std::span<const PolicyFigure> figures() const override {
+    return swap_.on() ? std::span<const PolicyFigure>(kRegretFigures) : std::span<const PolicyFigure>();
+  }
 
  private:
   void check_options(std::int32_t num_experts, bool training) const override;
+  std::size_t num_sums(std::int32_t) const override { return figures().size() + locality_loss_.num_sums(); }
   void select(const Scores& scores, const AdaptiveState& adaptive, PolicyState& state) const override;
   double auxiliary(const Scores& scores, const AdaptiveState& adaptive, const BatchStatistics& local,
                    PolicyState& state) const override;
@@ -53,6 +67,8 @@ class SoftmaxTopKPolicy final : public TokenLocalPolicy {
   double aux_factor(std::int32_t num_experts, const PolicyState& state) const;
 
   SoftmaxTopKOptions options_;
+  LocalitySwap swap_;
+  LocalityLoss locality_loss_;
 };
 
 }  // namespace sluice

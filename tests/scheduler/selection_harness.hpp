@@ -18,6 +18,23 @@ struct RankBatch {
   std::vector<float> dlogits;  // filled by backward_of()
 };
 
+// What kAllToAll of all ranks gives each.
+inline void all_to_all(std::vector<RankBatch>& ranks) {
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    std::vector<double> out;
+    for (std::size_t s = 0; s < ranks.size(); ++s) {
+      const PolicyState& from = ranks[s].state;
+      Require(from.send_counts.size() == ranks.size() && from.receive_counts.size() == ranks.size() &&
+                  from.send_counts[r] == ranks[r].state.receive_counts[s],
+              ErrorCode::kInternal, "rank ", s, " sends rank ", r, " another count than it expects");
+      std::ptrdiff_t begin = 0;
+      for (std::size_t d = 0; d < r; ++d) begin += from.send_counts[d];
+      out.insert(out.end(), from.buffer.begin() + begin, from.buffer.begin() + begin + from.send_counts[r]);
+    }
+    ranks[r].state.gathered = std::move(out);
+  }
+}
+
 // tokens_of_rank: rows of `logits` for each rank, in order.
 inline std::vector<RankBatch> run_policy(const SelectionPolicy& policy, const std::vector<float>& logits,
                                          std::int32_t num_experts,
@@ -28,7 +45,7 @@ inline std::vector<RankBatch> run_policy(const SelectionPolicy& policy, const st
   for (std::size_t r = 0; r < ranks.size(); ++r) {
     const auto to = from + tokens_of_rank[r] * num_experts;
     ranks[r].logits.assign(from, to);
-    ranks[r].scores = {ranks[r].logits, tokens_of_rank[r], num_experts};
+    ranks[r].scores = {ranks[r].logits, tokens_of_rank[r], num_experts, static_cast<std::int32_t>(r)};
     from = to;
   }
   Require(from == logits.end(), ErrorCode::kInternal, "tokens_of_rank does not cover the logits");
@@ -39,6 +56,10 @@ inline std::vector<RankBatch> run_policy(const SelectionPolicy& policy, const st
     if (num_done == ranks.size()) return ranks;
     Require(num_done == 0, ErrorCode::kInternal, "ranks are done after different numbers of steps");
     const ExchangeKind kind = ranks[0].state.exchange;
+    if (kind == ExchangeKind::kAllToAll) {
+      all_to_all(ranks);
+      continue;
+    }
     std::vector<double> gathered;
     for (const RankBatch& rank : ranks) {
       Require(rank.state.exchange == kind && rank.state.buffer.size() == ranks[0].state.buffer.size(),
@@ -59,6 +80,17 @@ inline std::vector<RankBatch> run_policy(const SelectionPolicy& policy, const st
       }
     }
   }
+}
+
+// The same tokens on one rank that plays all: homes is what tells where they live.
+inline RankBatch run_as_one(const SelectionPolicy& policy, const std::vector<float>& logits,
+                            std::int32_t num_experts, const std::vector<std::int32_t>& homes,
+                            const AdaptiveState& adaptive, bool training) {
+  RankBatch one;
+  one.logits = logits;
+  one.scores = {one.logits, static_cast<std::int64_t>(homes.size()), num_experts, 0, homes};
+  while (!policy.step(one.scores, adaptive, training, one.state)) one.state.gathered = one.state.buffer;
+  return one;
 }
 
 // dense: f32 [all tokens, num_experts], the gradient of each possible weight; those of routes are taken.

@@ -4,7 +4,9 @@
 //   x(0) = x;  for t = 1..C:  x(t) = sum_e g_te E_e(x(t-1)) + S(x(t-1)) + I x(t-1)
 //   y = x(C)                    residual kNone (I = 0) and kInner (I = 1)
 //   y = x(C) + x(0)             residual kOuter (I = 0)
-//   g_t = policy(W_t x(t-1))    a gate W_t for each iteration, or one for all
+//   g_t = policy(W_t x(t-1))    a gate W_t for each iteration, or one for all; or policy(affinities of x(t-1)) without a
+//                               trained gate (kernels/grap.hpp)
+//   with C = 1 the scores may add W_g z', z' the token's scores at the layer before (MoE++'s pathway-aware router)
 //   S   a dense ffn that every token visits in every iteration, or none (several shared experts are one ffn of their
 //       widths together)
 // Backward, D(C) = dy:  D(t-1) = I D(t) + J_MoE,t^T D(t) + J_S^T D(t) + W_t^T dz_t, z_t the scores; kOuter adds dy to D(0).
@@ -47,8 +49,12 @@ namespace sluice {
 
 enum class ChainResidual : std::uint8_t { kNone, kInner, kOuter };
 
+// Where scores come from.
+enum class GateKind : std::uint8_t { kLinear, kGrap };
+
 struct ChainLayerOptions {
   MoeLayerOptions layer;
+  GateKind gate = GateKind::kLinear;
   std::int32_t num_iterations = 1;  // C
   ChainResidual residual = ChainResidual::kNone;
   bool shared_gate = false;     // one gate for all iterations; the paper finds it markedly worse
@@ -60,6 +66,14 @@ struct ChainLayerOptions {
 struct GateWeights {
   ConstMatrixView w;      // f32 or bf16 [num_experts, hidden], contiguous
   float* grad = nullptr;  // f32 [num_experts, hidden], accumulated into; null: no backward
+};
+
+// Gradients of scores, in backward of a layer whose scores go on to the next, or came from the one before. f32 [num_tokens,
+// num_experts] each
+struct ScoreGradients {
+  ConstMatrixView of_scores =
+      {};  // what the next layer wants of these scores, added to the policy's; or nothing
+  MatrixView of_previous = {};  // overwritten; needed when forward had previous scores
 };
 
 struct ChainStorage;
@@ -108,15 +122,20 @@ class ChainLayer {
 
   // As MoeLayer::set_weights: one for each local slot.
   void set_weights(std::span<const ExpertWeights> slots);
-  // C gates, or one when it is shared.
+  void set_constant_experts(std::span<const ConstantExpertWeights> experts);
+  // C gates, or one when it is shared; none with GateKind::kGrap.
   void set_gates(std::span<const GateWeights> gates);
+  // W_g: f32 or bf16 [num_experts, num_experts]. Needed where forward gets previous scores.
+  void set_gate_residual(const GateWeights& residual);
   // S. w1: f32 or bf16 [2*shared_ffn or shared_ffn, hidden]; w2: [hidden, shared_ffn]; both contiguous
   void set_shared_expert(const ExpertWeights& weights);
 
   // Collective. x, y: dtype [num_tokens, hidden], not overlapping; y is overwritten. num_tokens may differ by rank.
   // adaptive: the policy's state, one for all iterations or C of them. training: backward will follow.
+  // previous: f32 [num_tokens, num_experts], the tokens' scores at the layer before, untouched until backward; or nothing
+  // (C = 1 only).
   ChainContext forward(ConstMatrixView x, MatrixView y, std::span<const AdaptiveState> adaptive,
-                       bool training);
+                       bool training, ConstMatrixView previous = {});
 
   // What the policy's statistics and auxiliary losses want summed over ranks (element-wise, f64), in place, before
   // settle(); so that the sums of several layers can travel as one. Empty when nothing is wanted.
@@ -126,7 +145,7 @@ class ChainLayer {
 
   // Collective. dy: dtype [num_tokens, hidden]; dx: f32 or dtype [num_tokens, hidden], overwritten, not overlapping dy.
   // Gradients of experts, gates and S accumulate. Sums over ranks and settles first if the caller did not.
-  void backward(ChainContext& context, ConstMatrixView dy, MatrixView dx);
+  void backward(ChainContext& context, ConstMatrixView dy, MatrixView dx, const ScoreGradients& scores = {});
 
   // Collective. As MoeLayer's.
   void sync_replica_gradients();

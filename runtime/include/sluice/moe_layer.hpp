@@ -4,7 +4,8 @@
 //   Forward   y_t = sum over the routes (e, w) of token t of w * E_e(x_t); a token without routes gives exact zeros
 //   Backward  dw_te = <dy_t, E_e(x_t)>;  dx_t = sum_e J_e(x_t)^T (w_te dy_t);  dW_e += over all tokens of all ranks
 //   Expert    gated: E(x) = W2 (silu(W1 x) * (W3 x)), w1 = [W1; W3];  else E(x) = W2 act(W1 x)
-//   everywhere: zero E(x) = 0, copy E(x) = x, computed at home after the tree of docs/design.md, experts ascending
+//   everywhere: zero E(x) = 0, copy E(x) = x, constant E(x) = a1 x + a2 v with [a1, a2] = softmax(W_c x) (MoE++, arXiv
+//           2410.07348 eqs 3-5); computed at home after the tree of docs/design.md, experts ascending
 //
 // Usage, on every rank, in the same order:
 //   MoeLayer layer(runtime, placement, options);
@@ -17,7 +18,8 @@
 // next plan() says so (kDisagreement).
 //
 // Ownership: weights, gradients, x, y are the caller's. The layer keeps views of weights and gradients; forward and
-// backward return when they are done with x, y, dy, dx, dw (a copy expert's x must stay until backward).
+// backward return when they are done with x, y, dy, dx, dw (x must stay until backward where
+// there are copy or constant experts).
 // Thread-safety: that of the Runtime. plan, forward, backward and sync_replica_gradients block, with its deadline.
 // Errors: kInvalidArgument for shapes and dtypes, kInvalidRouting, kInvalidState (backward twice, weights not set),
 // kDisagreement and the group errors of runtime.hpp.
@@ -78,6 +80,15 @@ struct ExpertWeights {
   float* grad_w2 = nullptr;  // f32 [hidden, ffn]
 };
 
+// A constant expert, the same on all ranks; gradients are of this rank's tokens, so the caller adds them up over ranks.
+// Caller-owned.
+struct ConstantExpertWeights {
+  ConstMatrixView w;        // f32 [2, hidden], contiguous: W_c
+  ConstMatrixView v;        // f32 [1, hidden], contiguous
+  float* grad_w = nullptr;  // f32 [2, hidden], accumulated into; null: no backward
+  float* grad_v = nullptr;  // f32 [1, hidden]
+};
+
 // Bytes of buffers that one context of this plan holds on its rank: after forward, and at most, with backward. Exact for
 // a fresh layer; buffers that were larger once keep their size. docs/memory.md explains the terms.
 struct ContextBytes {
@@ -107,7 +118,7 @@ class Context {
   std::shared_ptr<const Plan> plan_;
   ContextStorage* storage_ = nullptr;
   std::shared_ptr<void> pool_;  // owns the storage; outlives the layer if need be
-  ConstMatrixView x_;           // for copy experts' dw
+  ConstMatrixView x_;           // for dw of copy and constant experts
   ConstMatrixView in_;          // of the pass in flight: x or dy
   MatrixView out_;              // y or dx
   std::span<float> dw_;
@@ -132,6 +143,8 @@ class MoeLayer {
 
   // slots: one for each local slot, in local order. Views are kept until the next call.
   void set_weights(std::span<const ExpertWeights> slots);
+  // One for each constant expert of the placement, ids ascending.
+  void set_constant_experts(std::span<const ConstantExpertWeights> experts);
 
   // Collective. Builds the plan of one batch. routing: host CSR; read only during the call.
   std::shared_ptr<const Plan> plan(const RoutingView& routing);

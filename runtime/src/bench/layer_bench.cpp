@@ -246,6 +246,8 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   for (const LoadedConfig& other : configs)
     Require(semantic_hash(other.config) == semantic_hash(config), ErrorCode::kInvalidArgument,
             "schedules are compared on one model, routing and group; the configs differ in more");
+  Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
+          config.model.constant_experts, "; bench has ffn, zero and copy experts only, set it to 0");
   const Placement placement = placement_of(config, runtime.num_ranks(), config.bench.replay_layer);
   const MoeLayerOptions options = layer_options(config);
   Inputs in = make_inputs(config, options, placement, runtime.rank());

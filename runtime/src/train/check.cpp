@@ -1,6 +1,7 @@
 #include "sluice/runtime/src/train/check.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -9,9 +10,9 @@
 
 #include "sluice/base/text_table.hpp"
 #include "sluice/runtime/src/gather.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/train/model.hpp"
 #include "sluice/runtime/src/train/trainer.hpp"
-#include "sluice/scheduler/selection/factory.hpp"
 
 namespace sluice::train {
 namespace {
@@ -110,19 +111,52 @@ ActivationValue activation(Config::Model::Activation kind, double z, double up) 
   return {};
 }
 
+// GrAP: cosines with the indicator of each slice.
+Values affinities(const Values& x, std::size_t h, std::size_t num_experts) {
+  const std::size_t width = h / num_experts;
+  Values out(x.size() / width, 0.0);
+  for (std::size_t t = 0; t < x.size() / h; ++t) {
+    double squares = 0;
+    for (std::size_t i = 0; i < h; ++i) {
+      squares += x[t * h + i] * x[t * h + i];
+      out[t * num_experts + i / width] += x[t * h + i];
+    }
+    for (std::size_t e = 0; e < num_experts; ++e)
+      out[t * num_experts + e] /= std::sqrt(double(width) * std::max(squares, 1e-300));
+  }
+  return out;
+}
+
+void affinities_backward(const Values& x, std::size_t h, std::size_t num_experts, const Values& d,
+                         Values& dx) {
+  const std::size_t width = h / num_experts;
+  const Values value = affinities(x, h, num_experts);
+  for (std::size_t t = 0; t < x.size() / h; ++t) {
+    double squares = 0, along = 0;
+    for (std::size_t i = 0; i < h; ++i) squares += x[t * h + i] * x[t * h + i];
+    for (std::size_t e = 0; e < num_experts; ++e)
+      along += d[t * num_experts + e] * value[t * num_experts + e];
+    for (std::size_t i = 0; i < h; ++i)
+      dx[t * h + i] += d[t * num_experts + i / width] / std::sqrt(double(width) * squares) -
+                       along * x[t * h + i] / squares;
+  }
+}
+
 class DenseReference {
  public:
-  explicit DenseReference(const Config& config)
-      : config_(config),
-        policy_(make_policy(
-            policy_options(config.routing, config.model.num_layers * config.model.chain_iterations))) {
+  DenseReference(const Config& config, const Topology& topology)
+      : config_(config), policy_(policy_of(config, topology)) {
+    // As BatchReader deals them.
+    const std::int64_t n = config.train.tokens_per_step, ranks = topology.num_ranks();
+    for (std::int64_t r = 0; r < ranks; ++r)
+      rank_of_token_.resize(static_cast<std::size_t>(n * (r + 1) / ranks), static_cast<std::int32_t>(r));
     const auto add = [&](const ParameterShape& shape) {
       const auto n = static_cast<std::size_t>(shape.size());
       std::vector<float> initial(n);
       initialize(shape, config.train.seed, initial);
       weights_[shape.name] = {shape, Values(initial.begin(), initial.end()), Values(n), Values(n), Values(n)};
     };
-    for (const ParameterShape& shape : replicated_shapes(config.model)) add(shape);
+    for (const ParameterShape& shape : replicated_shapes(config)) add(shape);
     for (std::int32_t l = 0; l < config.model.num_layers; ++l)
       for (std::int32_t e = 0; e < config.model.num_ffn_experts(); ++e)
         for (const ParameterShape& shape : expert_shapes(config.model, l, e)) add(shape);
@@ -149,6 +183,7 @@ class DenseReference {
     Expert shared;
     PolicyState state;
     std::vector<float> scores;
+    Values dscores;  // of all that used them
   };
   struct Block {
     Values x;  // before the norm
@@ -159,8 +194,17 @@ class DenseReference {
   ExpertKind kind(std::size_t e) const {
     const Config::Model& m = config_.model;
     const auto i = static_cast<std::int32_t>(e) - m.num_ffn_experts();
-    return i < 0 ? ExpertKind::kFFN : i < m.zero_experts ? ExpertKind::kZero : ExpertKind::kCopy;
+    return i < 0                                 ? ExpertKind::kFFN
+           : i < m.zero_experts                  ? ExpertKind::kZero
+           : i < m.zero_experts + m.copy_experts ? ExpertKind::kCopy
+                                                 : ExpertKind::kConstant;
   }
+  Scores view_of(const Round& round) const {
+    return {round.scores, static_cast<std::int64_t>(rank_of_token_.size()), config_.model.num_experts, 0,
+            rank_of_token_};
+  }
+  void constant_backward(std::size_t layer, std::size_t expert, const Values& x, const Values& dout,
+                         Values& dx);
   // Of the weights `name`.w1 and .w2. x: [n, hidden]
   void ffn_forward(std::size_t layer, const std::string& name, const Values& x, Expert& expert);
   void ffn_backward(std::size_t layer, const std::string& name, const Values& x, const Expert& expert,
@@ -171,6 +215,7 @@ class DenseReference {
   const Config& config_;
   std::unique_ptr<SelectionPolicy> policy_;
   std::map<std::string, Weight> weights_;
+  std::vector<std::int32_t> rank_of_token_;
 };
 
 void DenseReference::ffn_forward(std::size_t layer, const std::string& name, const Values& x,
@@ -206,6 +251,34 @@ void DenseReference::ffn_backward(std::size_t layer, const std::string& name, co
   times_backward(at(layer, name + ".w1"), x, dz, dx);
 }
 
+// softmax of two
+std::array<double, 2> mix_of(const Values& z, std::size_t token) {
+  const double a = std::exp(z[2 * token]), b = std::exp(z[2 * token + 1]);
+  return {a / (a + b), b / (a + b)};
+}
+
+void DenseReference::constant_backward(std::size_t layer, std::size_t expert, const Values& x,
+                                       const Values& dout, Values& dx) {
+  Weight &w = at(layer, str("constant.", expert, ".w")), &v = at(layer, str("constant.", expert, ".v"));
+  const std::size_t h = v.value.size(), n = x.size() / h;
+  const Values z = times(w, x);
+  Values dz(2 * n, 0.0);
+  for (std::size_t t = 0; t < n; ++t) {
+    const auto mix = mix_of(z, t);
+    double of_x = 0, of_v = 0;
+    for (std::size_t i = 0; i < h; ++i) {
+      const double d = dout[t * h + i];
+      of_x += d * x[t * h + i];
+      of_v += d * v.value[i];
+      dx[t * h + i] += mix[0] * d;
+      v.gradient[i] += mix[1] * d;
+    }
+    dz[2 * t] = mix[0] * mix[1] * (of_x - of_v);
+    dz[2 * t + 1] = -dz[2 * t];
+  }
+  times_backward(w, x, dz, dx);
+}
+
 void DenseReference::experts_forward(std::size_t layer, Round& round) {
   const auto h = static_cast<std::size_t>(config_.model.hidden);
   const auto num_experts = static_cast<std::size_t>(config_.model.num_experts), n = round.x.size() / h;
@@ -215,6 +288,14 @@ void DenseReference::experts_forward(std::size_t layer, Round& round) {
     Expert& expert = round.experts[e];
     if (kind(e) == ExpertKind::kZero) expert.out.assign(n * h, 0.0);
     if (kind(e) == ExpertKind::kCopy) expert.out = round.x;
+    if (kind(e) == ExpertKind::kConstant) {
+      const Values z = times(at(layer, str("constant.", e, ".w")), round.x);
+      const Values& v = at(layer, str("constant.", e, ".v")).value;
+      expert.out.resize(n * h);
+      for (std::size_t t = 0; t < n; ++t)
+        for (std::size_t i = 0; i < h; ++i)
+          expert.out[t * h + i] = mix_of(z, t)[0] * round.x[t * h + i] + mix_of(z, t)[1] * v[i];
+    }
     if (kind(e) == ExpertKind::kFFN) ffn_forward(layer, str("expert.", e), round.x, expert);
     for (std::size_t t = 0; t < n; ++t)
       for (std::size_t i = 0; i < h; ++i)
@@ -240,6 +321,7 @@ void DenseReference::experts_backward(std::size_t layer, Round& round, const Val
       }
     if (kind(e) == ExpertKind::kCopy)
       for (std::size_t i = 0; i < n * h; ++i) dx[i] += dout[i];
+    if (kind(e) == ExpertKind::kConstant) constant_backward(layer, e, round.x, dout, dx);
     if (kind(e) == ExpertKind::kFFN) ffn_backward(layer, str("expert.", e), round.x, expert, dout, dx);
   }
   if (config_.model.shared_ffn > 0) ffn_backward(layer, "shared", round.x, round.shared, dy, dx);
@@ -270,15 +352,23 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
     for (std::size_t r = 0; r < iterations; ++r) {
       Round& round = block.rounds[r];
       round.x = in;
-      const Values own =
-          times(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), in);
+      Values own =
+          num_gates(config_) == 0
+              ? affinities(in, h, num_experts)
+              : times(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), in);
+      if (has_gate_residual(config_, static_cast<std::int32_t>(l))) {
+        const std::vector<float>& before = blocks[l - 1].rounds[0].scores;
+        const Values more = times(at(l, "gate_residual"), Values(before.begin(), before.end()));
+        for (std::size_t i = 0; i < own.size(); ++i) own[i] += more[i];
+      }
       const std::vector<float>& given = scores[l * iterations + r];
       for (std::size_t i = 0; i < own.size(); ++i)
         score_error = std::max(score_error, std::abs(own[i] - double(given[i])));
       round.scores = given;
-      const Scores view{round.scores, static_cast<std::int64_t>(n), m.num_experts};
-      // One rank alone: what is summed over ranks is there already, what is gathered is its own.
-      while (!policy_->step(view, adaptive[l * iterations + r], true, round.state))
+      round.dscores.assign(own.size(), 0.0);
+      // One rank alone, though its tokens live on many: what is summed over ranks is there already, what is gathered or
+      // sent to all is its own.
+      while (!policy_->step(view_of(round), adaptive[l * iterations + r], true, round.state))
         round.state.gathered = round.state.buffer;
       loss += round.state.auxiliary_loss;
       round.weight.assign(n * num_experts, 0.0);
@@ -326,10 +416,18 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
              q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
           droute.push_back(
               static_cast<float>(dweight[t * num_experts + static_cast<std::size_t>(routing.expert[q])]));
-      policy_->backward({round.scores, static_cast<std::int64_t>(n), m.num_experts},
-                        adaptive[l * iterations + r], round.state, droute, dscores);
-      times_backward(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), round.x,
-                     Values(dscores.begin(), dscores.end()), din);
+      policy_->backward(view_of(round), adaptive[l * iterations + r], round.state, droute, dscores);
+      for (std::size_t i = 0; i < dscores.size(); ++i) round.dscores[i] += double(dscores[i]);
+      if (has_gate_residual(config_, static_cast<std::int32_t>(l))) {
+        Round& before = blocks[l - 1].rounds[0];
+        times_backward(at(l, "gate_residual"), Values(before.scores.begin(), before.scores.end()),
+                       round.dscores, before.dscores);
+      }
+      if (num_gates(config_) == 0)
+        affinities_backward(round.x, h, num_experts, round.dscores, din);
+      else
+        times_backward(at(gate_name(m, static_cast<std::int32_t>(l), static_cast<std::int32_t>(r))), round.x,
+                       round.dscores, din);
       if (m.chain_residual == Config::Model::ChainResidual::kInner)
         for (std::size_t i = 0; i < n * h; ++i) din[i] += dout[i];
       if (m.chain_residual == Config::Model::ChainResidual::kOuter && r == 0)
@@ -415,7 +513,7 @@ std::vector<float> gather_scores(Runtime& runtime, const Model& model, std::int3
 std::int64_t check_tokens(const Config& config, std::int32_t num_ranks) {
   const Config::Model& m = config.model;
   double flops = 0;
-  for (const ParameterShape& shape : replicated_shapes(m))
+  for (const ParameterShape& shape : replicated_shapes(config))
     if (shape.name != "embedding")
       flops += 6.0 * double(shape.size()) * (shape.layer >= 0 ? m.chain_iterations : 1);
   for (const ParameterShape& shape : expert_shapes(m, 0, 0))
@@ -459,7 +557,7 @@ CheckReport check(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   report.update.limit = 1e-3;
 
   std::optional<DenseReference> reference;
-  if (root) reference.emplace(config);
+  if (root) reference.emplace(config, runtime.topology());
   for (std::int64_t step = 1; step <= report.steps; ++step) {
     const auto values = gather_parameters(runtime, model, false);
     std::vector<AdaptiveState> adaptive;

@@ -9,7 +9,6 @@
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/tune/profile.hpp"
-#include "sluice/scheduler/selection/factory.hpp"
 
 namespace sluice::train {
 namespace {
@@ -43,19 +42,41 @@ double mean_over_max(std::span<const double> loads) {
 
 // ---- shapes ----------------------------------------------------------------------------------------------------------
 
-std::vector<ParameterShape> replicated_shapes(const Config::Model& model) {
+std::int32_t num_gates(const Config& config) {
+  return config.routing.policy == Config::Routing::Policy::kEtr ? 0 : config.model.num_gates();
+}
+
+bool has_gate_residual(const Config& config, std::int32_t layer) {
+  return config.model.gate_residual && layer > 0;
+}
+
+std::vector<ParameterShape> replicated_shapes(const Config& config) {
+  const Config::Model& model = config.model;
   const auto fan = [](std::int64_t cols) { return 1 / std::sqrt(static_cast<double>(cols)); };
   const std::int64_t inputs = model.context * model.embed;
   std::vector<ParameterShape> out;
   out.push_back({.name = "embedding", .rows = kVocabulary, .cols = model.embed, .scale = 1});
   out.push_back({.name = "projection", .rows = model.hidden, .cols = inputs, .scale = fan(inputs)});
   for (std::int32_t l = 0; l < model.num_layers; ++l) {
-    for (std::int32_t t = 0; t < model.num_gates(); ++t)
+    for (std::int32_t t = 0; t < num_gates(config); ++t)
       out.push_back({.name = gate_name(model, l, t),
                      .layer = l,
                      .rows = model.num_experts,
                      .cols = model.hidden,
                      .scale = fan(model.hidden)});
+    // Half the share of the layer's own scores to begin with.
+    if (has_gate_residual(config, l))
+      out.push_back({.name = str("layer.", l, ".gate_residual"),
+                     .layer = l,
+                     .rows = model.num_experts,
+                     .cols = model.num_experts,
+                     .scale = 0.5 * fan(model.num_experts)});
+    for (std::int32_t i = 0; i < model.constant_experts; ++i) {
+      const std::string name = str("layer.", l, ".constant.", model.num_experts - model.constant_experts + i);
+      out.push_back(
+          {.name = name + ".w", .layer = l, .rows = 2, .cols = model.hidden, .scale = fan(model.hidden)});
+      out.push_back({.name = name + ".v", .layer = l, .rows = 1, .cols = model.hidden, .scale = 0.5});
+    }
     if (model.shared_ffn > 0)
       for (ParameterShape& shape : expert_shapes(model, l, -1)) out.push_back(std::move(shape));
   }
@@ -124,10 +145,7 @@ Model::Model(Runtime& runtime, const Config& config)
       hidden_(config.model.hidden),
       num_experts_(config.model.num_experts),
       dtype_(config.model.dtype),
-      policy_(make_policy(
-          policy_options(config.routing, config.model.num_layers * config.model.chain_iterations))) {
-  Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
-          config.model.constant_experts, "; training has zero and copy experts only, set it to 0");
+      policy_(policy_of(config, runtime.topology())) {
   const std::int32_t num_layers = config.model.num_layers;
   const auto num_batches = static_cast<std::size_t>(num_layers * config.model.chain_iterations);
   adaptive_.resize(policy_->adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);
@@ -150,7 +168,7 @@ Model::~Model() = default;
 
 void Model::allocate_parameters() {
   const Config::Model& model = config_.model;
-  for (ParameterShape& shape : replicated_shapes(model)) {
+  for (ParameterShape& shape : replicated_shapes(config_)) {
     const std::size_t index = parameters_.size();
     if (shape.name == "embedding") embedding_ = index;
     if (shape.name == "projection") projection_ = index;
@@ -161,6 +179,10 @@ void Model::allocate_parameters() {
       if (shape.scale == 0) layer.gain = index;
       if (shape.name == gate_name(model, shape.layer, 0)) layer.gate = index;
       if (shape.name == expert_shapes(model, shape.layer, -1)[0].name) layer.shared = index;
+      if (shape.name == str("layer.", shape.layer, ".gate_residual")) layer.residual = index;
+      if (shape.name ==
+          str("layer.", shape.layer, ".constant.", model.num_experts - model.constant_experts, ".w"))
+        layer.constant = index;
     }
     num_replicated_ += shape.size();
     parameters_.push_back({.shape = std::move(shape)});
@@ -219,13 +241,21 @@ void Model::set_weights() {
       slots.push_back({view(w1), view(w2), w1.gradient.data(), w2.gradient.data()});
     }
     std::vector<GateWeights> gates;
-    for (std::size_t i = layer.gate; i < layer.gate + static_cast<std::size_t>(config_.model.num_gates());
-         ++i)
+    for (std::size_t i = layer.gate; i < layer.gate + static_cast<std::size_t>(num_gates(config_)); ++i)
       gates.push_back({weight(i), parameters_[i].gradient.data()});
+    std::vector<ConstantExpertWeights> constants;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(config_.model.constant_experts); ++i) {
+      const std::size_t w = layer.constant + 2 * i;
+      constants.push_back(
+          {weight(w), weight(w + 1), parameters_[w].gradient.data(), parameters_[w + 1].gradient.data()});
+    }
     for (ChainLayer* moe : {layer.moe.get(), layer.other.get()}) {
       if (!moe) continue;
       moe->set_weights(slots);
       moe->set_gates(gates);
+      moe->set_constant_experts(constants);
+      if (layer.residual != 0)
+        moe->set_gate_residual({weight(layer.residual), parameters_[layer.residual].gradient.data()});
       if (config_.model.shared_ffn > 0)
         moe->set_shared_expert({weight(layer.shared), weight(layer.shared + 1),
                                 parameters_[layer.shared].gradient.data(),
@@ -289,8 +319,8 @@ std::int64_t Model::parameter_bytes() const {
 
 std::int64_t Model::activation_bytes() const {
   std::size_t bytes = final_norm_.inverse.capacity_bytes();
-  for (const Rows* rows :
-       {&embedded_, &x_, &final_x_, &final_norm_.normalized, &logits_, &dnormalized_, &drows_, &dembedded_})
+  for (const Rows* rows : {&embedded_, &x_, &final_x_, &final_norm_.normalized, &logits_, &dnormalized_,
+                           &drows_, &dscores_[0], &dscores_[1], &dembedded_})
     bytes += rows->memory.capacity_bytes();
   for (const Layer& layer : layers_)
     bytes += layer.x.memory.capacity_bytes() + layer.norm.normalized.memory.capacity_bytes() +
@@ -396,8 +426,10 @@ double Model::forward(const Batch& batch, bool training) {
       norm_forward(layer.gain, layer.x, layer.norm, dtype_);
     }
     layer.context = ChainContext();  // gives back what the last batch kept
+    ConstMatrixView previous;
+    if (layer.residual != 0) previous = {layers_[l - 1].context.scores(0).data(), n, num_experts_};
     layer.context = layer.moe->forward(layer.norm.normalized.view(), layer.y.resize(n, hidden_, dtype_),
-                                       adaptive_of(l), training);
+                                       adaptive_of(l), training, previous);
     // A score that is not finite voids the step on all ranks alike: the loss says so.
     finite = finite && layer.context.all_finite();
     Rows& next = l + 1 < layers_.size() ? layers_[l + 1].x : final_x_;
@@ -458,7 +490,10 @@ void Model::backward(const Batch& batch) {
       kernels_.convert_rows(x_.view(), drows_.resize(n, hidden_, dtype_));
       dy = drows_.view();
     }
-    layer.moe->backward(layer.context, dy, dnormalized_.resize(n, hidden_, DType::kF32));
+    ScoreGradients path;
+    if (l + 1 < layers_.size() && layers_[l + 1].residual != 0) path.of_scores = dscores_[(l + 1) % 2].view();
+    if (layer.residual != 0) path.of_previous = dscores_[l % 2].resize(n, num_experts_, DType::kF32);
+    layer.moe->backward(layer.context, dy, dnormalized_.resize(n, hidden_, DType::kF32), path);
     const Span span(recorder, "gate_backward", "compute");
     count_movement(layer);
     norm_backward(layer.gain, layer.x, layer.norm, dnormalized_, x_);
@@ -552,6 +587,7 @@ StepResult Model::compute_gradients(const Batch& batch) {
       result.max_active = std::max(result.max_active, state.statistics.max_active);
     }
   }
+  add_figures(result);
   if (!std::isfinite(result.loss)) {  // on all ranks alike
     for (Layer& layer : layers_) layer.context = ChainContext();
     return result;
@@ -559,6 +595,19 @@ StepResult Model::compute_gradients(const Batch& batch) {
   backward(batch);
   finish_step(result);
   return result;
+}
+
+void Model::add_figures(StepResult& result) const {
+  const std::span<const PolicyFigure> figures = policy_->figures();
+  result.figures.assign(figures.size(), 0.0);
+  double tokens = 0, routes = 0;
+  for (const PolicyState* state : batch_states_) {
+    tokens += static_cast<double>(state->statistics.num_tokens);
+    routes += static_cast<double>(state->statistics.num_routes);
+    for (std::size_t i = 0; i < figures.size(); ++i) result.figures[i] += state->statistics.sums[i];
+  }
+  for (std::size_t i = 0; i < figures.size(); ++i)
+    result.figures[i] /= std::max(1.0, figures[i].per_route ? routes : tokens);
 }
 
 void Model::finish_step(StepResult& result) {

@@ -2,7 +2,8 @@
 // Mixture-of-Experts blocks. Forward and backward of one step on one rank's tokens, and AdamW.
 //
 //   x   = W_p [ embedding of each of the last `context` bytes, oldest first ]
-//   x  += MoE_l(n),  n = rms_norm_l(x),  scores of the policy z = W_g,l n        for each layer l
+//   x  += MoE_l(n),  n = rms_norm_l(x),  scores of the policy z_l = W_l n        for each layer l
+//         z_l = W_l n + R_l z_(l-1) from the second layer on with model.gate_residual; affinities of n with etr
 //         or a chain of such, with a shared expert or without (chain_layer.hpp)
 //   p   = softmax(W_o rms_norm(x));   loss = mean over the tokens of ALL ranks of -ln p(next byte) + auxiliary losses
 //   rms_norm(x) = g * x / sqrt(mean(x^2) + 1e-6)                                 (Zhang & Sennrich 2019)
@@ -22,7 +23,7 @@
 // Thread-safety: that of the Runtime. Calls marked collective block with its deadline.
 // Steady state: compute_gradients() and update() allocate nothing once routes have reached their high-water mark, as far
 // as this file goes.
-// Errors: kInvalidConfig, kNotSupported (constant experts); group errors of runtime.hpp.
+// Errors: kInvalidConfig; group errors of runtime.hpp.
 #pragma once
 
 #include <array>
@@ -52,9 +53,12 @@ struct ParameterShape {
   std::int64_t size() const { return rows * cols; }
 };
 // Replicated parameters, in the order of the flat buffer: embedding [256, embed], projection [hidden, context * embed],
-// each layer's gates [num_experts, hidden] and shared expert, head [256, hidden], then the gains [1, hidden]: one a
+// each layer's gates [num_experts, hidden] (none with etr), gate residual [num_experts, num_experts], constant experts' w
+// [2, hidden] and v [1, hidden], and shared expert, head [256, hidden], then the gains [1, hidden]: one a
 // layer, and the last.
-std::vector<ParameterShape> replicated_shapes(const Config::Model& model);
+std::vector<ParameterShape> replicated_shapes(const Config& config);
+std::int32_t num_gates(const Config& config);  // trained ones of a layer
+bool has_gate_residual(const Config& config, std::int32_t layer);
 // Name of the gate of one iteration.
 std::string gate_name(const Config::Model& model, std::int32_t layer, std::int32_t iteration);
 // w1 [2*ffn or ffn, hidden] and w2 [hidden, ffn] of one expert with weights, or of a layer's shared one (expert -1).
@@ -90,6 +94,8 @@ struct StepResult {
   std::int32_t max_active = 0;
   double expert_balance = 0;  // mean/max of the tokens of an expert with weights, mean over layers; 1: even
   double rank_balance = 0;    // mean/max of the routes that a rank works on, mean over layers
+  // The policy's figures(), in their order: means over tokens or routes of all layers and iterations.
+  std::vector<double> figures;
 };
 
 // Rows that this rank's tokens and gateways moved, and the bytes of all four directions (rows of x and dy out, of y and
@@ -180,7 +186,7 @@ class Model {
   struct Layer {
     std::unique_ptr<ChainLayer> moe, other;  // other: of the schedule not in use, or null
     // In parameters_: gates one after the other, w1 and w2 of the shared expert.
-    std::size_t gate = 0, gain = 0, shared = 0;
+    std::size_t gate = 0, gain = 0, shared = 0, residual = 0, constant = 0;
     Rows x;  // f32 [n, hidden], input of the block
     Norm norm;
     Rows y;  // dtype [n, hidden], what the experts give
@@ -205,6 +211,7 @@ class Model {
   void backward(const Batch& batch);
   void count_movement(Layer& layer);
   void count_movement(const Plan& plan);
+  void add_figures(StepResult& result) const;
   void finish_step(StepResult& result);
 
   Runtime& runtime_;
@@ -228,11 +235,12 @@ class Model {
   Rows x_;         // f32 [n, hidden], the residual stream; in backward its gradient
   Rows final_x_;   // f32 [n, hidden]
   Norm final_norm_;
-  Rows logits_;                                   // f32 [n, 256]; in backward their gradient
-  Rows dnormalized_;                              // f32 [n, hidden]
-  Rows drows_;                                    // dtype [n, hidden], dy of a block in dtype
-  Rows dembedded_;                                // f32 [n, context * embed]
-  std::vector<double> sums_;                      // what is summed over ranks once a step
+  Rows logits_;               // f32 [n, 256]; in backward their gradient
+  Rows dnormalized_;          // f32 [n, hidden]
+  Rows dscores_[2];           // f32 [n, num_experts], of gate residuals, by the parity of the layer
+  Rows drows_;                // dtype [n, hidden], dy of a block in dtype
+  Rows dembedded_;            // f32 [n, context * embed]
+  std::vector<double> sums_;  // what is summed over ranks once a step
   std::vector<const PolicyState*> batch_states_;  // [num_layers][chain_iterations]
   Movement movement_;
 };

@@ -60,13 +60,15 @@ std::map<std::string, double> gather_phases(Runtime& runtime, const SpanRecorder
 }
 
 void gather_totals(Runtime& runtime, TrainReport& report, const Model& model) {
-  Traffic& rows = report.movement.rows;
+  Traffic &rows = report.movement.rows, &end = report.movement_at_end.rows;
   Movement& bytes = report.movement;
   std::int64_t* const fields[] = {&rows.rows_same_rank,         &rows.rows_in_node,
                                   &rows.rows_across_nodes,      &rows.flat_rows_in_node,
                                   &rows.flat_rows_across_nodes, &rows.routes_everywhere,
                                   &bytes.in_node_bytes,         &bytes.across_nodes_bytes,
-                                  &bytes.flat_in_node_bytes,    &bytes.flat_across_nodes_bytes};
+                                  &bytes.flat_in_node_bytes,    &bytes.flat_across_nodes_bytes,
+                                  &end.rows_same_rank,          &end.rows_in_node,
+                                  &end.rows_across_nodes,       &report.movement_at_end.across_nodes_bytes};
   std::vector<std::int64_t> mine;
   for (const std::int64_t* field : fields) mine.push_back(*field);
   for (const std::int64_t value : {model.parameter_bytes(), model.activation_bytes(), model.layer_bytes()})
@@ -376,11 +378,18 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   report.active_max.reserve(steps);
   const bool relu = config.routing.policy == Config::Routing::Policy::kRelu;
   if (relu) report.lambda.reserve(steps);
+  // As mean_at_end() takes them.
+  report.steps_at_end = std::max<std::int64_t>(1, config.train.steps / 10);
 
   const bool timeline = !config.runtime.timeline.empty();
   SpanRecorder recorder(runtime.rank(), timeline ? kTimelineSpans : 0);
   const RecorderScope scope(runtime, recorder);
   Model model(runtime, config);
+  report.policy = std::string(model.policy().name());
+  for (const PolicyFigure& figure : model.policy().figures()) {
+    report.figures.push_back({std::string(figure.name), std::string(figure.doc), {}});
+    report.figures.back().values.reserve(steps);
+  }
   BatchReader reader(text, split, config, runtime.rank(), runtime.num_ranks());
 
   std::optional<CheckpointStore> store;
@@ -409,6 +418,7 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
     }
   }
   report.measured_steps = config.train.steps - report.resumed_from;
+  report.steps_at_end = std::clamp<std::int64_t>(report.measured_steps, 1, report.steps_at_end);
   std::vector<std::unique_ptr<RoutingRecorder>> routing_recorders;
   for (const RecordRequest& request : options.record)
     if (request.text.empty())
@@ -441,7 +451,10 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
       report.expert_balance.push_back(result.expert_balance);
       report.rank_balance.push_back(result.rank_balance);
       report.learning_rates.push_back(adamw.learning_rate);
+      for (std::size_t i = 0; i < report.figures.size(); ++i)
+        report.figures[i].values.push_back(result.figures[i]);
       report.movement += model.movement();
+      if (step > config.train.steps - report.steps_at_end) report.movement_at_end += model.movement();
       meter.add(result, model.movement(), config.train.tokens_per_step);
       if (options.record_steps == 0 || step > config.train.steps - options.record_steps)
         for (const auto& r : routing_recorders) r->add(model);
@@ -520,6 +533,16 @@ std::string to_json(const TrainReport& report) {
   };
   const Traffic& rows = report.movement.rows;
   const double visits = visits_of(report);
+  const Traffic& end = report.movement_at_end.rows;
+  const double visits_at_end = static_cast<double>(report.steps_at_end) *
+                               static_cast<double>(report.tokens_per_step) *
+                               static_cast<double>(report.num_layers);
+  json figures = json::object();
+  for (const TrainReport::Figure& figure : report.figures)
+    figures[figure.name] = {{"meaning", figure.doc},
+                            {"mean", mean_of(figure.values)},
+                            {"end", mean_at_end(figure.values)},
+                            {"series", figure.values}};
   const auto memory = [](const TrainReport::Memory& m) {
     return json{{"parameters", m.parameters},
                 {"activations", m.activations},
@@ -541,10 +564,17 @@ std::string to_json(const TrainReport& report) {
       {"sparsity", report.sparsity},
       {"lambda", report.lambda},
       {"balance", {{"experts", report.expert_balance}, {"ranks", report.rank_balance}}},
+      {"routing", {{"policy", report.policy}, {"figures", figures}}},
       {"crossings_per_token",
        {{"same_rank", static_cast<double>(rows.rows_same_rank) / visits},
         {"in_node", static_cast<double>(rows.rows_in_node) / visits},
         {"across_nodes", static_cast<double>(rows.rows_across_nodes) / visits}}},
+      {"crossings_per_token_at_end",
+       {{"same_rank", static_cast<double>(end.rows_same_rank) / visits_at_end},
+        {"in_node", static_cast<double>(end.rows_in_node) / visits_at_end},
+        {"across_nodes", static_cast<double>(end.rows_across_nodes) / visits_at_end}}},
+      {"across_nodes_bytes_per_step_at_end", static_cast<double>(report.movement_at_end.across_nodes_bytes) /
+                                                 static_cast<double>(report.steps_at_end)},
       {"bytes",
        {{"in_node", report.movement.in_node_bytes}, {"across_nodes", report.movement.across_nodes_bytes}}},
       {"flat_bytes",
@@ -601,6 +631,9 @@ std::string to_text(const TrainReport& report) {
   series("balance of experts, mean/max", report.expert_balance, 1, 3);
   series("balance of ranks, mean/max", report.rank_balance, 1, 3);
   series("norm of the gradient", report.grad_norms, 1, 3);
+  for (const TrainReport::Figure& figure : report.figures)
+    series(str(report.policy, ": ", figure.doc, figure.name == "swapped_share" ? ", share" : ""),
+           figure.values, 1, 4);
   out += run.to_string() + "\n";
 
   const Traffic& rows = report.movement.rows;

@@ -63,6 +63,13 @@ struct TrainReport {
   std::vector<double> expert_balance;  // mean / max of the tokens of an expert
   std::vector<double> rank_balance;    // mean / max of the routes a rank works on
   std::vector<double> learning_rates;
+  std::string policy;
+  // The policy's figures (selection.hpp): name, doc, one value a step.
+  struct Figure {
+    std::string name, doc;
+    std::vector<double> values;
+  };
+  std::vector<Figure> figures;
 
   double seconds = 0;  // of the measured steps, without evaluation
   double tokens_per_s = 0;
@@ -73,6 +80,8 @@ struct TrainReport {
 
   // Over the run and all ranks.
   Movement movement;
+  Movement movement_at_end;  // of the last tenth of the steps
+  std::int64_t steps_at_end = 0;
   std::map<std::string, double> phases_us;  // mean over steps and ranks; on rank 0 only
   // After the last step a few steps are timed as scheduled and sequentially, in turns, without the optimizer: medians of
   // the slowest rank. floor: the largest busy time of one resource, compute as measured, links as bytes over their

@@ -1,9 +1,8 @@
-// What selection policies share whose choice for a token depends on that token alone: checks, statistics and the
-// one exchange they need in training (counts, summed over ranks).
+// What selection policies share: checks, statistics, and the order of the exchanges of a batch.
 //
-// Steps of a batch: 1. check the scores, select, count; outside training that is all. In training ask for the sum of
-// [T, tokens of each expert, tokens with 0, 1, ... experts] over ranks (the routing is ready meanwhile).
-// 2. unpack it and compute the auxiliary loss.
+// Steps of a batch: 1. check the scores; choose(), which may ask for exchanges of its own and is called again after each.
+// Outside training that is all. In training ask for the sum over ranks of [T, tokens of each expert, tokens with 0, 1,
+// ... experts, the policy's own sums] (the routing is ready meanwhile). 2. unpack it and compute the auxiliary loss.
 // Counts are integers in doubles: exact, whatever the order of the sum.
 #pragma once
 
@@ -14,9 +13,8 @@
 
 namespace sluice {
 
-class TokenLocalPolicy : public SelectionPolicy {
+class StagedPolicy : public SelectionPolicy {
  public:
-  bool token_local() const override { return true; }
   AdaptiveState initial_adaptive_state(std::int32_t num_experts) const final;
   bool step(const Scores& scores, const AdaptiveState& adaptive, bool training,
             PolicyState& state) const final;
@@ -30,8 +28,15 @@ class TokenLocalPolicy : public SelectionPolicy {
     (void)num_experts;
     return {};
   }
-  // Sets state.routing (cleared, num_experts set) and what auxiliary() and gradient() want in state.saved.
-  virtual void select(const Scores& scores, const AdaptiveState& adaptive, PolicyState& state) const = 0;
+  // Length of statistics.sums in training, at least figures().size(); outside training it has the figures only.
+  virtual std::size_t num_sums(std::int32_t num_experts) const {
+    (void)num_experts;
+    return figures().size();
+  }
+  // Sets state.routing (cleared, num_experts set), what auxiliary() and gradient() want in state.saved, and this rank's
+  // state.statistics.sums (zeroed, of the right length); returns true. Or asks for an exchange, returns false and is
+  // called again. state.step: calls of step() before this one. Outside training it must not ask.
+  virtual bool choose(const Scores& scores, const AdaptiveState& adaptive, PolicyState& state) const = 0;
   // This rank's share of the loss. state.statistics is global; `local` is this rank's.
   virtual double auxiliary(const Scores& scores, const AdaptiveState& adaptive, const BatchStatistics& local,
                            PolicyState& state) const {
@@ -41,6 +46,19 @@ class TokenLocalPolicy : public SelectionPolicy {
   // dlogits comes in as zeros.
   virtual void gradient(const Scores& scores, const AdaptiveState& adaptive, const PolicyState& state,
                         std::span<const float> dweight, std::span<float> dlogits) const = 0;
+};
+
+// Policies whose choice for a token depends on that token alone: one exchange, after the routing.
+class TokenLocalPolicy : public StagedPolicy {
+ public:
+  bool token_local() const override { return true; }
+
+ protected:
+  virtual void select(const Scores& scores, const AdaptiveState& adaptive, PolicyState& state) const = 0;
+  bool choose(const Scores& scores, const AdaptiveState& adaptive, PolicyState& state) const final {
+    select(scores, adaptive, state);
+    return true;
+  }
 };
 
 // Throws unless sizes fit (kInvalidArgument) and all logits are finite (kInvalidRouting naming token and expert).

@@ -1,4 +1,4 @@
-#include "sluice/scheduler/selection/token_local.hpp"
+#include "sluice/scheduler/selection/staged.hpp"
 
 #include <algorithm>
 #include <bit>
@@ -28,6 +28,7 @@ void pack(const BatchStatistics& statistics, std::vector<double>& buffer) {
   buffer.push_back(static_cast<double>(statistics.num_tokens));
   for (const std::int64_t c : statistics.tokens_of_expert) buffer.push_back(static_cast<double>(c));
   for (const std::int64_t c : statistics.tokens_with_active) buffer.push_back(static_cast<double>(c));
+  buffer.insert(buffer.end(), statistics.sums.begin(), statistics.sums.end());
 }
 
 void unpack(std::span<const double> buffer, BatchStatistics& statistics) {
@@ -36,6 +37,7 @@ void unpack(std::span<const double> buffer, BatchStatistics& statistics) {
   statistics.num_routes = 0;
   for (std::int64_t& c : statistics.tokens_of_expert) statistics.num_routes += c = to_count(*value++);
   for (std::int64_t& c : statistics.tokens_with_active) c = to_count(*value++);
+  for (double& sum : statistics.sums) sum = *value++;
   set_range(statistics);
 }
 
@@ -81,13 +83,13 @@ void check_top_k(std::string_view policy, std::int32_t top_k, std::int32_t num_e
           top_k, "; it must be from 1 to the number of experts, ", num_experts);
 }
 
-AdaptiveState TokenLocalPolicy::initial_adaptive_state(std::int32_t num_experts) const {
+AdaptiveState StagedPolicy::initial_adaptive_state(std::int32_t num_experts) const {
   check_options(num_experts, false);
   return initial_state(num_experts);
 }
 
-bool TokenLocalPolicy::step(const Scores& scores, const AdaptiveState& adaptive, bool training,
-                            PolicyState& state) const {
+bool StagedPolicy::step(const Scores& scores, const AdaptiveState& adaptive, bool training,
+                        PolicyState& state) const {
   Require(!state.done, ErrorCode::kInvalidState, "policy ", name(),
           ": step() was called for a batch that is done; call restart() on its state first");
   if (state.step == 0) {
@@ -100,21 +102,28 @@ bool TokenLocalPolicy::step(const Scores& scores, const AdaptiveState& adaptive,
     state.routing.row_ptr.clear();
     state.routing.expert.clear();
     state.routing.weight.clear();
-    select(scores, adaptive, state);
+    state.num_tokens = scores.num_tokens;
+    state.statistics.sums.assign(training ? num_sums(scores.num_experts) : figures().size(), 0.0);
+  } else {
+    Require(state.training == training && state.routing.num_experts == scores.num_experts &&
+                state.num_tokens == scores.num_tokens,
+            ErrorCode::kInvalidState, "policy ", name(),
+            ": step() was called with other scores or mode than at the start of the batch");
+  }
+  if (!state.routing_ready) {
+    const bool ready = choose(scores, adaptive, state);
+    ++state.step;
+    if (!ready) return false;
     count_routes(state.routing, state.statistics);
     state.routing_ready = true;
-    state.step = 1;
     if (training) {
       pack(state.statistics, state.buffer);
       state.exchange = ExchangeKind::kSumAcrossRanks;
       return false;
     }
   } else {
-    const std::size_t expected = 2 * static_cast<std::size_t>(scores.num_experts) + 2;
-    Require(state.training == training && state.routing.num_experts == scores.num_experts &&
-                state.routing.num_tokens() == scores.num_tokens,
-            ErrorCode::kInvalidState, "policy ", name(),
-            ": step() was called with other scores or mode than at the start of the batch");
+    const std::size_t expected =
+        2 * static_cast<std::size_t>(scores.num_experts) + 2 + num_sums(scores.num_experts);
     Require(state.buffer.size() == expected, ErrorCode::kInvalidState, "policy ", name(),
             ": the exchanged buffer has ", state.buffer.size(), " values, must have ", expected);
     state.own_statistics = state.statistics;
@@ -125,15 +134,15 @@ bool TokenLocalPolicy::step(const Scores& scores, const AdaptiveState& adaptive,
         ErrorCode::kInvalidState, "policy ", name(), ": the exchange gave ", state.statistics.num_tokens,
         " tokens over all ranks but this rank alone has ", local.num_tokens);
     state.auxiliary_loss = auxiliary(scores, adaptive, local, state);
-    state.step = 2;
+    ++state.step;
   }
   state.exchange = ExchangeKind::kNone;
   state.done = true;
   return true;
 }
 
-void TokenLocalPolicy::backward(const Scores& scores, const AdaptiveState& adaptive, const PolicyState& state,
-                                std::span<const float> dweight, std::span<float> dlogits) const {
+void StagedPolicy::backward(const Scores& scores, const AdaptiveState& adaptive, const PolicyState& state,
+                            std::span<const float> dweight, std::span<float> dlogits) const {
   Require(state.done && state.training, ErrorCode::kInvalidState, "policy ", name(),
           ": backward() needs a batch whose step() is done in training");
   Require(state.routing.num_tokens() == scores.num_tokens && state.routing.num_experts == scores.num_experts,
