@@ -169,6 +169,8 @@ struct Config {
   struct Runtime {
     enum class Save : std::uint8_t { kRows, kActivations };
     enum class Progress : std::uint8_t { kAuto, kInline, kThread };
+    enum class Device : std::uint8_t { kCpu, kCuda };
+    Device device;
     std::int32_t threads_per_rank;
     LogLevel log_level;
     Save save;

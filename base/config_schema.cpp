@@ -41,6 +41,7 @@ constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "b
 constexpr std::array<Text, 2> kExchanges = {"gateway", "direct"};
 constexpr std::array<Text, 4> kLogLevels = {"error", "warn", "info", "debug"};
 constexpr std::array<Text, 2> kOnFailure = {"stop", "shrink"};
+constexpr std::array<Text, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<Text, 2> kSaves = {"rows", "activations"};
 
 constexpr std::int32_t kMaxRanks = 65536;
@@ -617,6 +618,15 @@ const Row kRows[] = {
      .doc = "Declared time for which any message holds its link besides its bytes."},
 
     // ---- runtime ----
+    {.key = "runtime.device",
+     .member = SLUICE_ENUM(runtime.device),
+     .allowed = kDevices,
+     .default_text = "cpu",
+     .kind = Kind::kLocal,
+     .doc =
+         "Where experts are computed: cpu, or cuda: a GPU of the node, taken in turns by its ranks; rows "
+         "then "
+         "travel between the node's memory and the GPU, and results agree with the CPU's within rounding."},
     {.key = "runtime.threads_per_rank",
      .member = SLUICE_MEMBER(runtime.threads_per_rank),
      .unit = "threads",

@@ -309,46 +309,13 @@ struct Bench {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int iterations = 15;
-  std::string only, commit = "unknown", date = "unknown";
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 == argc) {
-        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
-        std::exit(2);
-      }
-      return argv[++i];
-    };
-    if (arg == "--json") {
-      g_json = true;
-    } else if (arg == "--shape") {
-      only = value();
-    } else if (arg == "--op") {
-      g_op = value();
-    } else if (arg == "--portable") {
-      g_path = GemmPath::kPortable;
-    } else if (arg == "--iterations") {
-      iterations = std::max(1, std::atoi(value().c_str()));
-    } else if (arg == "--commit") {
-      commit = value();
-    } else if (arg == "--date") {
-      date = value();
-    } else {
-      std::fprintf(stderr,
-                   "unknown argument %s\nusage: %s [--json] [--shape NAME] [--op forward|dgrad|wgrad] "
-                   "[--iterations N] "
-                   "[--commit HASH] [--date DATE]\n",
-                   arg.c_str(), argv[0]);
-      return 2;
-    }
-  }
-  cudaDeviceProp properties{};
-  CHECK(cudaGetDeviceProperties(&properties, 0));
-  int driver = 0;
-  CHECK(cudaDriverGetVersion(&driver));
+  const Options options = parse_options(argc, argv, {"--shape", "--op"}, {"--portable"});
+  const std::string only = options.value("--shape");
+  g_json = options.json;
+  g_op = options.value("--op");
+  if (!options.value("--portable").empty()) g_path = GemmPath::kPortable;
 
-  Bench bench(iterations);
+  Bench bench(options.iterations);
   for (const Shape& shape : kShapes) {
     if (!only.empty() && only != shape.name) continue;
     for (const bool zipf : {false, true}) {
@@ -375,13 +342,10 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "%-36s geometric mean %.4f, least %.4f\n", kase, std::exp(log_sum / count), least);
   }
   if (!g_json) return 0;
-  std::printf(
-      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%s\", \"driver\": \"CUDA %d.%d\", \"runtime\": "
-      "\"CUDA %d.%d\",\n"
-      " \"iterations\": %d, \"seed\": %u, \"copy_gb_per_s\": %.0f, \"read_gb_per_s\": %.0f,\n \"rows\": [\n",
-      date.c_str(), commit.c_str(), properties.name, driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-      CUDART_VERSION % 1000 / 10, iterations, kSeed, bench.copy_bytes_per_us / 1e3,
-      bench.read_bytes_per_us / 1e3);
+  char bandwidths[96];
+  std::snprintf(bandwidths, sizeof bandwidths, "\"copy_gb_per_s\": %.0f, \"read_gb_per_s\": %.0f,",
+                bench.copy_bytes_per_us / 1e3, bench.read_bytes_per_us / 1e3);
+  print_json_head(options, kSeed, bandwidths);
   for (std::size_t i = 0; i < g_rows.size(); ++i) {
     const Row& row = g_rows[i];
     std::printf(

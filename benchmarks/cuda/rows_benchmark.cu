@@ -245,53 +245,17 @@ struct Bench {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int iterations = 25;
-  bool json = false;
-  std::string only, commit = "unknown", date = "unknown";
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 == argc) {
-        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
-        std::exit(2);
-      }
-      return argv[++i];
-    };
-    if (arg == "--json") {
-      json = true;
-    } else if (arg == "--only") {
-      only = value();
-    } else if (arg == "--iterations") {
-      iterations = std::max(1, std::atoi(value().c_str()));
-    } else if (arg == "--commit") {
-      commit = value();
-    } else if (arg == "--date") {
-      date = value();
-    } else {
-      std::fprintf(
-          stderr,
-          "unknown argument %s\nusage: %s [--json] [--only SUBSTRING] [--iterations N] [--commit HASH] "
-          "[--date DATE]\n",
-          arg.c_str(), argv[0]);
-      return 2;
-    }
-  }
-  cudaDeviceProp properties{};
-  CHECK(cudaGetDeviceProperties(&properties, 0));
-  int driver = 0;
-  CHECK(cudaDriverGetVersion(&driver));
-  Bench bench(iterations);
-  bench.json = json;
-  bench.only = only;
+  const Options options = parse_options(argc, argv, {"--only"});
+  Bench bench(options.iterations);
+  bench.json = options.json;
+  bench.only = options.value("--only");
   bench.rows();
   bench.optimizer();
   bench.gates_and_plan();
-  if (!json) return 0;
-  std::printf(
-      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%s\", \"driver\": \"CUDA %d.%d\", \"runtime\": "
-      "\"CUDA %d.%d\",\n \"iterations\": %d, \"seed\": %u, \"copy_gb_per_s\": %.0f,\n \"rows\": [\n",
-      date.c_str(), commit.c_str(), properties.name, driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-      CUDART_VERSION % 1000 / 10, iterations, kSeed, bench.copy_bytes_per_us / 1e3);
+  if (!options.json) return 0;
+  char bandwidth[64];
+  std::snprintf(bandwidth, sizeof bandwidth, "\"copy_gb_per_s\": %.0f,", bench.copy_bytes_per_us / 1e3);
+  print_json_head(options, kSeed, bandwidth);
   for (std::size_t i = 0; i < g_rows.size(); ++i) {
     const Row& row = g_rows[i];
     std::printf(

@@ -1,4 +1,4 @@
-// What the CUDA benchmarks share: memory, random data, and times of arms taken in turns.
+// What the CUDA benchmarks share: their command line, memory, random data, and times of arms taken in turns.
 // Times are from events around one call; before each, 256 MB are written, so that nothing is left in L2.
 #pragma once
 
@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
+#include <string>
 #include <vector>
 
 namespace sluice::benchmarks {
@@ -65,6 +67,70 @@ inline Timing summarize(std::vector<double> us) {
   const double middle = median(us);
   for (double& u : us) u = std::abs(u - middle);
   return {middle, median(us)};
+}
+
+// The options of every benchmark, and those of one.
+struct Options {
+  bool json = false;
+  int iterations = 15;
+  std::string commit = "unknown", date = "unknown";
+  std::map<std::string, std::string> others;  // by name; flags are "1"
+  std::string value(const std::string& name) const {
+    const auto found = others.find(name);
+    return found == others.end() ? "" : found->second;
+  }
+};
+// `values` and `flags` are the names of options that only this benchmark has. Ends the program where one is wrong.
+inline Options parse_options(int argc, char** argv, const std::vector<std::string>& values,
+                             const std::vector<std::string>& flags = {}) {
+  const auto has = [](const std::vector<std::string>& names, const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  Options out;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--json") {
+      out.json = true;
+    } else if (has(flags, arg)) {
+      out.others[arg] = "1";
+    } else if (has(values, arg) || arg == "--iterations" || arg == "--commit" || arg == "--date") {
+      if (i + 1 == argc) {
+        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
+        std::exit(2);
+      }
+      const std::string value = argv[++i];
+      if (arg == "--iterations") {
+        out.iterations = std::max(1, std::atoi(value.c_str()));
+      } else if (arg == "--commit") {
+        out.commit = value;
+      } else if (arg == "--date") {
+        out.date = value;
+      } else {
+        out.others[arg] = value;
+      }
+    } else {
+      std::fprintf(stderr,
+                   "unknown argument %s\nusage: %s [--json] [--iterations N] [--commit HASH] [--date DATE]",
+                   arg.c_str(), argv[0]);
+      for (const std::string& name : values) std::fprintf(stderr, " [%s VALUE]", name.c_str());
+      for (const std::string& name : flags) std::fprintf(stderr, " [%s]", name.c_str());
+      std::fprintf(stderr, "\n");
+      std::exit(2);
+    }
+  }
+  return out;
+}
+// Opens the result: where and when it was measured. `more`: further members, each with a comma behind.
+inline void print_json_head(const Options& options, unsigned seed, const std::string& more) {
+  cudaDeviceProp properties{};
+  CHECK(cudaGetDeviceProperties(&properties, 0));
+  int driver = 0;
+  CHECK(cudaDriverGetVersion(&driver));
+  std::printf(
+      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%s\", \"driver\": \"CUDA %d.%d\", \"runtime\": "
+      "\"CUDA %d.%d\",\n \"iterations\": %d, \"seed\": %u, %s\n \"rows\": [\n",
+      options.date.c_str(), options.commit.c_str(), properties.name, driver / 1000, driver % 1000 / 10,
+      CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10, options.iterations, seed, more.c_str());
 }
 
 class Timer {

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "sluice/base/error.hpp"
+#include "sluice/kernels/cuda/fp32_gemm.hpp"
 #include "sluice/kernels/cuda/launch.hpp"
 #include "sluice/kernels/cuda/rows.hpp"
 
@@ -40,9 +41,10 @@ class Scratch {
   std::int64_t bytes_ = 0;
 };
 
-void require_bf16(DType dtype, const char* what) {
-  Require(dtype == DType::kBF16, ErrorCode::kNotSupported, "grouped GEMM on CUDA: ", what, " is ",
-          to_string(dtype), "; bf16 is needed");
+// All operands of a call have one dtype.
+void require_dtype(DType dtype, DType wanted, const char* what) {
+  Require(dtype == wanted, ErrorCode::kNotSupported, "grouped GEMM on CUDA: ", what, " is ", to_string(dtype),
+          ", another operand ", to_string(wanted), "; they must be the same");
 }
 
 GemmActivation gemm_activation(Activation activation) {
@@ -117,10 +119,18 @@ class CudaKernels final : public Kernels {
                             DType weight_dtype, std::int64_t out_cols, Activation activation, MatrixView h,
                             MatrixView act) override {
     if (groups.num_groups() <= 0) return;
-    require_bf16(weight_dtype, "the weight dtype");
-    require_bf16(a.dtype, "a");
-    if (h.data != nullptr) check(h, out_cols, "h");
-    if (act.data != nullptr) check(act, activation == Activation::kSwiGLU ? out_cols / 2 : out_cols, "act");
+    require_dtype(weight_dtype, a.dtype, "the weight dtype");
+    if (h.data != nullptr) check(h, a.dtype, out_cols, "h");
+    if (act.data != nullptr)
+      check(act, a.dtype, activation == Activation::kSwiGLU ? out_cols / 2 : out_cols, "act");
+    if (a.dtype == DType::kF32) {
+      fp32::Groups g = fp32_groups(groups.group_ptr, num_positions(a, a_index));
+      if (h.data != nullptr) g.num_rows = std::min(g.num_rows, h.rows);
+      if (act.data != nullptr) g.num_rows = std::min(g.num_rows, act.rows);
+      fp32::forward(g, fp32_weights(groups, out_cols, a.cols), fp32_rows(a, a_index), h, act,
+                    act.data != nullptr ? gemm_activation(activation) : GemmActivation::kNone, stream_);
+      return;
+    }
     const ConstMatrixView rows = gathered(a, a_index, 0);
     GemmGroups g = gemm_groups(groups.group_ptr, rows.rows);
     if (h.data != nullptr) g.num_rows = std::min(g.num_rows, h.rows);
@@ -133,9 +143,13 @@ class CudaKernels final : public Kernels {
   void grouped_gemm_dgrad(const Groups& groups, ConstMatrixView dc, std::span<const std::int32_t> dc_index,
                           DType weight_dtype, MatrixView da) override {
     if (groups.num_groups() <= 0) return;
-    require_bf16(weight_dtype, "the weight dtype");
-    require_bf16(dc.dtype, "dc");
-    check(da, da.cols, "da");
+    require_dtype(weight_dtype, dc.dtype, "the weight dtype");
+    check(da, dc.dtype, da.cols, "da");
+    if (dc.dtype == DType::kF32) {
+      fp32::dgrad(fp32_groups(groups.group_ptr, std::min(num_positions(dc, dc_index), da.rows)),
+                  fp32_weights(groups, dc.cols, da.cols), fp32_rows(dc, dc_index), da, stream_);
+      return;
+    }
     const ConstMatrixView rows = gathered(dc, dc_index, 0);
     GemmGroups g = gemm_groups(groups.group_ptr, std::min(rows.rows, da.rows));
     cuda::grouped_gemm_dgrad(g, gemm_weights(groups, dc.cols, da.cols), {rows.data, rows.row_stride},
@@ -147,8 +161,13 @@ class CudaKernels final : public Kernels {
     if (grads.empty()) return;
     Require(grads.size() + 1 == group_ptr.size(), kBad, "grads has ", grads.size(), " groups, group_ptr has ",
             group_ptr.size() - 1);
-    require_bf16(dc.dtype, "dc");
-    require_bf16(a.dtype, "a");
+    require_dtype(a.dtype, dc.dtype, "a");
+    if (dc.dtype == DType::kF32) {
+      fp32::wgrad(fp32_groups(group_ptr, std::min(num_positions(dc, dc_index), num_positions(a, a_index))),
+                  fp32_rows(dc, dc_index), dc.cols, fp32_rows(a, a_index), a.cols, grads[0],
+                  spacing(grads, sizeof(float), dc.cols * a.cols, "grads"), stream_);
+      return;
+    }
     const ConstMatrixView c_rows = gathered(dc, dc_index, 0), a_rows = gathered(a, a_index, 1);
     const GemmGroups g = gemm_groups(group_ptr, std::min(c_rows.rows, a_rows.rows));
     cuda::grouped_gemm_wgrad(g, {c_rows.data, c_rows.row_stride}, dc.cols, {a_rows.data, a_rows.row_stride},
@@ -181,8 +200,8 @@ class CudaKernels final : public Kernels {
   std::int64_t scratch_bytes() const override { return scratch_[0].bytes() + scratch_[1].bytes(); }
 
  private:
-  static void check(const MatrixView& view, std::int64_t cols, const char* what) {
-    require_bf16(view.dtype, what);
+  static void check(const MatrixView& view, DType dtype, std::int64_t cols, const char* what) {
+    require_dtype(view.dtype, dtype, what);
     require_shape(view, what, view.rows, cols);
   }
   // Rows in the order the GEMM reads them.
@@ -195,6 +214,22 @@ class CudaKernels final : public Kernels {
     cuda::gather_rows(view, {}, index.data(), to, nullptr, stream_);
     return to;
   }
+  static std::int64_t num_positions(const ConstMatrixView& view, std::span<const std::int32_t> index) {
+    return index.empty() ? view.rows : static_cast<std::int64_t>(index.size());
+  }
+  static fp32::Groups fp32_groups(std::span<const std::int64_t> group_ptr, std::int64_t num_rows) {
+    return {group_ptr.data(),
+            static_cast<int>(std::min<std::size_t>(group_ptr.size() - 1, kMaxGemmGroups + 1)), num_rows};
+  }
+  static fp32::Rows fp32_rows(const ConstMatrixView& view, std::span<const std::int32_t> index) {
+    return {reinterpret_cast<const float*>(view.data), view.row_stride,
+            index.empty() ? nullptr : index.data()};
+  }
+  static fp32::Weights fp32_weights(const Groups& groups, std::int64_t out, std::int64_t in) {
+    check_weights(groups);
+    return {reinterpret_cast<const float*>(groups.weights[0]),
+            spacing(groups.weights, 4, out * in, "weights"), out, in};
+  }
   GemmGroups gemm_groups(std::span<const std::int64_t> group_ptr, std::int64_t num_rows) const {
     GemmGroups g;
     g.group_ptr = group_ptr.data();
@@ -203,9 +238,12 @@ class CudaKernels final : public Kernels {
     g.path = path_;
     return g;
   }
-  static GemmWeights gemm_weights(const Groups& groups, std::int64_t out, std::int64_t in) {
+  static void check_weights(const Groups& groups) {
     Require(groups.weights.size() + 1 == groups.group_ptr.size(), kBad, "weights has ", groups.weights.size(),
             " groups, group_ptr has ", groups.num_groups());
+  }
+  static GemmWeights gemm_weights(const Groups& groups, std::int64_t out, std::int64_t in) {
+    check_weights(groups);
     return {groups.weights[0], groups.num_groups(), spacing(groups.weights, 2, out * in, "weights"), out, in};
   }
 

@@ -6,9 +6,10 @@
 // many rows there are is read from group_ptr on the device.
 // Calls are queued on the stream and return at once; nothing waits for the device except a call whose scratch must grow
 // (gathered operands of a grouped GEMM: the tensor copies read rows as they lie).
-// Beyond kernels.hpp: grouped GEMMs take bf16 rows and weights only (kNotSupported otherwise) and the alignment of
-// grouped_gemm.hpp; results of GEMMs, row_dots, dw and activations have the order of grouped_gemm.hpp and rows.hpp, so
-// they agree with the CPU within rounding, the other calls bit by bit.
+// Beyond kernels.hpp: the operands of a grouped GEMM have one dtype (kNotSupported otherwise). bf16 ones have the
+// alignment of grouped_gemm.hpp; fp32 ones any, on the plain kernel of fp32_gemm.hpp. Results of bf16 GEMMs, row_dots, dw
+// and activations have the order of grouped_gemm.hpp and rows.hpp, so they agree with the CPU within rounding, the other
+// calls bit by bit.
 #pragma once
 
 #include <memory>

@@ -56,6 +56,7 @@ std::int64_t ContextStorage::capacity_bytes() const {
     bytes += b->capacity_bytes();
   for (const GrowArray<float>* a : {&dw_position, &dw_received, &dw_ret2, &dw_recv1, &dw_home})
     bytes += static_cast<std::int64_t>(a->capacity_bytes());
+  if (pass->work) bytes += pass->work->capacity_bytes();
   return bytes;
 }
 

@@ -7,8 +7,10 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/context_storage.hpp"
+#include "sluice/runtime/src/device_layer.hpp"
 #include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/layer_work.hpp"
 #include "sluice/runtime/src/pass_run.hpp"
 #include "sluice/runtime/src/plan_exchange.hpp"
 #include "sluice/runtime/src/plan_pool.hpp"
@@ -93,6 +95,7 @@ struct MoeLayer::State {
   std::vector<std::int32_t> constant_ids;        // int32 [constant experts], ascending
   std::vector<ConstantExpertWeights> constants;  // [constant experts]
   std::vector<float> row_x, row_sum;             // f32 [hidden], of constant experts
+  std::unique_ptr<DeviceExperts> on_device;  // null: the host computes
   // Of one source's rows in one context, for weight gradients that are added later.
   GrowArray<std::int64_t> later_ptr;                  // int64 [num_local_slots + 1]
   GrowArray<std::int32_t> later_position, later_row;  // int32 [routes]
@@ -125,6 +128,8 @@ struct MoeLayer::State {
     last_shape = shape_of(o.schedule);
     layer_hash = Hasher().add(layer_hash).add(last_shape->schedule_hash()).value();
     if (o.auto_profile) o.auto_profile->validate();
+    if (kernels::Device* device = r.state().device.get())
+      on_device = std::make_unique<DeviceExperts>(*device, options, activation);
   }
 
   static std::int32_t most_chunks(const MoeLayerOptions& o) {
@@ -151,13 +156,13 @@ struct MoeLayer::State {
 
 namespace {
 
-// The work of this rank's experts, pass by pass of one storage.
-class LayerWork : public ExpertWork {
+// The work of this rank's experts on the host.
+class HostWork final : public LayerPassWork {
  public:
-  LayerWork(MoeLayer::State& layer, ContextStorage& s)
+  HostWork(MoeLayer::State& layer, ContextStorage& s)
       : layer_(layer), kernels_(layer.runtime.kernels()), s_(s) {}
 
-  void begin(PassRun& pass, const Plan& plan, WeightGradients when) {
+  void begin(PassRun& pass, const Plan& plan, WeightGradients when) override {
     when_ = when;
     pass_ = &pass;
     plan_ = &plan;
@@ -245,6 +250,13 @@ class LayerWork : public ExpertWork {
     }
   }
 
+  void add_gradients(std::span<const std::int64_t> group_ptr, std::span<const std::int32_t> position,
+                     std::span<const std::int32_t> row) override {
+    kernels_.grouped_gemm_wgrad(group_ptr, s_.recv_dy.view(), row, s_.activation.view(), position,
+                                layer_.grad_w2);
+    kernels_.grouped_gemm_wgrad(group_ptr, s_.hidden.view(), position, s_.recv2.view(), row, layer_.grad_w1);
+  }
+
  private:
   MoeLayer::State& layer_;
   kernels::Kernels& kernels_;
@@ -254,9 +266,11 @@ class LayerWork : public ExpertWork {
   WeightGradients when_ = WeightGradients::kNow;
 };
 
-LayerWork& work_of(MoeLayer::State& layer, ContextStorage& storage) {
-  if (!storage.pass->work) storage.pass->work = std::make_unique<LayerWork>(layer, storage);
-  return static_cast<LayerWork&>(*storage.pass->work);
+LayerPassWork& work_of(MoeLayer::State& layer, ContextStorage& storage) {
+  std::unique_ptr<ExpertWork>& work = storage.pass->work;
+  if (!work && layer.on_device) work = std::make_unique<DeviceWork>(*layer.on_device, storage);
+  if (!work) work = std::make_unique<HostWork>(layer, storage);
+  return static_cast<LayerPassWork&>(*work);
 }
 
 }  // namespace
@@ -365,6 +379,7 @@ void MoeLayer::set_weights(std::span<const ExpertWeights> slots) {
     s.grad_w2.push_back(w.grad_w2);
     s.trainable = s.trainable && w.grad_w1 && w.grad_w2;
   }
+  if (s.on_device) s.on_device->set_weights(s.w1, s.w2, s.trainable);
   s.weights_set = true;
 }
 
@@ -520,7 +535,7 @@ void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind 
   run_in_flight(runtime, storage, to_string(kind), [&] {
     storage.pass->shape = shape_of(plan);
     PassRun& pass = storage.pass->run.emplace(runtime, *storage.pass->shape, plan, format, storage, kind);
-    LayerWork& work = work_of(*this, storage);
+    LayerPassWork& work = work_of(*this, storage);
     work.begin(pass, plan, when);
     pass.start(in);
     runtime.state().executor->send_off(pass);  // dispatch only: the pass has no expert work yet
@@ -539,6 +554,7 @@ void MoeLayer::finish(Context& context) {
   const Plan& plan = *context.plan_;
   run_in_flight(s.runtime, storage, pass.is_backward() ? "backward" : "forward", [&] {
     s.runtime.state().executor->finish(pass);
+    if (s.on_device) s.on_device->device.synchronize();  // weight gradients are queued last
     if (pass.is_backward())
       s.add_everywhere_backward(plan, context.in_, context.x_, context.out_, context.dw_);
     else
@@ -574,11 +590,7 @@ void MoeLayer::State::add_gradients_of_source(const Plan& plan, ContextStorage& 
     }
   }
   later_ptr[slots] = static_cast<std::int64_t>(n);
-  kernels::Kernels& kernels = runtime.kernels();
-  kernels.grouped_gemm_wgrad(later_ptr, storage.recv_dy.view(), later_row, storage.activation.view(),
-                             later_position, grad_w2);
-  kernels.grouped_gemm_wgrad(later_ptr, storage.hidden.view(), later_position, storage.recv2.view(),
-                             later_row, grad_w1);
+  work_of(*this, storage).add_gradients(later_ptr, later_position, later_row);
 }
 
 void MoeLayer::finish_experts(Context& context) {
@@ -651,6 +663,7 @@ void MoeLayer::State::add_everywhere_backward(const Plan& plan, ConstMatrixView 
 
 void MoeLayer::sync_replica_gradients() {
   State& s = *state_;
+  if (s.on_device && s.trainable) s.on_device->move_gradients(s.grad_w1, s.grad_w2);
   if (s.placement.replicated.empty()) return;
   Require(s.trainable || s.placement.num_slots_of(s.runtime.rank()) == 0, ErrorCode::kInvalidState,
           "set_weights gave no gradients for some slot");
@@ -679,8 +692,13 @@ void MoeLayer::sync_replica_gradients() {
 }
 
 MoeLayer::Memory MoeLayer::memory() const {
-  return {state_->pool->capacity_bytes(), state_->plans.capacity_bytes(),
-          state_->runtime.kernels().scratch_bytes()};
+  const State& s = *state_;
+  Memory out{s.pool->capacity_bytes(), s.plans.capacity_bytes(), s.runtime.kernels().scratch_bytes()};
+  if (s.on_device) {
+    out.contexts += s.on_device->capacity_bytes();
+    out.scratch += s.on_device->device.kernels().scratch_bytes();
+  }
+  return out;
 }
 
 ContextBytes context_bytes(const Plan& plan, const MoeLayerOptions& options) {

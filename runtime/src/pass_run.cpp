@@ -41,15 +41,6 @@ std::size_t PassRun::num_waits() const {
 }
 
 template <typename List>
-PassRun::Range PassRun::chunk_rows(const List& list, std::int32_t segment, std::int32_t chunk) const {
-  if (segment < 0) return {};
-  const auto at =
-      static_cast<std::size_t>(segment) * (static_cast<std::size_t>(plan_.options.num_chunks) + 1) +
-      static_cast<std::size_t>(chunk);
-  return {list.chunk_row[at], list.chunk_row[at + 1]};
-}
-
-template <typename List>
 PassRun::Range PassRun::chunk_routes(const List& list, std::int32_t segment, std::int32_t chunk) const {
   if (segment < 0) return {};
   const auto at =
@@ -422,39 +413,20 @@ void PassRun::put_rows(const Op& op) {
   }
 }
 
-template <typename Visit>
-void PassRun::for_each_received(const Op& op, Visit&& visit) {
-  const Topology& topology = runtime_.topology();
-  for (std::size_t i = 0; i < plan_.recv2.segments.size(); ++i) {
-    const Segment& seg = plan_.recv2.segments[i];
-    if (part_of(plan_.options.split, source_class(topology, plan_.rank, RankId(seg.source))) != op.part)
-      continue;
-    const Range r = chunk_rows(plan_.recv2, static_cast<std::int32_t>(i), op.chunk);
-    if (r.begin < r.end) visit(seg, static_cast<std::int32_t>(i), r);
-  }
-}
-
 void PassRun::reduce_rows(ConstMatrixView src, std::span<const std::int32_t> position,
                           std::span<const float> weight, const Op& op) {
   for_each_received(op, [&](const Segment& seg, std::int32_t, Range r) {
-    const std::int32_t shift = seg.peer_row_begin - seg.row_begin;
-    const bool here = seg.peer == plan_.rank.value;
-    kernels_.weighted_reduce(
-        src,
-        plan_.recv2.route_ptr.span(static_cast<std::size_t>(r.begin),
-                                   static_cast<std::size_t>(r.end - r.begin) + 1),
-        position, weight,
-        here ? s_.ret2.rows(r.begin + shift, r.end + shift) : s_.partial.rows(r.begin, r.end));
+    kernels_.weighted_reduce(src,
+                             plan_.recv2.route_ptr.span(static_cast<std::size_t>(r.begin),
+                                                        static_cast<std::size_t>(r.end - r.begin) + 1),
+                             position, weight, reduced_rows(seg, r));
   });
 }
 
 void PassRun::reduce_none(ConstMatrixView src, const Op& op) {
   for_each_received(op, [&](const Segment& seg, std::int32_t, Range r) {
-    const std::int32_t shift = seg.peer_row_begin - seg.row_begin;
-    const bool here = seg.peer == plan_.rank.value;
     const ConstMatrixView rows(src.row(r.begin), src.dtype, r.end - r.begin, src.cols, src.row_stride);
-    kernels_.convert_rows(
-        rows, here ? s_.ret2.rows(r.begin + shift, r.end + shift) : s_.partial.rows(r.begin, r.end));
+    kernels_.convert_rows(rows, reduced_rows(seg, r));
   });
 }
 

@@ -23,6 +23,8 @@ class ExpertWork {
   virtual ~ExpertWork() = default;
   // Runs an op of Phase::kExperts, or kReduce.
   virtual void run(const Op& op) = 0;
+  // Held beyond the storage's buffers.
+  virtual std::int64_t capacity_bytes() const { return 0; }
 };
 
 struct PassFormat {
@@ -60,7 +62,29 @@ class PassRun {
   // The pass is over: signals of the next one on this channel count from here.
   void close();
 
-  // For ExpertWork, on an op's block: rows of one rank's experts are added up and laid where they leave from.
+  struct Range {
+    std::int32_t begin = 0, end = 0;
+  };
+  // For ExpertWork, on an op's block.
+  // Calls visit(segment, its index, range of received rows) source by source.
+  template <typename Visit>
+  void for_each_received(const Op& op, Visit&& visit) {
+    const Topology& topology = runtime_.topology();
+    for (std::size_t i = 0; i < plan_.recv2.segments.size(); ++i) {
+      const Segment& seg = plan_.recv2.segments[i];
+      if (part_of(plan_.options.split, source_class(topology, plan_.rank, RankId(seg.source))) != op.part)
+        continue;
+      const Range r = chunk_rows(plan_.recv2, static_cast<std::int32_t>(i), op.chunk);
+      if (r.begin < r.end) visit(seg, static_cast<std::int32_t>(i), r);
+    }
+  }
+  // Where the sums of a segment's received rows leave from.
+  MatrixView reduced_rows(const Segment& segment, Range r) const {
+    const std::int32_t shift = segment.peer_row_begin - segment.row_begin;
+    return segment.peer == plan_.rank.value ? s_.ret2.rows(r.begin + shift, r.end + shift)
+                                            : s_.partial.rows(r.begin, r.end);
+  }
+  // Rows of one rank's experts are added up and laid there.
   // src: dtype [*, hidden]; position: int32 [recv2 routes]; weight: f32 [recv2 routes] or empty
   void reduce_rows(ConstMatrixView src, std::span<const std::int32_t> position, std::span<const float> weight,
                    const Op& op);
@@ -73,19 +97,19 @@ class PassRun {
   const RowBuffer& received() const { return backward_ ? s_.recv_dy : s_.recv2; }
 
  private:
-  struct Range {
-    std::int32_t begin = 0, end = 0;
-  };
   template <typename List>
-  Range chunk_rows(const List& list, std::int32_t segment, std::int32_t chunk) const;
+  Range chunk_rows(const List& list, std::int32_t segment, std::int32_t chunk) const {
+    if (segment < 0) return {};
+    const auto at =
+        static_cast<std::size_t>(segment) * (static_cast<std::size_t>(plan_.options.num_chunks) + 1) +
+        static_cast<std::size_t>(chunk);
+    return {list.chunk_row[at], list.chunk_row[at + 1]};
+  }
   template <typename List>
   Range chunk_routes(const List& list, std::int32_t segment, std::int32_t chunk) const;
   std::int32_t send2_segment(std::size_t member, std::size_t source) const {
     return send2_segment_[member * (shape_.hop1_from.size() + 1) + source];
   }
-  // Calls visit(segment, its index, range of rows) for the rows of the op's block, source by source.
-  template <typename Visit>
-  void for_each_received(const Op& op, Visit&& visit);
 
   void index_segments();
   void size_buffers();

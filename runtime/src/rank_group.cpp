@@ -94,6 +94,7 @@ RuntimeOptions runtime_options(const Config& config) {
   out.threads_per_rank = config.runtime.threads_per_rank;
   out.rendezvous = config.comm.rendezvous;
   out.secret_file = config.comm.secret_file;
+  if (config.runtime.device == Config::Runtime::Device::kCuda) out.device = ComputeDevice::kCuda;
   switch (config.runtime.progress) {
     case Config::Runtime::Progress::kAuto:
       out.progress = ProgressMode::kAuto;

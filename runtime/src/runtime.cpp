@@ -1,7 +1,9 @@
 #include "sluice/runtime.hpp"
 
+#include <algorithm>
 #include <thread>
 
+#include "sluice/runtime/src/compute_device.hpp"
 #include "sluice/runtime/src/executor.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
@@ -17,6 +19,13 @@ std::unique_ptr<RuntimeState> make_state(std::unique_ptr<comm::Transport> transp
           "the allocator has only one of allocate and deallocate; give both or none");
   auto state = std::make_unique<RuntimeState>();
   state->options = options;
+  if (options.device == ComputeDevice::kCuda) {
+    const Topology& topology = transport->topology();
+    const auto here = topology.ranks_of(topology.node_of(transport->rank()));
+    state->device = make_compute_device(
+        static_cast<int>(std::find(here.begin(), here.end(), transport->rank().value) - here.begin()));
+    if (options.allocator.allocate == nullptr) state->options.allocator = device_allocator(*state->device);
+  }
   transport->set_timeout(options.timeout);
   state->collectives = std::make_unique<comm::Collectives>(*transport);
   state->transport = std::move(transport);

@@ -6,6 +6,7 @@
 
 #include "sluice/comm/collectives.hpp"
 #include "sluice/comm/transport.hpp"
+#include "sluice/kernels/device.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime.hpp"
 
@@ -19,6 +20,7 @@ struct RuntimeState {
   RuntimeState();
   ~RuntimeState();
   RuntimeOptions options;
+  std::unique_ptr<kernels::Device> device;  // null: the CPU. Outlives every buffer on it
   // Buffers that a failed or abandoned pass left to the transport; freed after it, so declared before it.
   // Room for every storage is made when it is made (ContextPool), since they retire in destructors.
   std::vector<std::shared_ptr<ContextStorage>> retired;

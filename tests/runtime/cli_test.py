@@ -99,6 +99,20 @@ class Program(unittest.TestCase):
             self.assertLessEqual(report["bytes"]["across_nodes"], report["flat_bytes"]["across_nodes"])
         self.assertIn("overlap efficiency", run(*BENCH).stdout)
 
+    def test_device_cuda(self):
+        """With a GPU both commands run there; without one, or without CUDA kernels, they say so."""
+        train = ["train", "--text", os.path.join(SOURCE, "docs"), "--set", "train.steps=3",
+                 "--set", "train.tokens_per_step=256", "--set", "topology.nodes=1x1"]
+        for command in ([*BENCH, "--json"], [*train, "--json"]):
+            done = run(*command, "--device", "cuda")
+            if done.returncode == 0:
+                json.loads(done.stdout)
+            else:
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("CUDA", done.stderr)
+                self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+        self.refused(["gpu", "cuda"], *BENCH, "--device", "gpu")
+
     def test_bench_sweep(self):
         runs = self.document(*BENCH, "--json", "--sweep")["runs"]
         schedules = [r["schedule"] for r in runs]

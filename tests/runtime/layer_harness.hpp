@@ -258,6 +258,7 @@ struct LayerSetup {
   ProgressMode progress = ProgressMode::kAuto;
   std::shared_ptr<const MachineProfile> auto_profile;
   bool even_tokens = true;
+  ComputeDevice device = ComputeDevice::kCpu;
 };
 
 // What one rank does in run_layer; shared by the tests of other transports.
@@ -349,6 +350,7 @@ inline Result run_layer(const Problem& p, const LayerSetup& setup) {
   options.timeout = std::chrono::seconds(20);
   options.threads_per_rank = setup.threads;
   options.progress = setup.progress;
+  options.device = setup.device;
   auto group = Runtime::create_local(setup.topology, options);
   run_ranks(group, [&](Runtime& runtime) { run_layer_rank(runtime, p, setup, out); });
   return out;

@@ -7,6 +7,10 @@
 //   everywhere: zero E(x) = 0, copy E(x) = x, constant E(x) = a1 x + a2 v with [a1, a2] = softmax(W_c x) (MoE++, arXiv
 //           2410.07348 eqs 3-5); computed at home after the tree of docs/design.md, experts ascending
 //
+// On a device (RuntimeOptions::device) the experts are computed there; x, y, dy, dx, dw, weights and gradients stay host
+// memory, and so does the exchange. Then set_weights() copies, and must be called again when values changed; gradients
+// reach the caller's memory in sync_replica_gradients(). Results agree with the CPU's within rounding.
+//
 // Usage, on every rank, in the same order:
 //   MoeLayer layer(runtime, placement, options);
 //   layer.set_weights(slots);
@@ -172,10 +176,11 @@ class MoeLayer {
   void add_weight_gradients(std::span<Context> contexts);
 
   // Collective. Sums the gradients of replicated experts over their slots, ranks ascending, so that every copy holds
-  // the same sum. Without replicas it returns at once.
+  // the same sum. Without replicas it returns at once, on a device after its gradients were added to the caller's.
   void sync_replica_gradients();
 
-  // Bytes held at the high-water mark by this layer's contexts and plans, and by the rank's kernels as scratch.
+  // Bytes held at the high-water mark by this layer's contexts and plans, and by the rank's kernels as scratch; on a
+  // device with its memory, weights and gradients there counted as contexts.
   struct Memory {
     std::int64_t contexts = 0, plans = 0, scratch = 0;
     std::int64_t total() const { return contexts + plans + scratch; }

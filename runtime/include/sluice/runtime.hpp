@@ -47,15 +47,23 @@ enum class ProgressMode : std::uint8_t {
   kThread,  // a thread of the rank
 };
 
+// Where experts are computed.
+enum class ComputeDevice : std::uint8_t {
+  kCpu,
+  kCuda,  // a GPU of this process; ranks of a node take them in turns. Ranks may share one
+};
+
 struct RuntimeOptions {
   // How long a wait may go without anything it waits for arriving.
   std::chrono::nanoseconds timeout = std::chrono::seconds(30);
   int threads_per_rank = 1;  // compute threads, the calling thread among them
   ProgressMode progress = ProgressMode::kAuto;
-  Allocator allocator;
+  Allocator allocator;  // null functions with a GPU: memory that the GPU copies from at full speed
   // How processes find each other (docs/transports.md); empty: as the launcher says. Not for transport local or mpi.
   std::string rendezvous;   // HOST:PORT at rank 0's host
   std::string secret_file;  // of mode 0600
+  // kCuda throws kNotSupported where the build has no CUDA kernels, or no GPU is there.
+  ComputeDevice device = ComputeDevice::kCpu;
 };
 
 class Runtime {

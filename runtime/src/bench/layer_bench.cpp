@@ -12,8 +12,9 @@
 #include "sluice/base/text_table.hpp"
 #include "sluice/moe_layer.hpp"
 #include "sluice/runtime/src/bench/draw_routing.hpp"
+#include "sluice/runtime/src/compute_device.hpp"
+#include "sluice/runtime/src/device_layer.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
-#include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/timeline.hpp"
 #include "sluice/runtime/src/tune/predict.hpp"
@@ -145,6 +146,56 @@ Floor measure_floor(Runtime& runtime, const SpanRecorder& recorder, const Plan& 
           largest(runtime, link(topology.across_nodes, true, "across-nodes link"))};
 }
 
+constexpr int kDenseRuns = 5;
+
+// The GEMMs of dense_gemm_us() on a device; the host's clock from the first call to the end of the last.
+void dense_gemms_on_device(kernels::Device& device, const MoeLayerOptions& options, std::int64_t rows,
+                           const std::vector<std::byte>& a, const Inputs& in, std::vector<double>& forward_us,
+                           std::vector<double>& backward_us) {
+  const std::int64_t pre = preactivation_cols(options);
+  DeviceCopy<std::byte> x(device), w1(device), w2(device);
+  DeviceCopy<std::int64_t> ptr(device);
+  DeviceRows h(device), act(device), out(device);
+  DeviceMemory g1(device), g2(device);
+  device.make_current();
+  x.upload(a);
+  w1.upload(in.w1[0]);
+  w2.upload(in.w2[0]);
+  ptr.upload(std::vector<std::int64_t>{0, rows});
+  h.resize(rows, pre, options.dtype);
+  act.resize(rows, options.ffn, options.dtype);
+  out.resize(rows, options.hidden, options.dtype);
+  g1.at_least(pre * options.hidden * 4);
+  g2.at_least(options.ffn * options.hidden * 4);
+  device.zero(g1.as<float>(), pre * options.hidden * 4);
+  device.zero(g2.as<float>(), options.ffn * options.hidden * 4);
+  const ConstMatrixView va(x.span().data(), options.dtype, rows, options.hidden, options.hidden);
+  const std::byte* const base1[1] = {w1.span().data()};
+  const std::byte* const base2[1] = {w2.span().data()};
+  float* const grad1[1] = {g1.as<float>()};
+  float* const grad2[1] = {g2.as<float>()};
+  kernels::Kernels& kernels = device.kernels();
+  const kernels::Activation activation = kernels::Activation::kRelu;  // any: only h is wanted
+  kernels.grouped_gemm_dgrad({ptr.span(), base2}, va, {}, options.dtype,
+                             act.view());  // values for the second GEMM
+  for (int i = 0; i < 1 + kDenseRuns; ++i) {
+    device.synchronize();
+    auto begin = Clock::now();
+    kernels.grouped_gemm_forward({ptr.span(), base1}, va, {}, options.dtype, pre, activation, h.view(), {});
+    kernels.grouped_gemm_forward({ptr.span(), base2}, act.view(), {}, options.dtype, options.hidden,
+                                 activation, out.view(), {});
+    device.synchronize();
+    if (i > 0) forward_us.push_back(elapsed_us(begin));
+    begin = Clock::now();
+    kernels.grouped_gemm_dgrad({ptr.span(), base2}, va, {}, options.dtype, act.view());
+    kernels.grouped_gemm_dgrad({ptr.span(), base1}, h.view(), {}, options.dtype, out.view());
+    kernels.grouped_gemm_wgrad(ptr.span(), va, {}, act.view(), {}, grad2);
+    kernels.grouped_gemm_wgrad(ptr.span(), h.view(), {}, va, {}, grad1);
+    device.synchronize();
+    if (i > 0) backward_us.push_back(elapsed_us(begin));
+  }
+}
+
 // The pass's GEMMs as one group of all local rows: what the arithmetic costs when nothing is ragged.
 std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, const MoeLayerOptions& options,
                                         Inputs& in) {
@@ -155,6 +206,11 @@ std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, cons
     const std::int64_t pre = preactivation_cols(options);
     std::mt19937_64 rng(1);
     auto a = random_rows(rng, static_cast<std::size_t>(rows * options.hidden), 1, options.dtype);
+    if (kernels::Device* device = runtime.state().device.get()) {
+      dense_gemms_on_device(*device, options, rows, a, in, forward, backward);
+      return {largest(runtime, sample_of(forward).median_us),
+              largest(runtime, sample_of(backward).median_us)};
+    }
     std::vector<std::byte> h(static_cast<std::size_t>(rows * pre) * size_of(options.dtype));
     std::vector<std::byte> act(static_cast<std::size_t>(rows * options.ffn) * size_of(options.dtype));
     std::vector<std::byte> out(a.size());
@@ -168,7 +224,7 @@ std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, cons
     float* g1[1] = {in.g1[0].data()};
     float* g2[1] = {in.g2[0].data()};
     const kernels::Groups groups1{ptr, w1}, groups2{ptr, w2};
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < kDenseRuns; ++i) {
       auto begin = Clock::now();
       kernels.grouped_gemm_forward(groups1, va, {}, options.dtype, pre, kernels::Activation::kRelu, vh, {});
       kernels.grouped_gemm_forward(groups2, vact, {}, options.dtype, options.hidden,
@@ -325,9 +381,12 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   const std::vector<double> baseline_forward = slowest(runtime, baseline.forward_us);
   const std::vector<double> baseline_backward = slowest(runtime, baseline.backward_us);
   // Predictions are made from the counts of full plans; only rank 0 makes them.
-  const std::shared_ptr<const MachineProfile> profile = group_profile(runtime, config);
+  // Profiles are of CPUs: for a device there is a prediction only from a profile file.
   std::optional<Predictor> predictor;
-  if (runtime.rank() == RankId(0)) predictor.emplace(config, runtime.topology(), *profile);
+  if (!runtime.state().device || has_profile(config)) {
+    const std::shared_ptr<const MachineProfile> profile = group_profile(runtime, config);
+    if (runtime.rank() == RankId(0)) predictor.emplace(config, runtime.topology(), *profile);
+  }
   const auto dense = dense_gemm_us(runtime, *baseline.plan, options, in);
   std::vector<LayerBenchReport> reports;
   for (std::size_t i = 0; i < configs.size(); ++i) {
@@ -335,7 +394,7 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
     const MoeLayerOptions& o = arm.layer.options();
     const Plan& plan = *arm.plan;
     LayerBenchReport out;
-    out.device = cpu_name();
+    out.device = device_name(runtime);
     out.num_ranks = runtime.num_ranks();
     out.topology = runtime.topology().describe();
     out.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
@@ -398,10 +457,10 @@ std::string LayerBenchReport::to_json() const {
       {"floor_us", floor_json(forward.floor)},
       {"floor_backward_us", floor_json(backward.floor)},
       {"dense_gemm_us", {{"forward", forward.dense_gemm_us}, {"backward", backward.dense_gemm_us}}},
-      {"predicted_forward_us", forward.predicted_us},
-      {"predicted_backward_us", backward.predicted_us},
+      {"predicted_forward_us", number(forward.predicted_us)},
+      {"predicted_backward_us", number(backward.predicted_us)},
       {"prediction_error",
-       {{"forward", forward.prediction_error()}, {"backward", backward.prediction_error()}}},
+       {{"forward", number(forward.prediction_error())}, {"backward", number(backward.prediction_error())}}},
       {"overlap_efficiency", number(forward.overlap_efficiency())},
       {"overlap_efficiency_backward", number(backward.overlap_efficiency())},
       {"exposed_comm_us", forward.exposed_comm_us},
@@ -438,7 +497,8 @@ std::string LayerBenchReport::to_text() const {
   both("floor: across nodes", [](const PassFigures& p) { return fixed(p.floor.across_nodes_us, 1); });
   both("dense GEMM of as many rows", [](const PassFigures& p) { return fixed(p.dense_gemm_us, 1); });
   table.add_rule();
-  both("predicted", [](const PassFigures& p) {
+  both("predicted", [](const PassFigures& p) -> std::string {
+    if (!std::isfinite(p.predicted_us)) return "no profile of this device";
     return fixed(p.predicted_us, 1) + " (" + (p.prediction_error() < 0 ? "" : "+") +
            fixed(100 * p.prediction_error(), 1) + "%)";
   });

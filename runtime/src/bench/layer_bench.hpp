@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,7 +34,8 @@ struct Floor {
 // Time of a pass over the sequential one's in the same round, over the rounds.
 struct PairedRatio {
   double median = 0;
-  double upper95 = 0;  // one-sided 95 % bound on the median, from order statistics: no distribution is assumed
+  double upper95 =
+      0;  // one-sided 95 % bound on the median, from order statistics: no distribution is assumed
 };
 PairedRatio paired_ratio(std::span<const double> values, std::span<const double> baseline);
 
@@ -43,7 +45,7 @@ struct PassFigures {
   Floor floor;
   double dense_gemm_us = 0;    // one large GEMM for each of the pass's, of as many rows, without the exchange
   double exposed_comm_us = 0;  // scheduled median less the compute floor
-  double predicted_us = 0;     // by the cost model
+  double predicted_us = std::numeric_limits<double>::quiet_NaN();  // by the cost model; NaN without a profile
   double prediction_error() const { return predicted_us / scheduled.median_us - 1; }
   // (sequential - scheduled) / (sequential - floor); NaN unless sequential exceeds the floor by 5% or more
   double overlap_efficiency() const;

@@ -35,6 +35,7 @@ void add_bench(CLI::App& app, Run& run) {
       app.add_subcommand("bench", "measure one MoE layer, forward and backward, beside its floors");
   add_config_options(*command, o->config);
   command->add_option("--replay", o->replay, "recorded routing in place of drawn one (bench.replay)");
+  add_device_option(*command, o->config);
   command->add_flag("--sweep", o->sweep, "measure every schedule, in turns");
   command->add_flag("--json", o->json, "print as JSON");
   command->callback([o, &run] {

@@ -19,9 +19,11 @@ namespace sluice::cli {
 struct ConfigOptions {
   std::string file;               // --config
   std::vector<std::string> sets;  // --set section.key=value
+  std::string device;             // --device, of commands that have it
   LoadedConfig load() const;
 };
 void add_config_options(CLI::App& app, ConfigOptions& options);
+void add_device_option(CLI::App& app, ConfigOptions& options);
 
 // A command that was chosen runs after parsing, so that its errors are reported in one way.
 using Run = std::function<int()>;

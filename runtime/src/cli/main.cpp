@@ -9,7 +9,10 @@
 namespace sluice::cli {
 
 LoadedConfig ConfigOptions::load() const {
-  return load_config(file.empty() ? std::nullopt : std::optional<std::filesystem::path>(file), sets);
+  LoadedConfig config =
+      load_config(file.empty() ? std::nullopt : std::optional<std::filesystem::path>(file), sets);
+  if (!device.empty()) config.set("runtime.device", device, {ConfigSource::Kind::kCommandLine, "--device"});
+  return config;
 }
 
 void add_config_options(CLI::App& app, ConfigOptions& options) {
@@ -17,6 +20,10 @@ void add_config_options(CLI::App& app, ConfigOptions& options) {
   app.add_option("--set", options.sets,
                  "section.key=value, over the file and the environment; may be repeated")
       ->allow_extra_args(false);
+}
+
+void add_device_option(CLI::App& app, ConfigOptions& options) {
+  app.add_option("--device", options.device, "where experts are computed (runtime.device): cpu or cuda");
 }
 
 void print_document(const std::string& text) {

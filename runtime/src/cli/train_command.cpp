@@ -21,6 +21,7 @@ void add_train(CLI::App& app, Run& run) {
   CLI::App* command =
       app.add_subcommand("train", "train a byte-level MoE language model over ranks, on real text");
   add_config_options(*command, o->config);
+  add_device_option(*command, o->config);
   command->add_option("--text", o->text,
                       "file or directory to learn (train.text); default: the program's own sources");
   command->add_flag("--check", o->check,

@@ -8,6 +8,7 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/base/telemetry.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
+#include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice::train {
@@ -669,6 +670,7 @@ void Model::update(const kernels::AdamW& options, double clip, double grad_norm)
     }
     kernels_.adamw(p.shape.decayed() ? options : undecayed, p.value, p.gradient, p.m, p.v, copy);
   }
+  if (runtime_.state().device) set_weights();  // a device has copies
   const std::span<const PolicyState* const> states(batch_states_);
   if (policy_->adaptive_scope() == AdaptiveScope::kShared) policy_->adapt(states, adaptive_[0]);
   if (policy_->adaptive_scope() == AdaptiveScope::kPerLayer)

@@ -143,6 +143,9 @@ std::shared_ptr<const MachineProfile> group_profile(Runtime& runtime, const Conf
   if (has_profile(config)) {
     kept = std::make_shared<const MachineProfile>(agreed_profile(runtime, config));
   } else {
+    Require(!runtime.state().device, ErrorCode::kNotSupported,
+            "schedule.policy = auto on a GPU needs a profile of it in schedule.profile; only CPUs are "
+            "measured here");
     if (runtime.rank().value == 0)
       log_info("measuring the machine; `sluice info --probe -o FILE` and schedule.profile save the time");
     MachineProfile mine = probe_machine(runtime, config);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace sluice::kernels::cuda {
@@ -51,16 +52,24 @@ class DeviceArray {
   std::size_t size_;
 };
 
-// Skips without a GPU of at least this compute capability.
+// Why there is no GPU of at least this compute capability; empty: there is one.
+inline std::string no_device(int least_major) {
+  int count = 0, major = 0;
+  const cudaError_t result = cudaGetDeviceCount(&count);
+  if (result != cudaSuccess || count == 0)
+    return std::string("no CUDA device: ") + cudaGetErrorString(result);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major >= least_major) return {};
+  return "device 0 has compute capability " + std::to_string(major) + ".x; this needs " +
+         std::to_string(least_major) + ".0";
+}
+
+// Skips without such a GPU.
 template <int kLeastMajor>
 class DeviceTest : public testing::Test {
  protected:
   void SetUp() override {
-    int count = 0, major = 0;
-    const cudaError_t result = cudaGetDeviceCount(&count);
-    if (result != cudaSuccess || count == 0) GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(result);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    if (major < kLeastMajor) GTEST_SKIP() << "device 0 has compute capability " << major << ".x";
+    if (const std::string why = no_device(kLeastMajor); !why.empty()) GTEST_SKIP() << why;
   }
   void TearDown() override {
     if (!IsSkipped()) {

@@ -1,8 +1,5 @@
 // Grouped GEMM on the device against double sums of the same rounded inputs. Every output is NaN before the call;
 // rows and columns that belong to no group keep their canary; rows of no group are NaN in the inputs.
-#include <cuda_runtime.h>
-#include <gtest/gtest.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -14,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "device_test_util.hpp"
 #include "sluice/base/dtype.hpp"
 #include "sluice/base/error.hpp"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
@@ -21,34 +19,7 @@
 namespace sluice::kernels::cuda {
 namespace {
 
-#define CUDA_OK(call) ASSERT_EQ(call, cudaSuccess) << cudaGetErrorString(cudaGetLastError())
-
 constexpr std::uint16_t kCanary = 0x7FC1;  // a NaN no kernel writes
-
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& values) : size_(values.size()) {
-    if (cudaMalloc(&data_, std::max<std::size_t>(size_, 1) * sizeof(T)) != cudaSuccess) std::abort();
-    put(values);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() { return data_; }
-  void put(const std::vector<T>& values) {
-    cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
-  }
-  std::vector<T> get() const {
-    std::vector<T> values(size_);
-    cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost);
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  std::size_t size_;
-};
 
 struct Matrix {  // bf16 [rows, columns] in rows of `stride`
   std::int64_t rows, columns, stride;
@@ -77,14 +48,8 @@ class GroupedGemmCuda : public testing::TestWithParam<GemmPath> {
  protected:
   void SetUp() override {
     g_path = GetParam();
-    int count = 0;
-    const cudaError_t result = cudaGetDeviceCount(&count);
-    if (result != cudaSuccess || count == 0) GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(result);
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    const int least = g_path == GemmPath::kPortable ? 8 : 9;
-    if (major < least)
-      GTEST_SKIP() << "device 0 has compute capability " << major << ".x; this needs " << least << ".0";
+    if (const std::string why = no_device(g_path == GemmPath::kPortable ? 8 : 9); !why.empty())
+      GTEST_SKIP() << why;
   }
   void TearDown() override {
     if (!IsSkipped()) {
