@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "sluice/kernels/kernels.hpp"
@@ -22,6 +23,12 @@ class Device {
   // The interface of kernels.hpp over this device's memory; calls are queued.
   virtual Kernels& kernels() = 0;
   virtual void make_current() = 0;
+
+  // Rows by position, the other way round of gathering them: each is read once. For r and i in row_ptr[r]..row_ptr[r+1]-1:
+  // dst[position[i]] = src[r], rounded to dst's dtype. All device memory; each position occurs once.
+  // src: any dtype [n, cols]; row_ptr: int64 [n + 1] (its first value need not be 0); position: int32; dst: any dtype [*, cols]
+  virtual void lay_out_rows(ConstMatrixView src, std::span<const std::int64_t> row_ptr,
+                            std::span<const std::int32_t> position, MatrixView dst) = 0;
 
   // 256-byte aligned; contents are unspecified.
   virtual void* allocate(std::int64_t bytes) = 0;

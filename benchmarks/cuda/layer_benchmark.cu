@@ -3,8 +3,8 @@
 // usage: layer_cuda_benchmark [--json] [--shape NAME] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Shapes are one GPU's share of a layer: T tokens choose k of the E experts that live here, by softmax of random scores.
-//   forward   gate -> plan -> gather -> GEMM 1 with SwiGLU -> GEMM 2 -> weighted reduce
-//   training  the same, keeping the pre-activation, then gather of dy -> dgrad 2 -> activation backward -> dgrad 1 ->
+//   forward   gate -> plan -> rows by position -> GEMM 1 with SwiGLU -> GEMM 2 -> weighted reduce
+//   training  the same, keeping the pre-activation, then dy by position -> dgrad 2 -> activation backward -> dgrad 1 ->
 //             reduce; wgrad 2, wgrad 1; gradients of route weights and of the scores
 // Each is one CUDA graph on one stream; no count reaches the host. Baselines: the sum of the dense GEMMs with as many
 // rows, [rows] x [2 ffn, hidden] and [rows] x [hidden, ffn], their dgrads, and their wgrads with fp32 accumulation.
@@ -176,8 +176,10 @@ struct Layer {
                plan, scratch.data, stream);
   }
   Buffer<std::int64_t> rank_ptr{2};
-  void gather_x() {
-    gather_rows(view(x, s.tokens, s.hidden), {}, row_of.data, view(a, rows, s.hidden), nullptr, stream);
+  // Rows by position. From the token's side (the backward of an unweighted reduce) each row is read once.
+  void lay_out(Bf16& from, Bf16& to) {
+    weighted_reduce_backward(view(from, s.tokens, s.hidden), {}, row_ptr.data, position.data, nullptr,
+                             view(to, rows, s.hidden), nullptr, stream);
   }
   void gemm1(bool keep) {
     grouped_gemm_forward(groups(), weights1(), {a.data, s.hidden}, {keep ? h.data : nullptr, up},
@@ -193,13 +195,10 @@ struct Layer {
   }
   void forward(bool keep) {
     route_and_plan();
-    gather_x();
+    lay_out(x, a);
     gemm1(keep);
     gemm2();
     reduce(y, weight.data);
-  }
-  void gather_dy() {
-    gather_rows(view(dy, s.tokens, s.hidden), {}, row_of.data, view(dyp, rows, s.hidden), nullptr, stream);
   }
   void dgrad2() { grouped_gemm_dgrad(groups(), weights2(), {dyp.data, s.hidden}, {act.data, s.ffn}, stream); }
   void activation() {
@@ -220,7 +219,7 @@ struct Layer {
                           0, dlogits.data, s.experts, stream);
   }
   void backward() {
-    gather_dy();
+    lay_out(dy, dyp);
     dgrad2();
     activation();
     dgrad1();
@@ -363,7 +362,7 @@ struct Bench {
                                   }});
     Report report{&shape, times[0], times[2], times[1].median_us, times[3].median_us, {}};
     const Graph stages[] = {{stream, [&] { l.route_and_plan(); }},
-                            {stream, [&] { l.gather_x(); }},
+                            {stream, [&] { l.lay_out(l.x, l.a); }},
                             {stream, [&] { l.gemm1(false); }},
                             {stream, [&] { l.gemm2(); }},
                             {stream, [&] { l.reduce(l.y, l.weight.data); }},
@@ -373,8 +372,8 @@ struct Bench {
                             {stream, [&] { l.wgrads(); }},
                             {stream, [&] { l.gate_gradients(); }}};
     const char* const names[] = {
-        "gate_and_plan",       "gather", "gemm1",  "gemm2",         "reduce", "dgrad2",
-        "activation_backward", "dgrad1", "wgrads", "gate_gradients"};
+        "gate_and_plan", "rows_by_position",    "gemm1",  "gemm2",  "reduce",
+        "dgrad2",        "activation_backward", "dgrad1", "wgrads", "gate_gradients"};
     std::vector<std::function<void()>> arms;
     for (const Graph& stage : stages) arms.push_back([&stage] { stage.launch(); });
     const auto stage_times = timer.run(arms);

@@ -4,6 +4,7 @@
 
 #include "sluice/kernels/cuda/cuda_kernels.hpp"
 #include "sluice/kernels/cuda/launch.hpp"
+#include "sluice/kernels/cuda/rows.hpp"
 
 namespace sluice::kernels::cuda {
 namespace {
@@ -30,6 +31,11 @@ class CudaDevice final : public Device {
   std::string name() const override { return name_; }
   Kernels& kernels() override { return *kernels_; }
   void make_current() override { check_cuda(cudaSetDevice(index_), "CUDA device: cudaSetDevice"); }
+
+  void lay_out_rows(ConstMatrixView src, std::span<const std::int64_t> row_ptr,
+                    std::span<const std::int32_t> position, MatrixView dst) override {
+    weighted_reduce_backward(src, {}, row_ptr.data(), position.data(), nullptr, dst, nullptr, stream_);
+  }
 
   void* allocate(std::int64_t bytes) override {
     void* memory = nullptr;

@@ -6,9 +6,12 @@
 // cluster's two blocks share one Y tile (each loads half of it for both), whatever the group's size.
 //   forward  D[out, p]  = sum over in   W[out, in]  * A[p, in]     X, Y: k inner
 //   dgrad    D[in, p]   = sum over out  W[out, in]  * dC[p, out]   X: k outer, Y: k inner
-//   wgrad    D[out, in] = sum over p    dC[p, out]  * A[p, in]     X, Y: k outer; n = 256; rows past the group's end
-//                                                                  are zeroed in shared memory
-// The two warpgroups run kSkewBlocks apart, so that one's epilogue falls into the other's matrix instructions.
+//   wgrad    D[out, in] = sum over p    dC[p, out]  * A[p, in]     X, Y: k outer; n in steps of 64; rows past the
+//                                                                  group's end are zeroed in shared memory
+// A finished tile's results wait in registers (rounded to bf16; of wgrad's fp32 sums half) and are stored between the next
+// tile's matrix instructions, so the tensor cores hardly wait for memory. Both warpgroups stay close together: a stage is
+// free again when both have read it, and running them apart, so that one stores while the other multiplies, costs as
+// many stages of prefetch (measured: 4% slower two blocks apart).
 #pragma once
 
 #include <cuda.h>
@@ -47,22 +50,30 @@ struct GemmParams {
 inline constexpr int kClusterSize = 2;
 inline constexpr int kThreads = 384;
 inline constexpr int kBlockX = 128;  // X rows of a block: 64 a consumer warpgroup
-inline constexpr int kMaxY = 256;    // Y rows of a tile
 inline constexpr int kBlockK = 64;   // 128 bytes: one swizzle row
 inline constexpr int kBoxBytes = 64 * kBlockK * 2;
 inline constexpr int kXBytes = kBlockX * kBlockK * 2;
-inline constexpr int kYBytes = kMaxY * kBlockK * 2;
-inline constexpr int kStageBytes = kXBytes + kYBytes;
-inline constexpr int kStages = 4;
-inline constexpr int kStagingBytes = 16384;  // epilogue buffer of a warpgroup
 // Y tiles worked on side by side, so that the X and Y tiles in use at a time are few and stay in L2 (measured: 9 and
 // more read up to half as much again from memory).
 inline constexpr int kSwath = 8;
+// Tiles that the producer has told consumers of. It is at most kStages tiles ahead of the one they multiply, and of the
+// one before they still store results: that many slots are never overwritten too early.
+inline constexpr int kTileSlots = 8;
+inline constexpr int kMaxY = 256;  // Y rows of a tile
+inline constexpr int kStages = 4;
+inline constexpr int kStageBytes = kXBytes + kMaxY * kBlockK * 2;
+inline constexpr int kPieceBytes = 8192;  // of results on their way through shared memory
+inline constexpr int kBuffers = 2;        // pieces of a warpgroup there at a time
 inline constexpr int kStagingOffset = kStages * kStageBytes;
-inline constexpr int kBarrierOffset = kStagingOffset + 2 * kStagingBytes;
-inline constexpr int kPrefixOffset = kBarrierOffset + 2 * kStages * 8;
+inline constexpr int kBarrierOffset = kStagingOffset + 2 * kBuffers * kPieceBytes;
+inline constexpr int kTileOffset = kBarrierOffset + 2 * kStages * 8;
+inline constexpr int kPrefixOffset = kTileOffset + kTileSlots * 32;
 inline constexpr int kSharedBytes = kPrefixOffset + (kMaxGemmGroups + 1) * 4;
+static_assert(kTileOffset % 16 == 0 && kTileSlots >= kStages + 3);
 static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
+
+// The block's shared memory; an address that is no register.
+extern __shared__ __align__(1024) unsigned char gemm_shared[];
 
 __host__ __device__ constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
@@ -86,16 +97,32 @@ __device__ __forceinline__ GroupShape group_shape(const GemmParams& p, int posit
   if (begin < 0 || end > p.num_rows || begin >= end || s.weight < 0 || s.weight >= p.num_weights) return s;
   s.begin = static_cast<int>(begin);
   s.rows = static_cast<int>(end - begin);
-  if constexpr (kOp == GemmOp::kWgrad) {
-    s.y_step = kMaxY;
-    s.y_tiles = ceil_div(p.y_extent, kMaxY);
-  } else {
-    // Equal tiles rather than full ones and a small rest: a small tile is bound by loading X.
-    const int even = ceil_div(s.rows, ceil_div(s.rows, kMaxY));
-    s.y_step = ceil_div(even, 16) * 16;
-    s.y_tiles = ceil_div(s.rows, s.y_step);
-  }
+  // Equal tiles rather than full ones and a small rest: a small tile is bound by loading X.
+  const int extent = kOp == GemmOp::kWgrad ? p.y_extent : s.rows;
+  const int even = ceil_div(extent, ceil_div(extent, kMaxY));
+  s.y_step = kOp == GemmOp::kWgrad ? ceil_div(even, 64) * 64 : ceil_div(even, 16) * 16;
+  s.y_tiles = ceil_div(extent, s.y_step);
   return s;
+}
+
+// What consumers know of a tile.
+struct alignas(16) Tile {
+  int num_k;    // blocks of 64 of the reduction index; 0: there are no more tiles
+  int y_rows;   // real Y rows
+  int y_first;  // first Y row among all rows (wgrad: first column of A)
+  int x_pair;   // which 256 rows of X
+  int k_rows;   // wgrad: rows of the group
+  int weight;
+  int unused[2];
+};
+static_assert(sizeof(Tile) == 32);
+
+__device__ __forceinline__ Tile* tile_slot(int index) {
+  return reinterpret_cast<Tile*>(gemm_shared + kTileOffset) + index % kTileSlots;
+}
+// prefix[i]: tiles of the groups at positions < i.
+__device__ __forceinline__ int* tile_prefix() {
+  return reinterpret_cast<int*>(gemm_shared + kPrefixOffset);
 }
 
 template <GemmOp kOp>
@@ -108,8 +135,9 @@ struct TileWalk {
   int y_rows;   // real Y rows
   int num_k;    // blocks of 64 of the reduction index
 
-  // prefix[i]: tiles of the groups at positions < i. Tiles must be asked for in ascending order.
-  __device__ __forceinline__ bool find(const GemmParams& p, const int* prefix, int tile) {
+  // Tiles must be asked for in ascending order.
+  __device__ __forceinline__ bool find(const GemmParams& p, int tile) {
+    const int* const prefix = tile_prefix();
     if (tile >= prefix[p.num_groups]) return false;
     int next = position < 0 ? 0 : position;
     while (tile >= prefix[next + 1]) ++next;
@@ -125,7 +153,7 @@ struct TileWalk {
     x_pair = in_swath / width;
     y_begin = (first_y + in_swath % width) * group.y_step;
     if constexpr (kOp == GemmOp::kWgrad) {
-      y_rows = kMaxY;
+      y_rows = min(group.y_step, p.y_extent - y_begin);
       num_k = ceil_div(group.rows, kBlockK);
     } else {
       y_rows = min(group.y_step, group.rows - y_begin);
@@ -133,10 +161,15 @@ struct TileWalk {
     }
     return true;
   }
+  __device__ __forceinline__ Tile tile() const {
+    return {num_k,        y_rows, (kOp == GemmOp::kWgrad ? 0 : group.begin) + y_begin, x_pair, group.rows,
+            group.weight, {}};
+  }
 };
 
 template <GemmOp kOp>
-__device__ __forceinline__ void count_tiles(const GemmParams& p, int* prefix, int lane) {
+__device__ __forceinline__ void count_tiles(const GemmParams& p, int lane) {
+  int* const prefix = tile_prefix();
   const int x_pairs = ceil_div(p.x_extent, kClusterSize * kBlockX);
   int before = 0;
   for (int first = 0; first < p.num_groups; first += 32) {
@@ -155,15 +188,15 @@ __device__ __forceinline__ void count_tiles(const GemmParams& p, int* prefix, in
 
 // ---- the ring of stages --------------------------------------------------------------------------------------------
 struct Ring {
-  std::uint32_t base;      // shared memory of stage 0: X then Y
-  std::uint32_t barriers;  // full[kStages], empty[kStages]
+  std::uint32_t base;  // shared memory of stage 0: X then Y
   int stage = 0;
   std::uint32_t phase = 0;
 
   __device__ __forceinline__ std::uint32_t x() const { return base + stage * kStageBytes; }
   __device__ __forceinline__ std::uint32_t y() const { return x() + kXBytes; }
-  __device__ __forceinline__ std::uint32_t full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ std::uint32_t empty(int s) const { return barriers + (kStages + s) * 8; }
+  __device__ __forceinline__ std::uint32_t full(int s) const { return base + kBarrierOffset + s * 8; }
+  __device__ __forceinline__ std::uint32_t full() const { return full(stage); }
+  __device__ __forceinline__ std::uint32_t empty(int s) const { return full(kStages + s); }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {
       stage = 0;
@@ -178,13 +211,15 @@ inline constexpr int kEmptyArrivals = kClusterSize * 8;
 // ---- producer ------------------------------------------------------------------------------------------------------
 template <GemmOp kOp>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* map_x,
-                                        const CUtensorMap* map_y, const int* prefix, Ring ring,
-                                        std::uint32_t rank) {
+                                        const CUtensorMap* map_y, Ring ring, std::uint32_t rank) {
   constexpr std::uint16_t kBoth = 0b11;
   const int clusters = gridDim.x / kClusterSize;
   TileWalk<kOp> tile;
   bool expired = false;
-  for (int t = blockIdx.x / kClusterSize; tile.find(p, prefix, t); t += clusters) {
+  int index = 0;
+  for (int t = blockIdx.x / kClusterSize; tile.find(p, t); t += clusters) {
+    // Seen by who waits for the tile's first stage.
+    *tile_slot(index++) = tile.tile();
     const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX;
     const int boxes = ceil_div(tile.y_rows, 64);
     if (p.arrival.flags != nullptr) {
@@ -222,14 +257,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
       ring.advance();
     }
   }
+  ptx::mbarrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
+  tile_slot(index)->num_k = 0;
+  ptx::mbarrier_arrive_expect(ring.full(), 0);
 }
 
 // ---- consumers -----------------------------------------------------------------------------------------------------
-inline constexpr int kSkewBlocks = 2;
-inline constexpr int kSkewMinBlocks =
-    2 * kStages;                           // below, one warpgroup could run a whole tile ahead of the other
 inline constexpr int kStagingBarrier = 1;  // +0, +1: one a warpgroup
-inline constexpr int kSkewBarrier = 3;
 
 __device__ __forceinline__ void release(const Ring& ring, int stage, int lane) {
   if (lane < kClusterSize) ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane));
@@ -243,6 +277,161 @@ __device__ __forceinline__ void zero_rows(std::uint32_t boxes, int num_boxes, in
     ptx::store_shared_16(boxes + i / per_box * kBoxBytes + first * 128 + i % per_box * 16, uint4{0, 0, 0, 0});
   }
 }
+
+// Where a warpgroup's columns of a tile go.
+struct RowSink {
+  std::uint16_t* data;  // first row of the tile
+  std::int64_t stride;
+  int rows;
+  int column, columns;
+};
+
+// Rows first..first+kRows-1 of the sink, as far as there are, from staging rows 0.., each kChunks * 16 bytes. Threads
+// store: whole lines, and a tile's ragged end needs nothing special. (Tensor stores were measured: 2 to 3% slower over the
+// shapes.)
+template <int kChunks, int kRows>
+__device__ __forceinline__ void store_rows(const RowSink& sink, int first, std::uint32_t staging,
+                                           int warpgroup, int thread) {
+  constexpr int kRowsAStep = 128 / kChunks;
+  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+  const int chunk = thread % kChunks;
+  if (sink.column + chunk * 8 < sink.columns) {
+    std::uint16_t* out = sink.data + (first + thread / kChunks) * sink.stride + sink.column + chunk * 8;
+    const std::int64_t step_stride = sink.stride * kRowsAStep;
+#pragma unroll
+    for (int step = 0; step < kRows / kRowsAStep; ++step) {
+      const int row = step * kRowsAStep + thread / kChunks;
+      if (row < sink.rows - first) {
+        const int swizzled = kChunks == 8 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4);
+        *reinterpret_cast<uint4*>(out + step * step_stride) =
+            ptx::load_shared_16(staging + row * kChunks * 16 + swizzled * 16);
+      }
+    }
+  }
+}
+
+// Results are stored a piece at a time: 8 KB of a warpgroup's columns, transposed on the way through shared memory. A
+// piece is 16 registers of two values: with 64 columns 64 rows, with the 32 of SwiGLU 128 rows.
+// packed[i]: accumulators 2i, 2i+1 in the order of wgmma's fragment (SwiGLU: the two of the gate, or of the other factor).
+template <bool kHalf>
+__device__ __forceinline__ void store_piece(const RowSink& sink, int first, const std::uint32_t* packed,
+                                            std::uint32_t staging, int warpgroup, int thread) {
+  const int lane = thread % 32, warp = thread / 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t* four = packed + 4 * i;
+    if constexpr (kHalf) {
+      const int row = i * 32 + lane;
+      if (first + i * 32 < sink.rows)
+        ptx::store_matrix_x4_transposed(staging + row * 64 + ((warp ^ (row / 2 % 4)) << 4), four[0], four[1],
+                                        four[2], four[3]);
+    } else {
+      const int row = i * 16 + (lane / 16) * 8 + lane % 8;
+      const int chunk = warp * 2 + (lane / 8) % 2;
+      if (first + i * 16 < sink.rows)
+        ptx::store_matrix_x4_transposed(staging + row * 128 + ((chunk ^ (row % 8)) << 4), four[0], four[1],
+                                        four[2], four[3]);
+    }
+  }
+  store_rows<kHalf ? 4 : 8, kHalf ? 128 : 64>(sink, first, staging, warpgroup, thread);
+}
+
+// Where a result of a tile goes.
+template <GemmOp kOp>
+__device__ __forceinline__ RowSink sink_of(const GemmParams& p, const Tile& tile, bool act,
+                                           std::uint32_t rank, int warpgroup) {
+  constexpr bool kHalf = kOp == GemmOp::kForwardSwiGLU;
+  const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
+  const std::int64_t stride = act ? p.act_stride : p.c_stride;
+  return {(act ? p.act : p.c) + tile.y_first * stride, stride, tile.y_rows, kHalf ? x_first / 2 : x_first,
+          kHalf ? p.x_extent / 2 : p.x_extent};
+}
+
+// A finished tile's results in registers, until they are stored between the next tile's matrix instructions: c, or the
+// activation where c is not wanted. SwiGLU: the gate's columns of c, then the other factor's.
+template <GemmOp kOp>
+struct Deferred {
+  static constexpr int kPieces = 4;
+  std::uint32_t packed[16 * kPieces];
+  // The values are taken here, before the accumulators are used again.
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+r"(packed[i])::"memory");
+  }
+  template <int kPiece>
+  __device__ __forceinline__ void store(const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) const {
+    constexpr bool kHalf = kOp == GemmOp::kForwardSwiGLU;
+    constexpr int kFirst = kHalf ? kPiece % 2 * 128 : kPiece * 64;
+    if (kPiece == 0) ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last results were read
+    if (kFirst >= tile.y_rows || (kHalf && kPiece >= 2 && p.c == nullptr)) return;
+    RowSink sink = sink_of<kOp>(p, tile, p.c == nullptr, rank, warpgroup);
+    if (kHalf && kPiece >= 2) sink.data += sink.columns;
+    store_piece<kHalf>(sink, kFirst, packed + 16 * kPiece, staging + kPiece % 2 * kPieceBytes, warpgroup,
+                       thread);
+  }
+  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) const {
+    if (piece == 0) store<0>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 1) store<1>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 2) store<2>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 3) store<3>(p, tile, rank, staging, warpgroup, thread);
+  }
+};
+
+// Adds 32 columns of 64 rows to the gradient, through a buffer in shared memory: the copy engine adds them in the memory
+// system. The buffers take turns; one is written again once the engine has read it.
+__device__ __forceinline__ void add_box(const float* sums, int box, const CUtensorMap* map,
+                                        const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) {
+  const int lane = thread % 32, warp = thread / 32;
+  const std::uint32_t buffer = staging + box % kBuffers * kPieceBytes;
+  if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
+  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      const int line = warp * 16 + lower * 8 + lane / 4;
+      const int chunk = j * 2 + lane % 4 / 2;
+      ptx::store_shared_f32x2(buffer + line * 128 + ((chunk ^ (line % 8)) << 4) + lane % 2 * 8,
+                              sums[j * 4 + lower * 2], sums[j * 4 + lower * 2 + 1]);
+    }
+  }
+  ptx::fence_proxy_async();
+  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
+  if (thread == 0) {
+    const int row = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
+    const int column = tile.y_first + box * 32;
+    if (row < p.x_extent && box * 32 < tile.y_rows) ptx::reduce_add_3d(map, column, row, tile.weight, buffer);
+    ptx::bulk_commit();
+  }
+}
+
+// wgrad: the last columns' sums.
+template <>
+struct Deferred<GemmOp::kWgrad> {
+  static constexpr int kPieces = 4;
+  static constexpr int kFirstBox = kMaxY / 32 - kPieces;
+  const CUtensorMap* map;
+  float sums[16 * kPieces];
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  }
+  template <int kPiece>
+  __device__ __forceinline__ void store(const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) const {
+    add_box(sums + 16 * kPiece, kFirstBox + kPiece, map, p, tile, rank, staging, warpgroup, thread);
+  }
+  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) const {
+    if (piece == 0) store<0>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 1) store<1>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 2) store<2>(p, tile, rank, staging, warpgroup, thread);
+    if (piece == 3) store<3>(p, tile, rank, staging, warpgroup, thread);
+  }
+};
 
 // kSteps * 16 of the reduction index, as one group of matrix instructions.
 template <int kN, int kSteps, int kXOuter, int kYOuter>
@@ -260,13 +449,18 @@ __device__ __forceinline__ void multiply_block(float (&acc)[128], std::uint64_t 
 
 // Returns the stage whose matrix instructions are still running.
 template <GemmOp kOp, int kN>
-__device__ __forceinline__ int multiply(float (&acc)[128], Ring& ring, int num_k, int k_rows, int warpgroup,
+__device__ __forceinline__ int multiply(const GemmParams& p, float (&acc)[128], Ring& ring, int num_k,
+                                        int k_rows, const Deferred<kOp>& deferred, const Tile* last_tile,
+                                        std::uint32_t rank, std::uint32_t staging, int warpgroup,
                                         int thread) {
   constexpr int kXOuter = kOp == GemmOp::kDgrad || kOp == GemmOp::kWgrad ? 1 : 0;
   constexpr int kYOuter = kOp == GemmOp::kWgrad ? 1 : 0;
   const int lane = thread % 32;
-  const int skew_block = min(kSkewBlocks, num_k - 1);
   int previous = 0;
+  int piece = last_tile == nullptr ? Deferred<kOp>::kPieces : 0;
+  // wgrad: the copy engine takes its time for each piece.
+  const int pieces_apart = kOp == GemmOp::kWgrad ? max(1, num_k / (Deferred<kOp>::kPieces + 1)) : 1;
+  int next_piece_at = kOp == GemmOp::kWgrad ? pieces_apart : 0;
   for (int kb = 0; kb < num_k; ++kb) {
     ptx::mbarrier_wait(ring.full(), ring.phase);
     int steps = kBlockK / 16;
@@ -275,7 +469,7 @@ __device__ __forceinline__ int multiply(float (&acc)[128], Ring& ring, int num_k
       if (rows < kBlockK) {
         steps = ceil_div(rows, 16);
         zero_rows(ring.x() + warpgroup * kBoxBytes, 1, rows, steps * 16, thread);
-        zero_rows(ring.y(), kMaxY / 64, rows, steps * 16, thread);
+        zero_rows(ring.y(), ceil_div(kN, 64), rows, steps * 16, thread);
         ptx::fence_proxy_async();
         ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
       }
@@ -294,182 +488,101 @@ __device__ __forceinline__ int multiply(float (&acc)[128], Ring& ring, int num_k
     }
     ptx::wgmma_wait<1>();
     if (kb > 0) release(ring, previous, lane);
-    if (warpgroup == 0 && kb == skew_block && num_k >= kSkewMinBlocks)
-      ptx::named_barrier_arrive(kSkewBarrier, 256);
+    if (kb == next_piece_at && piece < Deferred<kOp>::kPieces) {
+      deferred.store(piece++, p, *last_tile, rank, staging, warpgroup, thread);
+      next_piece_at += pieces_apart;
+    }
     previous = ring.stage;
     ring.advance();
   }
+  for (; piece < Deferred<kOp>::kPieces; ++piece)
+    deferred.store(piece, p, *last_tile, rank, staging, warpgroup, thread);
   return previous;
 }
 
-// Where a warpgroup's columns of a tile go.
-struct RowSink {
-  std::uint16_t* data;  // first row of the tile
-  std::int64_t stride;
-  int rows;
-  int column, columns;
-};
-
-// Rows first..last-1 of the sink from staging rows 0.., each kChunks * 16 bytes. Threads store: whole lines, and a
-// tile's ragged end needs nothing special. (Tensor stores were measured: 2 to 3% slower over the shapes.)
-template <int kChunks>
-__device__ __forceinline__ void store_rows(const RowSink& sink, int first, int last, std::uint32_t staging,
-                                           int warpgroup, int thread) {
-  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-  const int chunk = thread % kChunks;
-  if (sink.column + chunk * 8 < sink.columns) {
-    std::uint16_t* out = sink.data + (first + thread / kChunks) * sink.stride + sink.column + chunk * 8;
-    const std::int64_t step_stride = sink.stride * (128 / kChunks);
+// Stores what cannot wait, and leaves the rest in `deferred`.
+template <GemmOp kOp>
+__device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile& tile, const float (&acc)[128],
+                                            Deferred<kOp>& deferred, std::uint32_t rank,
+                                            std::uint32_t staging, int warpgroup, int thread) {
+  if constexpr (kOp == GemmOp::kWgrad) {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const int row = step * (128 / kChunks) + thread / kChunks;
-      if (row < last - first) {
-        const int swizzled = kChunks == 8 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4);
-        *reinterpret_cast<uint4*>(out + step * step_stride) =
-            ptx::load_shared_16(staging + row * kChunks * 16 + swizzled * 16);
-      }
-    }
-  }
-}
-
-// 64 columns of up to 256 rows, transposed on the way to shared memory.
-// value(i): accumulator i, in the order of wgmma's fragment.
-template <typename Value>
-__device__ __forceinline__ void store_64_columns(const RowSink& sink, std::uint32_t staging, int warpgroup,
-                                                 int thread, Value value) {
-  constexpr int kPart = kStagingBytes / 128;
-  const int lane = thread % 32, warp = thread / 32;
+    for (int box = 0; box < Deferred<kOp>::kFirstBox; ++box)
+      add_box(acc + 16 * box, box, deferred.map, p, tile, rank, staging, warpgroup, thread);
 #pragma unroll
-  for (int first = 0; first < kMaxY; first += kPart) {
-    if (first < sink.rows) {
-      ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last rows were read
+    for (int i = 0; i < 16 * Deferred<kOp>::kPieces; ++i)
+      deferred.sums[i] = acc[16 * Deferred<kOp>::kFirstBox + i];
+    deferred.pin();
+  } else {
+    constexpr bool kSwiGLU = kOp == GemmOp::kForwardSwiGLU;
+    constexpr int kActRegisters = kSwiGLU ? 32 : 64;
+    // Values 2i, 2i+1 of the activation.
+    const auto value = [&](int i) {
+      if constexpr (kSwiGLU)
+        return ptx::pack_bf16(silu(acc[4 * i]) * acc[4 * i + 2], silu(acc[4 * i + 1]) * acc[4 * i + 3]);
+      else
+        return ptx::pack_bf16(activate(p.activation, acc[2 * i]), activate(p.activation, acc[2 * i + 1]));
+    };
+    if (p.c == nullptr) {
 #pragma unroll
-      for (int pair = 0; pair < kPart / 16; ++pair) {
-        if (first + pair * 16 < sink.rows) {
-          const int i = (first / 8 + pair * 2) * 4;
-          const int row = pair * 16 + (lane / 16) * 8 + lane % 8;
-          const int chunk = warp * 2 + (lane / 8) % 2;
-          ptx::store_matrix_x4_transposed(
-              staging + row * 128 + ((chunk ^ (row % 8)) << 4), ptx::pack_bf16(value(i), value(i + 1)),
-              ptx::pack_bf16(value(i + 2), value(i + 3)), ptx::pack_bf16(value(i + 4), value(i + 5)),
-              ptx::pack_bf16(value(i + 6), value(i + 7)));
+      for (int i = 0; i < kActRegisters; ++i) deferred.packed[i] = value(i);
+    } else {
+      if (kOp != GemmOp::kDgrad && p.act != nullptr) {
+        const RowSink act = sink_of<kOp>(p, tile, true, rank, warpgroup);
+#pragma unroll
+        for (int piece = 0; piece < kActRegisters / 16; ++piece) {
+          std::uint32_t packed[16];
+#pragma unroll
+          for (int i = 0; i < 16; ++i) packed[i] = value(piece * 16 + i);
+          const int first = piece * (kSwiGLU ? 128 : 64);
+          if (piece == 0)
+            ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last results were read
+          if (first < act.rows)
+            store_piece<kSwiGLU>(act, first, packed, staging + piece % 2 * kPieceBytes, warpgroup, thread);
         }
       }
-      store_rows<8>(sink, first, min(sink.rows, first + kPart), staging, warpgroup, thread);
-    }
-  }
-}
-
-// 32 columns of up to 256 rows. value(j, i): of rows 8j.. the fragment's element i in {0, 1}.
-template <typename Value>
-__device__ __forceinline__ void store_32_columns(const RowSink& sink, std::uint32_t staging, int warpgroup,
-                                                 int thread, Value value) {
-  const int lane = thread % 32, warp = thread / 32;
-  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
 #pragma unroll
-  for (int quad = 0; quad < 8; ++quad) {
-    if (quad * 32 < sink.rows) {
-      const int j = quad * 4;
-      const int row = quad * 32 + lane;
-      ptx::store_matrix_x4_transposed(
-          staging + row * 64 + ((warp ^ (row / 2 % 4)) << 4), ptx::pack_bf16(value(j, 0), value(j, 1)),
-          ptx::pack_bf16(value(j + 1, 0), value(j + 1, 1)), ptx::pack_bf16(value(j + 2, 0), value(j + 2, 1)),
-          ptx::pack_bf16(value(j + 3, 0), value(j + 3, 1)));
-    }
-  }
-  store_rows<4>(sink, 0, sink.rows, staging, warpgroup, thread);
-}
-
-// Adds 64 rows of 256 columns to the gradient, 32 columns (8 KB) at a time; the buffers take turns.
-__device__ __forceinline__ void add_to_gradient(const CUtensorMap* map, int row, int column, int group,
-                                                int rows, int columns, const float (&acc)[128],
-                                                std::uint32_t staging, int warpgroup, int thread) {
-  constexpr int kBuffers = kStagingBytes / 8192;
-  const int lane = thread % 32, warp = thread / 32;
-#pragma unroll
-  for (int box = 0; box < kMaxY / 32; ++box) {
-    const std::uint32_t buffer = staging + box % kBuffers * 8192;
-    if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
-    ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const int line = warp * 16 + lower * 8 + lane / 4;
-        const int chunk = j * 2 + lane % 4 / 2;
-        const int i = (box * 4 + j) * 4 + lower * 2;
-        ptx::store_shared_f32x2(buffer + line * 128 + ((chunk ^ (line % 8)) << 4) + lane % 2 * 8, acc[i],
-                                acc[i + 1]);
+      for (int i = 0; i < 64; ++i) {
+        const int at = kSwiGLU ? 4 * (i % 32) + i / 32 * 2 : 2 * i;
+        deferred.packed[i] = ptx::pack_bf16(acc[at], acc[at + 1]);
       }
     }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-    if (thread == 0) {
-      if (row < rows && column + box * 32 < columns)
-        ptx::reduce_add_3d(map, column + box * 32, row, group, buffer);
-      ptx::bulk_commit();
-    }
+    deferred.pin();
   }
 }
 
 template <GemmOp kOp>
-__device__ __forceinline__ void store_tile(const GemmParams& p, const CUtensorMap* map_grads,
-                                           const TileWalk<kOp>& tile, const float (&acc)[128],
-                                           std::uint32_t rank, std::uint32_t staging, int warpgroup,
-                                           int thread) {
-  const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
-  if constexpr (kOp == GemmOp::kWgrad) {
-    add_to_gradient(map_grads, x_first, tile.y_begin, tile.group.weight, p.x_extent, p.y_extent, acc, staging,
-                    warpgroup, thread);
-  } else {
-    const std::int64_t row = tile.group.begin + tile.y_begin;
-    if constexpr (kOp == GemmOp::kForwardSwiGLU) {
-      const int ffn = p.x_extent / 2;
-      const int column = x_first / 2;
-      if (p.c != nullptr) {
-        const RowSink gate{p.c + row * p.c_stride, p.c_stride, tile.y_rows, column, ffn};
-        store_32_columns(gate, staging, warpgroup, thread, [&](int j, int i) { return acc[4 * j + i]; });
-        const RowSink up{p.c + row * p.c_stride + ffn, p.c_stride, tile.y_rows, column, ffn};
-        store_32_columns(up, staging, warpgroup, thread, [&](int j, int i) { return acc[4 * j + 2 + i]; });
-      }
-      const RowSink act{p.act + row * p.act_stride, p.act_stride, tile.y_rows, column, ffn};
-      store_32_columns(act, staging, warpgroup, thread,
-                       [&](int j, int i) { return silu(acc[4 * j + i]) * acc[4 * j + 2 + i]; });
-    } else {
-      if (p.c != nullptr) {
-        const RowSink c{p.c + row * p.c_stride, p.c_stride, tile.y_rows, x_first, p.x_extent};
-        store_64_columns(c, staging, warpgroup, thread, [&](int i) { return acc[i]; });
-      }
-      if (kOp == GemmOp::kForward && p.act != nullptr) {
-        const RowSink act{p.act + row * p.act_stride, p.act_stride, tile.y_rows, x_first, p.x_extent};
-        store_64_columns(act, staging, warpgroup, thread,
-                         [&](int i) { return activate(p.activation, acc[i]); });
-      }
-    }
-  }
-}
-
-template <GemmOp kOp>
-__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, const int* prefix,
-                                        Ring ring, std::uint32_t rank, std::uint32_t staging, int warpgroup,
+__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, Ring ring,
+                                        std::uint32_t rank, std::uint32_t staging, int warpgroup,
                                         int thread) {
-  const int clusters = gridDim.x / kClusterSize;
-  TileWalk<kOp> next;
   float acc[128];
-  int t = blockIdx.x / kClusterSize;
-  bool more = next.find(p, prefix, t);
-  while (more) {
-    const TileWalk<kOp> tile = next;
-    if (warpgroup == 1 && tile.num_k >= kSkewMinBlocks) ptx::named_barrier_sync(kSkewBarrier, 256);
+  Deferred<kOp> deferred;
+  if constexpr (kOp == GemmOp::kWgrad) deferred.map = map_grads;
+  const Tile* last_tile = nullptr;
+  for (int index = 0;; ++index) {
+    const Tile* const tile = tile_slot(index);
+    ptx::mbarrier_wait(ring.full(), ring.phase);  // the tile is known with its first stage
+    const int num_k = tile->num_k;
+    if (num_k == 0) break;
     int last = 0;
-#define SLUICE_CASE(i)                                                                       \
-  case i:                                                                                    \
-    last = multiply<kOp, 16 * i>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread); \
+#define SLUICE_MULTIPLY(n)                                                                                  \
+  last = multiply<kOp, n>(p, acc, ring, num_k, tile->k_rows, deferred, last_tile, rank, staging, warpgroup, \
+                          thread)
+#define SLUICE_CASE(i)       \
+  case i:                    \
+    SLUICE_MULTIPLY(16 * i); \
     break;
     if constexpr (kOp == GemmOp::kWgrad) {
-      last = multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
+      if (tile->y_rows > 192)
+        SLUICE_MULTIPLY(256);
+      else if (tile->y_rows > 128)
+        SLUICE_MULTIPLY(192);
+      else if (tile->y_rows > 64)
+        SLUICE_MULTIPLY(128);
+      else
+        SLUICE_MULTIPLY(64);
     } else {
-      switch (ceil_div(tile.y_rows, 16)) {
+      switch (ceil_div(tile->y_rows, 16)) {
         SLUICE_CASE(1)
         SLUICE_CASE(2)
         SLUICE_CASE(3)
@@ -486,17 +599,20 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
         SLUICE_CASE(14)
         SLUICE_CASE(15)
         default:
-          last = multiply<kOp, kMaxY>(acc, ring, tile.num_k, tile.group.rows, warpgroup, thread);
+          SLUICE_MULTIPLY(256);
       }
     }
 #undef SLUICE_CASE
-    t += clusters;
-    more = next.find(p, prefix, t);  // while the last matrix instructions run
+#undef SLUICE_MULTIPLY
     ptx::wgmma_wait<0>();
     fence_accumulators(acc);
     release(ring, last, thread % 32);
-    store_tile<kOp>(p, map_grads, tile, acc, rank, staging, warpgroup, thread);
+    finish_tile<kOp>(p, *tile, acc, deferred, rank, staging, warpgroup, thread);
+    last_tile = tile;
   }
+  if (last_tile == nullptr) return;
+  for (int piece = 0; piece < Deferred<kOp>::kPieces; ++piece)
+    deferred.store(piece, p, *last_tile, rank, staging, warpgroup, thread);
   if constexpr (kOp == GemmOp::kWgrad) ptx::bulk_wait_read<0>();  // the last adds have read shared memory
 }
 
@@ -504,20 +620,18 @@ template <GemmOp kOp>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
                         const __grid_constant__ CUtensorMap map_grads, const __grid_constant__ GemmParams p) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const std::uint32_t base = ptx::shared_address(shared);
-  int* prefix = reinterpret_cast<int*>(shared + kPrefixOffset);
+  const std::uint32_t base = ptx::shared_address(gemm_shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::uint32_t rank = ptx::cluster_rank();
-  const Ring ring{base, base + kBarrierOffset};
+  const Ring ring{base};
   if (warp == 0) {
-    count_tiles<kOp>(p, prefix, lane);
+    count_tiles<kOp>(p, lane);
   } else if (threadIdx.x == 32) {
     if (base % 1024 != 0) __trap();  // the swizzle needs it
     ptx::prefetch_map(&map_x);
     ptx::prefetch_map(&map_y);
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(ring.barriers + s * 8, 1);
+      ptx::mbarrier_init(ring.full(s), 1);
       ptx::mbarrier_init(ring.empty(s), kEmptyArrivals);
     }
     ptx::fence_mbarrier_init();
@@ -527,12 +641,12 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   ptx::cluster_wait();
 
   if (warp < 4) {
-    ptx::registers_fewer<56>();
-    if (threadIdx.x == 0) produce<kOp>(p, &map_x, &map_y, prefix, ring, rank);
+    ptx::registers_fewer<40>();
+    if (threadIdx.x == 0) produce<kOp>(p, &map_x, &map_y, ring, rank);
   } else {
-    ptx::registers_more<224>();
+    ptx::registers_more<232>();
     const int warpgroup = warp / 4 - 1;
-    consume<kOp>(p, &map_grads, prefix, ring, rank, base + kStagingOffset + warpgroup * kStagingBytes,
+    consume<kOp>(p, &map_grads, ring, rank, base + kStagingOffset + warpgroup * kBuffers * kPieceBytes,
                  warpgroup, threadIdx.x % 128);
   }
   // The other block may still signal this one's barriers.

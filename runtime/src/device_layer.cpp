@@ -108,7 +108,6 @@ DeviceWork::DeviceWork(DeviceExperts& experts, ContextStorage& s)
       s_(s),
       plan_copy_(device_),
       received_(device_),
-      gathered_(device_),
       x_(device_),
       dy_(device_),
       hidden_(device_),
@@ -137,37 +136,34 @@ void DeviceWork::begin(PassRun& pass, const Plan& plan, WeightGradients when) {
   plan_copy_.group_ptr.upload(plan.group_ptr);
   plan_copy_.slot_ptr.upload(plan.slot_ptr);
   plan_copy_.route_ptr.upload(plan.recv2.route_ptr);
-  plan_copy_.expert_row.upload(plan.expert_row);
   plan_copy_.position_of_route.upload(plan.position_of_route);
   plan_copy_.wgrad_position.upload(plan.wgrad_position);
   plan_copy_.route_weight.upload(plan.recv2.weight);
   plan_copy_.position_weight.upload(plan.expert_weight);
   received_.resize(plan.recv2.num_rows(), o.hidden, o.wire_dtype);
   sums_.resize(plan.recv2.num_rows(), o.hidden, o.combine_dtype);
-  if (o.wire_dtype != o.dtype) gathered_.resize(positions, o.hidden, o.wire_dtype);
   x_.resize(positions, o.hidden, o.dtype);
   if (o.save == Save::kActivations) hidden_.resize(positions, e_.h_cols, o.dtype);
   act_.resize(positions, o.ffn, o.dtype);
   out_.resize(positions, o.hidden, o.dtype);
 }
 
-void DeviceWork::bring(const Op& op, const RowBuffer& from, DeviceRows& to, std::int64_t begin,
-                       std::int64_t end) {
+void DeviceWork::bring(const Op& op, const RowBuffer& from, DeviceRows& to) {
   // The first op of a block's pieces brings all of its rows.
-  if (char& brought = brought_[static_cast<std::size_t>(plan_->options.block(op.part, op.chunk))]; !brought) {
-    brought = 1;
-    pass_->for_each_received(op, [&](const Segment&, std::int32_t, PassRun::Range r) {
-      const std::span<std::byte> rows = from.bytes(r.begin, r.end);
-      device_.upload(received_.view().row(r.begin), rows.data(), static_cast<std::int64_t>(rows.size()));
-    });
-  }
-  const bool direct = received_.view().dtype == to.view().dtype;
-  const MatrixView gathered = (direct ? to : gathered_).rows(begin, end);
-  kernels_.gather_rows(
-      received_.view(), {},
-      plan_copy_.expert_row.span(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin)),
-      gathered);
-  if (!direct) kernels_.convert_rows(gathered, to.rows(begin, end));
+  char& brought = brought_[static_cast<std::size_t>(plan_->options.block(op.part, op.chunk))];
+  if (brought) return;
+  brought = 1;
+  pass_->for_each_received(op, [&](const Segment&, std::int32_t, PassRun::Range r) {
+    const std::span<std::byte> rows = from.bytes(r.begin, r.end);
+    device_.upload(received_.view().row(r.begin), rows.data(), static_cast<std::int64_t>(rows.size()));
+    device_.lay_out_rows(received_.rows(r.begin, r.end), routes_of(r), plan_copy_.position_of_route.span(),
+                         to.view());
+  });
+}
+
+std::span<const std::int64_t> DeviceWork::routes_of(PassRun::Range r) const {
+  return plan_copy_.route_ptr.span(static_cast<std::size_t>(r.begin),
+                                   static_cast<std::size_t>(r.end - r.begin) + 1);
 }
 
 void DeviceWork::reduce(const Op& op, std::int64_t begin, std::int64_t end) {
@@ -176,10 +172,7 @@ void DeviceWork::reduce(const Op& op, std::int64_t begin, std::int64_t end) {
   // Rows without routes to experts of this rank do not exist, so every row of the block is summed here.
   pass_->for_each_received(op, [&](const Segment& segment, std::int32_t, PassRun::Range r) {
     const MatrixView sums = sums_.rows(r.begin, r.end);
-    kernels_.weighted_reduce(out_.view(),
-                             plan_copy_.route_ptr.span(static_cast<std::size_t>(r.begin),
-                                                       static_cast<std::size_t>(r.end - r.begin) + 1),
-                             plan_copy_.position_of_route.span(), weight, sums);
+    kernels_.weighted_reduce(out_.view(), routes_of(r), plan_copy_.position_of_route.span(), weight, sums);
     const MatrixView to = pass_->reduced_rows(segment, r);
     device_.download(to.data, sums.data, to.rows * to.row_bytes());
   });
@@ -220,7 +213,7 @@ void DeviceWork::run(const Op& op) {
           kernels_.grouped_gemm_forward(with_w1, x_.view(), {}, o.dtype, e_.h_cols, e_.activation,
                                         hidden_.view(), {});
       } else {
-        bring(op, s_.recv2, x_, begin, end);
+        bring(op, s_.recv2, x_);
         kernels_.grouped_gemm_forward(with_w1, x_.view(), {}, o.dtype, e_.h_cols, e_.activation,
                                       o.save == Save::kActivations ? hidden_.view() : MatrixView{},
                                       act_.view());
@@ -231,7 +224,7 @@ void DeviceWork::run(const Op& op) {
                                     {});
       break;
     case OpKind::kExpertDgrad2:
-      bring(op, s_.recv_dy, dy_, begin, end);
+      bring(op, s_.recv_dy, dy_);
       kernels_.grouped_gemm_dgrad(with_w2, dy_.view(), {}, o.dtype, act_.view());
       break;
     case OpKind::kActivationBackward:
@@ -262,10 +255,10 @@ std::int64_t DeviceWork::capacity_bytes() const {
   const PlanCopy& p = plan_copy_;
   std::int64_t bytes = dw_.capacity_bytes() + later_ptr_.capacity_bytes() + later_position_.capacity_bytes() +
                        p.group_ptr.capacity_bytes() + p.slot_ptr.capacity_bytes() +
-                       p.route_ptr.capacity_bytes() + p.expert_row.capacity_bytes() +
-                       p.position_of_route.capacity_bytes() + p.wgrad_position.capacity_bytes() +
-                       p.route_weight.capacity_bytes() + p.position_weight.capacity_bytes();
-  for (const DeviceRows* rows : {&received_, &gathered_, &x_, &dy_, &hidden_, &act_, &out_, &sums_})
+                       p.route_ptr.capacity_bytes() + p.position_of_route.capacity_bytes() +
+                       p.wgrad_position.capacity_bytes() + p.route_weight.capacity_bytes() +
+                       p.position_weight.capacity_bytes();
+  for (const DeviceRows* rows : {&received_, &x_, &dy_, &hidden_, &act_, &out_, &sums_})
     bytes += rows->capacity_bytes();
   return bytes;
 }

@@ -127,17 +127,17 @@ class DeviceWork final : public LayerPassWork {
         : group_ptr(d),
           slot_ptr(d),
           route_ptr(d),
-          expert_row(d),
           position_of_route(d),
           wgrad_position(d),
           route_weight(d),
           position_weight(d) {}
     DeviceCopy<std::int64_t> group_ptr, slot_ptr, route_ptr;
-    DeviceCopy<std::int32_t> expert_row, position_of_route, wgrad_position;
+    DeviceCopy<std::int32_t> position_of_route, wgrad_position;
     DeviceCopy<float> route_weight, position_weight;
   };
-  // Brings the op's received rows and lays them out by position.
-  void bring(const Op& op, const RowBuffer& from, DeviceRows& to, std::int64_t begin, std::int64_t end);
+  // Brings the received rows of the op's block and lays them out by position.
+  void bring(const Op& op, const RowBuffer& from, DeviceRows& to);
+  std::span<const std::int64_t> routes_of(PassRun::Range r) const;
   void reduce(const Op& op, std::int64_t begin, std::int64_t end);
 
   DeviceExperts& e_;
@@ -150,7 +150,6 @@ class DeviceWork final : public LayerPassWork {
   std::vector<char> brought_;  // [blocks] whether the block's rows are on the device
   PlanCopy plan_copy_;
   DeviceRows received_;  // wire dtype [recv2 rows, hidden]
-  DeviceRows gathered_;  // wire dtype [positions, hidden], where that is not dtype
   DeviceRows x_, dy_;    // dtype [positions, hidden]
   DeviceRows hidden_;    // dtype [positions, h_cols]
   DeviceRows act_;       // dtype [positions, ffn]
