@@ -72,7 +72,7 @@ class CudaDevice final : public Device {
   void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind) {
     if (bytes > 0)
       check_cuda(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream_),
-                 "CUDA device: copy");
+                 kind == cudaMemcpyHostToDevice ? "CUDA device: copy to it" : "CUDA device: copy from it");
   }
   int index_;
   std::string name_;

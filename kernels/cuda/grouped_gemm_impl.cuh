@@ -56,9 +56,10 @@ inline constexpr int kXBytes = kBlockX * kBlockK * 2;
 // Y tiles worked on side by side, so that the X and Y tiles in use at a time are few and stay in L2 (measured: 9 and
 // more read up to half as much again from memory).
 inline constexpr int kSwath = 8;
-// Tiles that the producer has told consumers of. It is at most kStages tiles ahead of the one they multiply, and of the
-// one before they still store results: that many slots are never overwritten too early.
+// Tiles that the producer may tell consumers of before they are done with the first: a consumer needs the one it
+// multiplies and the one before, whose results it still stores.
 inline constexpr int kTileSlots = 8;
+static_assert(kTileSlots > 2);
 inline constexpr int kMaxY = 256;  // Y rows of a tile
 inline constexpr int kStages = 4;
 inline constexpr int kStageBytes = kXBytes + kMaxY * kBlockK * 2;
@@ -66,10 +67,10 @@ inline constexpr int kPieceBytes = 8192;  // of results on their way through sha
 inline constexpr int kBuffers = 2;        // pieces of a warpgroup there at a time
 inline constexpr int kStagingOffset = kStages * kStageBytes;
 inline constexpr int kBarrierOffset = kStagingOffset + 2 * kBuffers * kPieceBytes;
-inline constexpr int kTileOffset = kBarrierOffset + 2 * kStages * 8;
+inline constexpr int kTileOffset = kBarrierOffset + 2 * (kStages + kTileSlots) * 8;
 inline constexpr int kPrefixOffset = kTileOffset + kTileSlots * 32;
 inline constexpr int kSharedBytes = kPrefixOffset + (kMaxGemmGroups + 1) * 4;
-static_assert(kTileOffset % 16 == 0 && kTileSlots >= kStages + 3);
+static_assert(kTileOffset % 16 == 0);
 static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 
 // The block's shared memory; an address that is no register.
@@ -119,6 +120,16 @@ static_assert(sizeof(Tile) == 32);
 
 __device__ __forceinline__ Tile* tile_slot(int index) {
   return reinterpret_cast<Tile*>(gemm_shared + kTileOffset) + index % kTileSlots;
+}
+// Barriers of a slot: the producer wrote it; consumers are done with it. Their phases follow index / kTileSlots.
+__device__ __forceinline__ std::uint32_t tile_written(int index) {
+  return ptx::shared_address(gemm_shared) + kBarrierOffset + (2 * kStages + index % kTileSlots) * 8;
+}
+__device__ __forceinline__ std::uint32_t tile_read(int index) {
+  return tile_written(index) + kTileSlots * 8;
+}
+__device__ __forceinline__ std::uint32_t tile_phase(int index) {
+  return static_cast<std::uint32_t>(index / kTileSlots) & 1;
 }
 // prefix[i]: tiles of the groups at positions < i.
 __device__ __forceinline__ int* tile_prefix() {
@@ -208,6 +219,13 @@ struct Ring {
 // Arrivals that empty a stage: each consumer warp of both blocks, because a block's Y tile is half written by the other.
 inline constexpr int kEmptyArrivals = kClusterSize * 8;
 
+// One thread's.
+__device__ __forceinline__ void tell(int index, const Tile& tile) {
+  ptx::mbarrier_wait(tile_read(index), tile_phase(index) ^ 1);
+  *tile_slot(index) = tile;
+  ptx::mbarrier_arrive(tile_written(index));
+}
+
 // ---- producer ------------------------------------------------------------------------------------------------------
 template <GemmOp kOp>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* map_x,
@@ -218,8 +236,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
   bool expired = false;
   int index = 0;
   for (int t = blockIdx.x / kClusterSize; tile.find(p, t); t += clusters) {
-    // Seen by who waits for the tile's first stage.
-    *tile_slot(index++) = tile.tile();
+    tell(index++, tile.tile());
     const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX;
     const int boxes = ceil_div(tile.y_rows, 64);
     if (p.arrival.flags != nullptr) {
@@ -257,9 +274,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
       ring.advance();
     }
   }
-  ptx::mbarrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
-  tile_slot(index)->num_k = 0;
-  ptx::mbarrier_arrive_expect(ring.full(), 0);
+  tell(index, Tile{});
 }
 
 // ---- consumers -----------------------------------------------------------------------------------------------------
@@ -363,7 +378,8 @@ struct Deferred {
                                         std::uint32_t staging, int warpgroup, int thread) const {
     constexpr bool kHalf = kOp == GemmOp::kForwardSwiGLU;
     constexpr int kFirst = kHalf ? kPiece % 2 * 128 : kPiece * 64;
-    if (kPiece == 0) ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last results were read
+    // Who writes a buffer again, everyone has read it: SwiGLU's third piece may come right after the first.
+    if (kPiece == 0 || (kHalf && kPiece == 2)) ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
     if (kFirst >= tile.y_rows || (kHalf && kPiece >= 2 && p.c == nullptr)) return;
     RowSink sink = sink_of<kOp>(p, tile, p.c == nullptr, rank, warpgroup);
     if (kHalf && kPiece >= 2) sink.data += sink.columns;
@@ -561,7 +577,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
   const Tile* last_tile = nullptr;
   for (int index = 0;; ++index) {
     const Tile* const tile = tile_slot(index);
-    ptx::mbarrier_wait(ring.full(), ring.phase);  // the tile is known with its first stage
+    ptx::mbarrier_wait(tile_written(index), tile_phase(index));
     const int num_k = tile->num_k;
     if (num_k == 0) break;
     int last = 0;
@@ -604,6 +620,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
     }
 #undef SLUICE_CASE
 #undef SLUICE_MULTIPLY
+    __syncwarp();
+    if (index > 0 && thread % 32 == 0) ptx::mbarrier_arrive(tile_read(index - 1));
     ptx::wgmma_wait<0>();
     fence_accumulators(acc);
     release(ring, last, thread % 32);
@@ -633,6 +651,10 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(ring.full(s), 1);
       ptx::mbarrier_init(ring.empty(s), kEmptyArrivals);
+    }
+    for (int i = 0; i < kTileSlots; ++i) {
+      ptx::mbarrier_init(tile_written(i), 1);
+      ptx::mbarrier_init(tile_read(i), 8);  // consumer warps
     }
     ptx::fence_mbarrier_init();
   }
