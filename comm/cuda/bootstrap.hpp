@@ -1,0 +1,33 @@
+// How the ranks of a GPU group find each other before they share device memory: one collective on the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "sluice/base/error.hpp"
+
+namespace sluice::comm::cuda {
+
+using Stream = cudaStream_t;
+
+// `all_gather(mine, all, bytes)`: every rank gives `bytes` bytes and gets num_ranks * bytes, ranks ascending. It blocks
+// until all ranks are there and throws if one does not come. All ranks make the same calls in the same order.
+struct Bootstrap {
+  int rank = 0;
+  int num_ranks = 1;
+  std::function<void(const void* mine, void* all, std::size_t bytes)> all_gather;
+};
+
+// Throws kInternal with the runtime's text (kOutOfMemory where that is the reason); clears the runtime's last error.
+inline void check_cuda(cudaError_t result, const char* what) {
+  if (result == cudaSuccess) return;
+  cudaGetLastError();
+  throw Error(result == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kInternal,
+              std::string(what) + ": " + cudaGetErrorString(result));
+}
+
+}  // namespace sluice::comm::cuda

@@ -1,0 +1,1148 @@
+// Who does what: blocks below `push_blocks` store rows to peers, a warp a row; the others, and these when they are done,
+// work on local memory. All blocks of a call fit on the device at once or wait only for peers, never for each other, so
+// it does not matter when they start.
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "sluice/comm/cuda/exchange_kernels.hpp"
+
+namespace sluice::comm::cuda {
+namespace {
+
+constexpr unsigned kAll = 0xFFFFFFFFu;
+constexpr int kCopyThreads = 1024;   // one block a processor
+constexpr int kReduceThreads = 512;  // needs more registers a thread
+constexpr int kPlanThreads = 512;
+constexpr int kPlanBlocks = 32;
+
+using Bf16 = __nv_bfloat16;
+
+// ---- memory that others write or read ------------------------------------------------------------------------------
+__device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* p) {
+  std::uint32_t v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release(std::uint32_t* p, std::uint32_t v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Rows pass through once: no place in L1. Never the read-only path, since peers write rows while a kernel runs.
+__device__ __forceinline__ uint4 load_row(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_half(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_row(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ std::uint64_t now_ns() {
+  std::uint64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+__device__ __forceinline__ bool has_failed(const ChannelView& c) {
+  return *static_cast<volatile std::uint32_t*>(c.failed) != 0;
+}
+
+// Waits until the flag reached `value` (flags may wrap). False: the deadline passed, here or elsewhere in the group.
+__device__ bool wait_for_slow(const ChannelView& c, const std::uint32_t* flag, std::uint32_t value,
+                              WaitFor what, int peer, int chunk) {
+  const std::uint64_t start = now_ns();
+  // Many warps may wait for one flag: the longer it takes, the less often they look, so that they leave the memory system to
+  // the rows.
+  for (unsigned pause = 32;; pause = min(pause * 2, 1024u)) {
+    const std::uint32_t seen = load_acquire(flag);
+    if (static_cast<std::int32_t>(seen - value) >= 0) return true;
+    if (has_failed(c)) return false;
+    const std::uint64_t waited = now_ns() - start;
+    if (waited > c.deadline_ns) {
+      if (atomicCAS_system(&c.error->set, 0u, 1u) == 0) {
+        c.error->what = static_cast<std::uint32_t>(what);
+        c.error->peer = peer;
+        c.error->channel = c.channel;
+        c.error->chunk = chunk;
+        c.error->expected = value;
+        c.error->observed = seen;
+        c.error->waited_ns = waited;
+        __threadfence_system();
+        *static_cast<volatile std::uint32_t*>(&c.error->set) = 2;
+      }
+      *static_cast<volatile std::uint32_t*>(c.failed) = 1;
+      return false;
+    }
+    __nanosleep(pause);
+  }
+}
+__device__ __forceinline__ bool wait_for(const ChannelView& c, const std::uint32_t* flag, std::uint32_t value,
+                                         WaitFor what, int peer, int chunk = -1) {
+  if (static_cast<std::int32_t>(load_acquire(flag) - value) >= 0) return true;
+  return wait_for_slow(c, flag, value, what, peer, chunk);
+}
+template <typename T>
+__device__ __forceinline__ T* in_window(const ChannelView& c, int rank, std::size_t offset) {
+  return reinterpret_cast<T*>(c.window[rank] + offset);
+}
+
+// The last of `blocks` blocks to come gets true (all its threads), and sees what the others wrote.
+__device__ __forceinline__ bool last_block(std::uint32_t* exits, int blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(exits, 1u) + 1 == static_cast<std::uint32_t>(blocks);
+    if (last) *exits = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Every rank tells every other that it is here, and waits for all. The first R threads of the block.
+__device__ __forceinline__ bool announce_and_wait(const ChannelView& c, std::size_t flags,
+                                                  std::uint32_t epoch, WaitFor what, bool announce) {
+  bool ok = true;
+  for (int d = threadIdx.x; d < c.num_ranks; d += blockDim.x) {
+    if (d == c.rank) continue;
+    if (announce) store_release(in_window<std::uint32_t>(c, d, flags) + c.rank, epoch);
+    ok = wait_for(c, in_window<std::uint32_t>(c, c.rank, flags) + d, epoch, what, d);
+  }
+  return __syncthreads_and(ok) != 0;
+}
+
+// ---- plan ------------------------------------------------------------------------------------------------------------
+struct Matrix {
+  std::uint32_t rows[kMaxExchangeRanks][kMaxExchangeRanks];
+  std::uint32_t routes[kMaxExchangeRanks][kMaxExchangeRanks];
+};
+
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_kernel(const ChannelView* view, SendPlan plan, ExchangePart part, std::int64_t* staging) {
+  __shared__ Matrix m;
+  __shared__ std::int64_t receive_ptr[kMaxExchangeRanks + 1], route_ptr[kMaxExchangeRanks + 1];
+  __shared__ std::int64_t push_base[kMaxExchangeRanks], push_route_base[kMaxExchangeRanks];
+  __shared__ std::int64_t sent_rows, sent_routes;
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const int ranks = c.num_ranks, me = c.rank;
+  const std::uint32_t epoch = static_cast<volatile ChannelState&>(s).plan_epoch + 1;
+  const auto counts = [&](int d) { return in_window<uint2>(c, d, c.at.counts); };
+
+  if (blockIdx.x == 0 && part != ExchangePart::kHeaders) {
+    // Peers' counts of the last plan were read before they sent the headers that this rank has waited for.
+    for (int i = threadIdx.x; i < ranks * ranks; i += blockDim.x) {
+      const int to = i / ranks, d = i % ranks;
+      if (part != ExchangePart::kAll && to != me) continue;
+      const std::int64_t first = plan.rank_ptr[d], end = plan.rank_ptr[d + 1];
+      counts(to)[me * ranks + d] =
+          make_uint2(static_cast<std::uint32_t>(end - first),
+                     static_cast<std::uint32_t>(plan.send_route_ptr[end] - plan.send_route_ptr[first]));
+    }
+    __threadfence_system();
+    __syncthreads();
+    for (int d = threadIdx.x; d < ranks && part == ExchangePart::kAll; d += blockDim.x)
+      store_release(in_window<std::uint32_t>(c, d, c.at.count_flag) + me, epoch);
+  }
+  if (part == ExchangePart::kBefore) return;
+  bool ok = true;
+  for (int d = threadIdx.x; d < ranks && part == ExchangePart::kAll; d += blockDim.x)
+    ok = wait_for(c, in_window<std::uint32_t>(c, me, c.at.count_flag) + d, epoch, WaitFor::kPlanCounts, d);
+  ok = __syncthreads_and(ok) != 0;
+
+  if (ok) {
+    for (int i = threadIdx.x; i < ranks * ranks; i += blockDim.x) {
+      const volatile std::uint32_t* pair = reinterpret_cast<volatile std::uint32_t*>(counts(me) + i);
+      m.rows[i / ranks][i % ranks] = pair[0];
+      m.routes[i / ranks][i % ranks] = pair[1];
+    }
+    __syncthreads();
+    bool fits = true;
+    for (int d = threadIdx.x; d < ranks; d += blockDim.x) {
+      std::int64_t rows = 0, routes = 0, own_rows = 0, own_routes = 0, home = 0, home_routes = 0;
+      for (int from = 0; from < ranks; ++from) {
+        if (from == me) own_rows = rows, own_routes = routes;
+        if (d == me) receive_ptr[from] = rows, route_ptr[from] = routes;
+        rows += m.rows[from][d];
+        routes += m.routes[from][d];
+      }
+      if (d == me) receive_ptr[ranks] = rows, route_ptr[ranks] = routes;
+      push_base[d] = own_rows;
+      push_route_base[d] = own_routes;
+      std::int64_t sent = 0, sent_r = 0, most = 0;
+      for (int to = 0; to < ranks; ++to) {
+        if (to == me) home = sent, home_routes = sent_r;
+        sent += m.rows[d][to];
+        sent_r += m.routes[d][to];
+        if (m.rows[d][to] > most) most = m.rows[d][to];
+      }
+      fits = fits && rows <= c.max_received && routes <= c.max_routes && sent <= c.max_home &&
+             sent_r <= c.max_routes && most <= c.max_tokens;
+      if (d == me) sent_rows = sent, sent_routes = sent_r;
+      if (blockIdx.x == 0) {
+        s.push_base[d] = own_rows;
+        s.push_route_base[d] = own_routes;
+        s.home_base[d] = home;
+        s.home_route_base[d] = home_routes;
+      }
+    }
+    ok = __syncthreads_and(fits) != 0;  // the same answer at all ranks: all know all counts
+    if (!ok && threadIdx.x == 0) atomicOr(&s.status, kExchangeOverflow);
+  }
+  if (!ok) {  // an empty receive list
+    for (int d = threadIdx.x; d <= ranks; d += blockDim.x) receive_ptr[d] = 0, route_ptr[d] = 0;
+    __syncthreads();
+  }
+  if (blockIdx.x == 0) {
+    for (int d = threadIdx.x; d <= ranks; d += blockDim.x) {
+      s.receive_ptr[d] = receive_ptr[d];
+      s.receive_route_ptr[d] = route_ptr[d];
+    }
+  }
+  const std::int64_t thread = blockIdx.x * std::int64_t{kPlanThreads} + threadIdx.x;
+  const std::int64_t threads = std::int64_t{kPlanThreads} * gridDim.x;
+  if (ok) {
+    const auto rank_of = [&](std::int64_t i, const std::int64_t* ptr_base, bool routes) {
+      int d = 0;
+      while (d + 1 < ranks && i >= (routes ? ptr_base[plan.rank_ptr[d + 1]] : ptr_base[d + 1])) ++d;
+      return d;
+    };
+    for (std::int64_t i = thread; i < sent_rows; i += threads) {
+      const int d = rank_of(i, plan.rank_ptr, false);
+      const std::int64_t first = plan.rank_ptr[d];
+      const std::int64_t at = push_route_base[d] + plan.send_route_ptr[i] - plan.send_route_ptr[first];
+      if (part == ExchangePart::kHeaders) {
+        staging[i] = at;
+      } else {
+        in_window<std::int64_t>(c, d, c.at.route_ptr)[push_base[d] + i - first] = at;
+      }
+    }
+    for (std::int64_t i = thread; i < sent_routes && part == ExchangePart::kAll; i += threads) {
+      const int d = rank_of(i, plan.send_route_ptr, true);
+      const std::int64_t to = push_route_base[d] + i - plan.send_route_ptr[plan.rank_ptr[d]];
+      in_window<std::int32_t>(c, d, c.at.slot)[to] = plan.send_slot[i];
+      in_window<float>(c, d, c.at.weight)[to] = plan.send_weight != nullptr ? plan.send_weight[i] : 1.0f;
+    }
+  }
+  for (std::int64_t i = receive_ptr[ranks] + thread; i <= c.max_received; i += threads)
+    in_window<std::int64_t>(c, me, c.at.route_ptr)[i] = route_ptr[ranks];
+  __threadfence_system();
+  if (!last_block(&s.plan_exits, gridDim.x) || part != ExchangePart::kAll) return;
+  __threadfence_system();
+  for (int d = threadIdx.x; d < ranks; d += blockDim.x)
+    store_release(in_window<std::uint32_t>(c, d, c.at.header_flag) + me, epoch);
+  for (int d = threadIdx.x; d < ranks; d += blockDim.x)
+    wait_for(c, in_window<std::uint32_t>(c, me, c.at.header_flag) + d, epoch, WaitFor::kPlanHeaders, d);
+  if (threadIdx.x == 0) s.plan_epoch = epoch;
+}
+
+// No index comes from a peer unchecked: whatever is sent, row pointers end up within the routes there are, and slots that
+// do not exist become 0, with weight 0. (Pointers that do not ascend give rows without routes.)
+__global__ void __launch_bounds__(kPlanThreads) check_headers_kernel(const ChannelView* view) {
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const std::int64_t rows = s.receive_ptr[c.num_ranks], routes = s.receive_route_ptr[c.num_ranks];
+  std::int64_t* route_ptr = in_window<std::int64_t>(c, c.rank, c.at.route_ptr);
+  std::int32_t* slot = in_window<std::int32_t>(c, c.rank, c.at.slot);
+  float* weight = in_window<float>(c, c.rank, c.at.weight);
+  const std::int64_t thread = blockIdx.x * std::int64_t{kPlanThreads} + threadIdx.x;
+  const std::int64_t threads = std::int64_t{kPlanThreads} * gridDim.x;
+  bool good = true;
+  for (std::int64_t i = thread; i < rows; i += threads) {
+    const std::int64_t begin = route_ptr[i];
+    good = good && begin <= route_ptr[i + 1] && (i > 0 || begin == 0);
+    if (begin < 0 || begin > routes) {
+      route_ptr[i] = begin < 0 ? 0 : routes;
+      good = false;
+    }
+  }
+  for (std::int64_t i = thread; i < routes; i += threads) {
+    if (slot[i] < 0 || slot[i] >= c.num_local_slots) {
+      slot[i] = 0;
+      weight[i] = 0;
+      good = false;
+    }
+  }
+  if (!good) atomicOr(&s.status, kExchangeBadHeader);
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+template <int kAhead>
+__device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int units, int lane) {
+  for (int base = lane; base < units; base += 32 * kAhead) {
+    uint4 v[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (base + 32 * j < units) v[j] = load_row(from + base + 32 * j);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (base + 32 * j < units) store_row(to + base + 32 * j, v[j]);
+  }
+}
+
+__device__ __forceinline__ float2 unpack_bf16(std::uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u));
+}
+__device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+__device__ __forceinline__ void unpack_row(uint4 v, float (&f)[8]) {
+  const float2 a = unpack_bf16(v.x), b = unpack_bf16(v.y), d = unpack_bf16(v.z), e = unpack_bf16(v.w);
+  f[0] = a.x, f[1] = a.y, f[2] = b.x, f[3] = b.y, f[4] = d.x, f[5] = d.y, f[6] = e.x, f[7] = e.y;
+}
+
+// fp8 e4m3, 448 its largest value (OCP 8-bit floating point specification, 2023).
+constexpr float kFp8Max = 448.0f;
+__device__ __forceinline__ float row_max(const uint4* from, int units, int lane) {
+  float most = 0;
+  for (int i = lane; i < units; i += 32) {
+    float f[8];
+    unpack_row(load_row(from + i), f);
+#pragma unroll
+    for (float v : f) most = fmaxf(most, fabsf(v));
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    most = fmaxf(most, __shfl_xor_sync(kAll, most, distance));
+  return most;
+}
+__device__ __forceinline__ std::uint32_t to_fp8x4(float a, float b, float c, float d, float inverse) {
+  const std::uint32_t low =
+      __nv_cvt_float2_to_fp8x2(make_float2(a * inverse, b * inverse), __NV_SATFINITE, __NV_E4M3);
+  const std::uint32_t high =
+      __nv_cvt_float2_to_fp8x2(make_float2(c * inverse, d * inverse), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+// 8 values of a unit of 16 bytes of bf16.
+__device__ __forceinline__ uint2 quantize(uint4 v, float inverse) {
+  float f[8];
+  unpack_row(v, f);
+  return make_uint2(to_fp8x4(f[0], f[1], f[2], f[3], inverse), to_fp8x4(f[4], f[5], f[6], f[7], inverse));
+}
+__device__ __forceinline__ std::uint32_t from_fp8x2(std::uint32_t bits, float scale) {
+  const __half2_raw half =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(bits & 0xFFFF), __NV_E4M3);
+  const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&half));
+  return pack_bf16(f.x * scale, f.y * scale);
+}
+__device__ __forceinline__ uint4 dequantize(uint2 v, float scale) {
+  return make_uint4(from_fp8x2(v.x, scale), from_fp8x2(v.x >> 16, scale), from_fp8x2(v.y, scale),
+                    from_fp8x2(v.y >> 16, scale));
+}
+struct Scale {
+  float scale, inverse;
+};
+__device__ __forceinline__ Scale scale_of(float most) {
+  if (!(most > 0.0f)) return {1.0f, 1.0f};
+  return {most / kFp8Max, kFp8Max / most};
+}
+__device__ __forceinline__ void quantize_row(const uint4* from, uint2* to, float* scale, int units,
+                                             int lane) {
+  const Scale s = scale_of(row_max(from, units, lane));
+  for (int base = 2 * lane; base < units; base += 64) {  // 16 bytes of fp8; units are even
+    const uint2 a = quantize(load_row(from + base), s.inverse),
+                b = quantize(load_row(from + base + 1), s.inverse);
+    store_row(reinterpret_cast<uint4*>(to + base), make_uint4(a.x, a.y, b.x, b.y));
+  }
+  if (lane == 0) *scale = s.scale;
+}
+
+// Where row `v` of the list of all rows to (or from) others lies: peers take turns, chunk by chunk, the next rank first.
+struct Turn {
+  int peer, chunk, row;  // row within the peer's rows
+};
+__device__ __forceinline__ Turn turn_of(const ChannelView& c, int v) {
+  const int group = v / c.chunk_rows, others = c.num_ranks - 1;
+  const int chunk = group / others, step = group - chunk * others;
+  int peer = c.rank + 1 + step;
+  if (peer >= c.num_ranks) peer -= c.num_ranks;
+  return {peer, chunk, chunk * c.chunk_rows + v - group * c.chunk_rows};
+}
+// The list's length: as if all peers had as many rows as the one with the most. ptr: [R + 1], shared memory.
+__device__ __forceinline__ int turns(const ChannelView& c, const std::int64_t* ptr) {
+  std::int64_t most = 0;
+  for (int d = 0; d < c.num_ranks; ++d)
+    if (d != c.rank && ptr[d + 1] - ptr[d] > most) most = ptr[d + 1] - ptr[d];
+  const int chunks = static_cast<int>((most + c.chunk_rows - 1) / c.chunk_rows);
+  return chunks * (c.num_ranks - 1) * c.chunk_rows;
+}
+// A block that stores to peers has one warp that announces what the others have stored: a fence waits until stores are
+// there, and storing goes on meanwhile. Worker w of a block has stored progress[w] of its pieces v = first_piece(w) +
+// k * step, k = 0, 1, ...; announced are chunks all of whose pieces are there. `parts`: pieces of a row.
+struct Pieces {
+  const std::int64_t* ptr;  // rows of each peer, as in turns()
+  int all, parts, step, blocks, block;
+  __device__ __forceinline__ int first(int worker) const { return worker * blocks + block; }
+  __device__ __forceinline__ int count(int worker) const {
+    return first(worker) < all ? (all - first(worker) + step - 1) / step : 0;
+  }
+};
+template <int kWarps>
+__device__ __forceinline__ Pieces pieces_of(const ChannelView& c, const std::int64_t* ptr, int parts,
+                                            int blocks) {
+  return {ptr, turns(c, ptr) * parts, parts, blocks * (kWarps - 1), blocks, static_cast<int>(blockIdx.x)};
+}
+__device__ __forceinline__ void note_progress(std::uint32_t* progress, std::uint32_t pieces, int lane) {
+  __syncwarp();
+  if (lane == 0) {
+    const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(progress));
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(at), "r"(pieces) : "memory");
+  }
+}
+template <int kWarps>
+__device__ __forceinline__ void announce(const ChannelView& c, const Pieces& pieces,
+                                         const std::uint32_t* progress, std::uint32_t* done,
+                                         std::size_t flags, std::uint32_t epoch, int lane) {
+  const bool worker = lane < kWarps - 1;
+  const std::uint32_t total = worker ? static_cast<std::uint32_t>(pieces.count(lane)) : 0;
+  const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(progress + lane));
+  std::uint32_t announced = 0;
+  while (__any_sync(kAll, announced < total)) {
+    std::uint32_t stored = 0;
+    if (worker) asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(stored) : "r"(at) : "memory");
+    if (!__any_sync(kAll, stored > announced)) {
+      __nanosleep(200);
+      continue;
+    }
+    __threadfence_system();
+    for (; announced < stored; ++announced) {
+      const Turn turn =
+          turn_of(c, (pieces.first(lane) + static_cast<int>(announced) * pieces.step) / pieces.parts);
+      const int rows = static_cast<int>(pieces.ptr[turn.peer + 1] - pieces.ptr[turn.peer]);
+      if (turn.row >= rows) continue;
+      const int in_chunk = min(c.chunk_rows, rows - turn.chunk * c.chunk_rows) * pieces.parts;
+      std::uint32_t* count = done + turn.peer * c.max_chunks + turn.chunk;
+      if (atomicAdd(count, 1u) + 1 != static_cast<std::uint32_t>(in_chunk)) continue;
+      *count = 0;
+      __threadfence_system();  // what other blocks stored of this chunk
+      store_release(in_window<std::uint32_t>(c, turn.peer, flags) + c.rank * c.max_chunks + turn.chunk,
+                    epoch);
+    }
+    __syncwarp();
+  }
+}
+// Units (of 16 bytes) of piece `part` of a row.
+struct Span {
+  int begin, end;
+};
+__device__ __forceinline__ Span span_of(const ChannelView& c, int part, int parts) {
+  const int units = c.row_bytes / 16;
+  return {units * part / parts, units * (part + 1) / parts};
+}
+// All chunks from all peers; threads of one block.
+__device__ __forceinline__ void wait_for_all_rows(const ChannelView& c, const std::int64_t* ptr,
+                                                  std::size_t flags, std::uint32_t epoch, WaitFor what) {
+  const std::uint32_t* own = in_window<std::uint32_t>(c, c.rank, flags);
+  for (int s = 0; s < c.num_ranks; ++s) {
+    if (s == c.rank) continue;
+    const int chunks = static_cast<int>((ptr[s + 1] - ptr[s] + c.chunk_rows - 1) / c.chunk_rows);
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x)
+      wait_for(c, own + s * c.max_chunks + i, epoch, what, s, i);
+  }
+}
+
+// ---- dispatch --------------------------------------------------------------------------------------------------------
+// One row into the positions of its routes.
+template <bool kFp8, bool kOwn>
+__device__ __forceinline__ void expand_row(const ChannelView& c, const DispatchCall& call,
+                                           const std::byte* from, float scale, std::int64_t first_route,
+                                           std::int64_t end_route, int part, int lane) {
+  constexpr int kAhead = 4;
+  const Span span = span_of(c, part, c.row_parts);
+  const int units = span.end;
+  Scale own{};
+  if constexpr (kFp8 && kOwn)
+    own = scale_of(row_max(reinterpret_cast<const uint4*>(from), c.row_bytes / 16, lane));
+  for (std::int64_t first = first_route; first < end_route; first += 32) {
+    const int routes = static_cast<int>(min(std::int64_t{32}, end_route - first));
+    const int position = lane < routes ? call.position_of_route[first + lane] : 0;
+    for (int turn = span.begin; turn < units; turn += 32 * kAhead) {  // all lanes together
+      const int base = turn + lane;
+      uint4 v[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int unit = base + 32 * j;
+        if (unit < units) {
+          if constexpr (!kFp8) {
+            v[j] = load_row(reinterpret_cast<const uint4*>(from) + unit);
+          } else if constexpr (kOwn) {
+            v[j] = dequantize(quantize(load_row(reinterpret_cast<const uint4*>(from) + unit), own.inverse),
+                              own.scale);
+          } else {
+            v[j] = dequantize(load_half(reinterpret_cast<const uint2*>(from) + unit), scale);
+          }
+        }
+      }
+      for (int r = 0; r < routes; ++r) {
+        const std::int64_t p = __shfl_sync(kAll, position, r);
+        uint4* out = reinterpret_cast<uint4*>(call.out + p * call.out_stride_bytes);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j)
+          if (base + 32 * j < units) store_row(out + base + 32 * j, v[j]);
+      }
+    }
+    __syncwarp();
+    if (call.tile_flags != nullptr && lane < routes) {
+      const std::int64_t all = c.state->receive_route_ptr[c.num_ranks];
+      const std::int64_t tile = position / call.tile_rows;
+      const std::int64_t in_tile =
+          min(static_cast<std::int64_t>(call.tile_rows), all - tile * call.tile_rows);
+      __threadfence();
+      if (atomicAdd(c.tile_done + tile, 1u) + 1 == static_cast<std::uint32_t>(in_tile * c.row_parts)) {
+        c.tile_done[tile] = 0;
+        __threadfence();
+        store_release(call.tile_flags + tile, 1);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kCopyThreads, 1)
+    dispatch_kernel(const ChannelView* view, DispatchCall call) {
+  __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
+  __shared__ std::int64_t push_base[kMaxExchangeRanks];
+  __shared__ std::uint32_t progress[kCopyThreads / 32];
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const int ranks = c.num_ranks, me = c.rank;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kWarps = kCopyThreads / 32;
+  if (lane == 0) progress[warp] = 0;
+  const std::uint32_t epoch = static_cast<volatile ChannelState&>(s).dispatch_epoch + 1;
+  for (int d = threadIdx.x; d <= ranks; d += kCopyThreads) {
+    send_ptr[d] = call.rank_ptr[d];
+    receive_ptr[d] = s.receive_ptr[d];
+    if (d < ranks) push_base[d] = s.push_base[d];
+  }
+  __syncthreads();
+  const bool sendable = (s.status & kExchangeOverflow) == 0;
+  const int block = blockIdx.x;
+  if (block < call.push_blocks) {
+    const bool ok = announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, block == 0);
+    if (ok && sendable && ranks > 1) {
+      const Pieces pieces = pieces_of<kWarps>(c, send_ptr, c.row_parts, call.push_blocks);
+      if (warp == kWarps - 1) {
+        announce<kWarps>(c, pieces, progress, c.dispatch_done, c.at.dispatch_flags, epoch, lane);
+      } else {
+        std::uint32_t stored = 0;
+        for (int v = pieces.first(warp); v < pieces.all; v += pieces.step) {
+          const Turn turn = turn_of(c, v / pieces.parts);
+          if (turn.row < send_ptr[turn.peer + 1] - send_ptr[turn.peer]) {
+            const std::int64_t from = call.send_row[send_ptr[turn.peer] + turn.row];
+            const std::int64_t to = push_base[turn.peer] + turn.row;
+            const uint4* source = reinterpret_cast<const uint4*>(call.x + from * call.x_stride_bytes);
+            std::byte* target = in_window<std::byte>(c, turn.peer, c.at.rows) + to * c.wire_row_bytes;
+            if constexpr (kFp8) {
+              quantize_row(source, reinterpret_cast<uint2*>(target),
+                           in_window<float>(c, turn.peer, c.at.scale) + to, c.row_bytes / 16, lane);
+            } else {
+              const Span span = span_of(c, v % pieces.parts, pieces.parts);
+              copy_row<8>(source + span.begin, reinterpret_cast<uint4*>(target) + span.begin,
+                          span.end - span.begin, lane);
+            }
+          }
+          note_progress(progress + warp, ++stored, lane);
+        }
+      }
+    }
+  }
+  if (call.out != nullptr && sendable) {
+    // Own rows first, while those of others are on their way.
+    const int own = static_cast<int>(receive_ptr[me + 1] - receive_ptr[me]);
+    const int parts = c.row_parts, all = own + turns(c, receive_ptr);
+    const std::int64_t* route_ptr = in_window<std::int64_t>(c, me, c.at.route_ptr);
+    const std::uint32_t* flags = in_window<std::uint32_t>(c, me, c.at.dispatch_flags);
+    for (;;) {
+      int piece = 0;
+      if (lane == 0) piece = static_cast<int>(atomicAdd(&s.expand_ticket, 1u));
+      piece = __shfl_sync(kAll, piece, 0);
+      const int v = piece / parts, part = piece % parts;
+      if (v >= all) break;
+      if (v < own) {
+        const std::int64_t row = receive_ptr[me] + v;
+        const std::int64_t token = call.send_row[send_ptr[me] + v];
+        expand_row<kFp8, true>(c, call, call.x + token * call.x_stride_bytes, 0, route_ptr[row],
+                               route_ptr[row + 1], part, lane);
+        continue;
+      }
+      const Turn turn = turn_of(c, v - own);
+      if (turn.row >= receive_ptr[turn.peer + 1] - receive_ptr[turn.peer]) continue;
+      bool ok = true;
+      if (lane == 0 && !call.arrived)
+        ok = wait_for(c, flags + turn.peer * c.max_chunks + turn.chunk, epoch, WaitFor::kDispatchRows,
+                      turn.peer, turn.chunk);
+      if (!__shfl_sync(kAll, ok, 0)) break;
+      const std::int64_t row = receive_ptr[turn.peer] + turn.row;
+      const float scale = kFp8 ? *(in_window<const volatile float>(c, me, c.at.scale) + row) : 0.0f;
+      expand_row<kFp8, false>(c, call, in_window<std::byte>(c, me, c.at.rows) + row * c.wire_row_bytes, scale,
+                              route_ptr[row], route_ptr[row + 1], part, lane);
+    }
+  } else if (block == 0 && sendable && !call.arrived) {
+    wait_for_all_rows(c, receive_ptr, c.at.dispatch_flags, epoch, WaitFor::kDispatchRows);
+  }
+  if (last_block(&s.dispatch_exits, call.blocks) && threadIdx.x == 0) {
+    s.expand_ticket = 0;
+    s.dispatch_epoch = epoch;
+  }
+}
+
+// ---- combine ---------------------------------------------------------------------------------------------------------
+// Values of 16 bytes.
+template <typename T>
+struct Unit;
+template <>
+struct Unit<Bf16> {
+  static constexpr int kValues = 8;
+  static __device__ __forceinline__ void get(uint4 v, float (&f)[8]) { unpack_row(v, f); }
+  static __device__ __forceinline__ uint4 put(const float (&f)[8]) {
+    return make_uint4(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]),
+                      pack_bf16(f[6], f[7]));
+  }
+};
+template <>
+struct Unit<float> {
+  static constexpr int kValues = 4;
+  static __device__ __forceinline__ void get(uint4 v, float (&f)[4]) {
+    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z),
+    f[3] = __uint_as_float(v.w);
+  }
+  static __device__ __forceinline__ uint4 put(const float (&f)[4]) {
+    return make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
+                      __float_as_uint(f[3]));
+  }
+};
+
+// ---- sums ------------------------------------------------------------------------------------------------------------
+constexpr int kSide = 2;   // units (unit, unit + 32) a lane works on side by side
+constexpr int kTerms = 2;  // terms of a stage ...
+// ... of the ring in which a lane's terms arrive; stages so that the rings of a block fill a processor's shared memory.
+template <int kThreads>
+struct Ring {
+  static constexpr int kStages = kThreads == kReduceThreads ? 6 : 3;
+  static constexpr int kWarpBytes = kStages * kTerms * kSide * 512;
+  static constexpr int kBytes = kThreads / 32 * kWarpBytes;
+};
+
+__device__ __forceinline__ void copy_async(std::uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(std::uint32_t shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+
+// One row of a sum in two levels: terms of a rank are added, in order, and rounded to T; ranks are added, in order.
+// Lane i has term i of a group of up to 32.
+struct Term {
+  const std::byte* row;
+  float weight;
+  bool closes;  // the last of its rank
+};
+template <typename T>
+struct Sum {
+  static constexpr int kN = Unit<T>::kValues;
+  float rank[kSide][kN], all[kSide][kN];
+  // -0 + x is x, for every x.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j)
+#pragma unroll
+      for (int i = 0; i < kN; ++i) rank[j][i] = all[j][i] = -0.0f;
+  }
+  __device__ __forceinline__ void add(int j, uint4 v, float weight) {
+    float f[kN];
+    Unit<T>::get(v, f);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) rank[j][i] = rank[j][i] + weight * f[i];
+  }
+  __device__ __forceinline__ void close() {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+      float rounded[kN];
+      Unit<T>::get(Unit<T>::put(rank[j]), rounded);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        all[j][i] = all[j][i] + rounded[i];
+        rank[j][i] = -0.0f;
+      }
+    }
+  }
+};
+// Rows come through a ring in shared memory, of which each lane reads what it has asked for itself: what is on its way takes
+// no registers.
+template <typename T, int kStages>
+__device__ __forceinline__ void sum_few_terms(const Term& term, int terms, Span span, uint4* out,
+                                              std::uint32_t ring, int lane) {
+  const int term_batches = (terms + kTerms - 1) / kTerms;
+  const int batches = (span.end - span.begin + 32 * kSide - 1) / (32 * kSide) * term_batches;
+  const auto place = [&](int stage, int t, int j) {
+    return ring + ((stage * kTerms + t) * kSide + j) * 512 + lane * 16;
+  };
+  int issue_unit = span.begin + lane, issue_term = 0, issue_stage = 0, issued = 0;
+  const auto issue = [&] {
+    if (issued < batches) {
+#pragma unroll
+      for (int t = 0; t < kTerms; ++t) {
+        const std::uint64_t row =
+            __shfl_sync(kAll, reinterpret_cast<std::uint64_t>(term.row), issue_term + t);
+        if (issue_term + t < terms) {
+#pragma unroll
+          for (int j = 0; j < kSide; ++j)
+            if (issue_unit + 32 * j < span.end)
+              copy_async(place(issue_stage, t, j), reinterpret_cast<const uint4*>(row) + issue_unit + 32 * j);
+        }
+      }
+      ++issued;
+      issue_term += kTerms;
+      if (issue_term >= terms) {
+        issue_term = 0;
+        issue_unit += 32 * kSide;
+      }
+      if (++issue_stage == kStages) issue_stage = 0;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) issue();
+  Sum<T> sum;
+  sum.clear();
+  int unit = span.begin + lane, first_term = 0, stage = 0;
+  for (int b = 0; b < batches; ++b) {
+    issue();
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+      const float weight = __shfl_sync(kAll, term.weight, first_term + t);
+      const bool closes = __shfl_sync(kAll, term.closes, first_term + t);
+      if (first_term + t < terms) {
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) sum.add(j, load_shared(place(stage, t, j)), weight);
+        if (closes) sum.close();
+      }
+    }
+    if (++stage == kStages) stage = 0;
+    first_term += kTerms;
+    if (first_term >= terms) {
+      first_term = 0;
+#pragma unroll
+      for (int j = 0; j < kSide; ++j)
+        if (unit + 32 * j < span.end) store_row(out + unit + 32 * j, Unit<T>::put(sum.all[j]));
+      unit += 32 * kSide;
+      sum.clear();
+    }
+  }
+}
+
+// One block of the first `push_blocks` sends rows home, all sum what is there. Rows of others are terms with weight 1.
+struct Terms {
+  const ChannelView& c;
+  const CombineCall& call;
+  const std::int64_t* route_ptr;
+  const float* weight;
+  // Term i of a row of the receive list.
+  __device__ __forceinline__ Term of_route(std::int64_t route, bool closes) const {
+    return {call.source + static_cast<std::int64_t>(call.position_of_route[route]) * call.source_stride_bytes,
+            call.weighted ? weight[route] : 1.0f, closes};
+  }
+};
+// Any number of terms, one after the other; `term_of(i)` gives term i to all lanes.
+template <typename T, typename TermOf>
+__device__ __noinline__ void sum_many_terms(TermOf term_of, int terms, Span span, uint4* out, int lane) {
+  for (int unit = span.begin + lane; unit < span.end; unit += 32 * kSide) {
+    Sum<T> sum;
+    sum.clear();
+    for (int i = 0; i < terms; ++i) {
+      const Term term = term_of(i);
+#pragma unroll
+      for (int j = 0; j < kSide; ++j)
+        if (unit + 32 * j < span.end)
+          sum.add(j, load_row(reinterpret_cast<const uint4*>(term.row) + unit + 32 * j), term.weight);
+      if (term.closes) sum.close();
+    }
+#pragma unroll
+    for (int j = 0; j < kSide; ++j)
+      if (unit + 32 * j < span.end) store_row(out + unit + 32 * j, Unit<T>::put(sum.all[j]));
+  }
+}
+template <typename T>
+__device__ __forceinline__ void fill_row(uint4* out, Span span, float value, int lane) {
+  float f[Unit<T>::kValues];
+#pragma unroll
+  for (float& v : f) v = value;
+  for (int unit = span.begin + lane; unit < span.end; unit += 32) store_row(out + unit, Unit<T>::put(f));
+}
+
+// kReduce: the source holds expert outputs; else a row a receive list entry.
+template <typename T, bool kReduce, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView* view, CombineCall call) {
+  extern __shared__ __align__(16) unsigned char rings[];
+  __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
+  __shared__ std::int64_t home_base[kMaxExchangeRanks];
+  __shared__ std::uint32_t progress[kThreads / 32];
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const int ranks = c.num_ranks, me = c.rank;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kWarps = kThreads / 32;
+  if (lane == 0) progress[warp] = 0;
+  const int block = blockIdx.x;
+  const std::uint32_t ring =
+      static_cast<std::uint32_t>(__cvta_generic_to_shared(rings)) + warp * Ring<kThreads>::kWarpBytes;
+  for (int d = threadIdx.x; d <= ranks; d += kThreads) {
+    send_ptr[d] = call.rank_ptr != nullptr ? call.rank_ptr[d] : 0;
+    receive_ptr[d] = s.receive_ptr[d];
+    if (d < ranks) home_base[d] = s.home_base[d];
+  }
+  __syncthreads();
+  const std::uint32_t push_epoch = static_cast<volatile ChannelState&>(s).push_epoch + 1;
+  const std::uint32_t sum_epoch = static_cast<volatile ChannelState&>(s).sum_epoch + 1;
+  const bool sendable = (s.status & kExchangeOverflow) == 0;
+  const std::int64_t* route_ptr = in_window<std::int64_t>(c, me, c.at.route_ptr);
+  const Terms terms{c, call, route_ptr, in_window<float>(c, me, c.at.weight)};
+  if (call.push && block < call.push_blocks) {
+    // Peers say when their sums of the last pass are done.
+    const bool ok = call.staging != nullptr ||
+                    announce_and_wait(c, c.at.combine_ready, push_epoch - 1, WaitFor::kCombineReady, false);
+    if (ok && sendable && ranks > 1) {
+      const Pieces pieces =
+          pieces_of<kWarps>(c, receive_ptr, kReduce ? c.sum_parts : c.row_parts, call.push_blocks);
+      if (warp == kWarps - 1 && call.staging == nullptr)
+        announce<kWarps>(c, pieces, progress, c.combine_done, c.at.combine_flags, push_epoch, lane);
+      std::uint32_t stored = 0;
+      for (int v = pieces.first(warp); v < pieces.all && warp < kWarps - 1; v += pieces.step) {
+        const Turn turn = turn_of(c, v / pieces.parts);
+        if (turn.row < receive_ptr[turn.peer + 1] - receive_ptr[turn.peer]) {
+          const std::int64_t row = receive_ptr[turn.peer] + turn.row;
+          uint4* target = reinterpret_cast<uint4*>(call.staging != nullptr
+                                                       ? call.staging + row * c.row_bytes
+                                                       : in_window<std::byte>(c, turn.peer, c.at.home) +
+                                                             (home_base[turn.peer] + turn.row) * c.row_bytes);
+          const Span span = span_of(c, v % pieces.parts, pieces.parts);
+          if constexpr (kReduce) {
+            const std::int64_t begin = route_ptr[row];
+            const int count = max(0, static_cast<int>(route_ptr[row + 1] - begin));
+            if (count <= 32) {
+              Term term{nullptr, 0, false};
+              if (lane < count) term = terms.of_route(begin + lane, lane == count - 1);
+              sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, target, ring, lane);
+            } else {
+              sum_many_terms<T>([&](int i) { return terms.of_route(begin + i, i == count - 1); }, count, span,
+                                target, lane);
+            }
+          } else {
+            copy_row<8>(
+                reinterpret_cast<const uint4*>(call.source + row * call.source_stride_bytes) + span.begin,
+                target + span.begin, span.end - span.begin, lane);
+          }
+        }
+        note_progress(progress + warp, ++stored, lane);
+      }
+    }
+  }
+  if (call.sum) {
+    const std::uint32_t* flags = in_window<std::uint32_t>(c, me, c.at.combine_flags);
+    const std::byte* home = in_window<std::byte>(c, me, c.at.home);
+    for (;;) {
+      std::int64_t piece = 0;
+      if (lane == 0) piece = atomicAdd(&s.sum_ticket, 1u);
+      piece = __shfl_sync(kAll, piece, 0);
+      const int parts = c.sum_parts;
+      const std::int64_t t = call.first_token + piece / parts;
+      if (t >= call.end_token) break;
+      const Span span = span_of(c, static_cast<int>(piece % parts), parts);
+      uint4* out = reinterpret_cast<uint4*>(call.y + t * call.y_stride_bytes);
+      const std::int64_t begin = call.home_ptr[t], end = call.home_ptr[t + 1];
+      // Wait for what comes from others.
+      bool ok = sendable;
+      for (std::int64_t i = begin + lane; i < end && ok; i += 32) {
+        const std::int64_t place = call.home_position[i];
+        int d = 0;
+        while (place >= send_ptr[d + 1]) ++d;
+        if (d == me || call.arrived) continue;
+        const int chunk = static_cast<int>(place - send_ptr[d]) / c.chunk_rows;
+        ok = wait_for(c, flags + d * c.max_chunks + chunk, sum_epoch, WaitFor::kCombineRows, d, chunk);
+      }
+      if (!__all_sync(kAll, ok)) {
+        fill_row<T>(out, span, __int_as_float(0x7FC00000), lane);
+        continue;
+      }
+      if (begin == end) {
+        fill_row<T>(out, span, 0.0f, lane);
+        continue;
+      }
+      // A token's rows, ranks ascending; its own one may stand for several routes.
+      std::int64_t own_place = -1, own_routes = 0, own_count = 1;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t place = call.home_position[i];
+        if (place < send_ptr[me] || place >= send_ptr[me + 1]) continue;
+        own_place = i - begin;
+        if constexpr (kReduce) {
+          const std::int64_t row = receive_ptr[me] + place - send_ptr[me];
+          own_routes = route_ptr[row];
+          own_count = max(std::int64_t{0}, route_ptr[row + 1] - own_routes);
+        }
+      }
+      const auto term_of = [&](int i) -> Term {
+        std::int64_t at = i;
+        if (own_place >= 0 && at >= own_place) {
+          if (at < own_place + own_count) {
+            if constexpr (kReduce) {
+              const std::int64_t route = own_routes + at - own_place;
+              return terms.of_route(route, at - own_place == own_count - 1);
+            } else {
+              const std::int64_t row = receive_ptr[me] + call.home_position[begin + at] - send_ptr[me];
+              return {call.source + row * call.source_stride_bytes, 1.0f, true};
+            }
+          }
+          at -= own_count - 1;
+        }
+        return {home + call.home_position[begin + at] * c.row_bytes, 1.0f, true};
+      };
+      const int count = static_cast<int>(end - begin + (own_place >= 0 ? own_count - 1 : 0));
+      if (count <= 32) {
+        Term term{nullptr, 0, false};
+        if (lane < count) term = term_of(lane);
+        sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, out, ring, lane);
+      } else {
+        sum_many_terms<T>(term_of, count, span, out, lane);
+      }
+    }
+  }
+  if (last_block(call.push ? &s.push_exits : &s.sum_exits, call.blocks)) {
+    if (call.sum && call.last && !call.arrived)
+      for (int d = threadIdx.x; d < ranks; d += kThreads)
+        if (d != me) store_release(in_window<std::uint32_t>(c, d, c.at.combine_ready) + me, sum_epoch);
+    if (threadIdx.x == 0) {
+      if (call.push) s.push_epoch = push_epoch;
+      if (call.sum) s.sum_ticket = 0;
+      if (call.sum && call.last) s.sum_epoch = sum_epoch;
+    }
+  }
+}
+
+__global__ void combine_handshake_kernel(const ChannelView* view) {
+  const ChannelView& c = *view;
+  const std::uint32_t epoch = c.state->push_epoch + 1;
+  announce_and_wait(c, c.at.combine_ready, epoch - 1, WaitFor::kCombineReady, false);
+  if (threadIdx.x == 0) c.state->push_epoch = epoch;
+}
+
+// ---- copy engines ----------------------------------------------------------------------------------------------------
+template <bool kFp8>
+__global__ void __launch_bounds__(kCopyThreads, 1) pack_kernel(const ChannelView* view, PackCall call) {
+  __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1];
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const int ranks = c.num_ranks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kWarps = kCopyThreads / 32;
+  // The first slice's kernel raises the epoch, so later ones find it raised.
+  const std::uint32_t epoch = static_cast<volatile ChannelState&>(s).dispatch_epoch + (call.first ? 1u : 0u);
+  for (int d = threadIdx.x; d <= ranks; d += kCopyThreads) send_ptr[d] = call.rank_ptr[d];
+  __syncthreads();
+  if (call.first && blockIdx.x == 0) {
+    if (call.handshake) announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, true);
+  }
+  const int all = turns(c, send_ptr), others = (ranks - 1) * c.chunk_rows;
+  const int begin = call.first_chunk * others, end = min(all, call.end_chunk * others);
+  for (int v = begin + warp * call.blocks + static_cast<int>(blockIdx.x); v < end;
+       v += call.blocks * kWarps) {
+    const Turn turn = turn_of(c, v);
+    if (turn.row >= send_ptr[turn.peer + 1] - send_ptr[turn.peer]) continue;
+    const std::int64_t at = send_ptr[turn.peer] + turn.row;
+    const uint4* source = reinterpret_cast<const uint4*>(call.x + call.send_row[at] * call.x_stride_bytes);
+    std::byte* target = call.staging + at * c.wire_row_bytes;
+    if constexpr (kFp8) {
+      quantize_row(source, reinterpret_cast<uint2*>(target), call.staging_scale + at, c.row_bytes / 16, lane);
+    } else {
+      copy_row<8>(source, reinterpret_cast<uint4*>(target), c.row_bytes / 16, lane);
+    }
+  }
+  if (last_block(&s.dispatch_exits, call.blocks) && threadIdx.x == 0 && call.first) s.dispatch_epoch = epoch;
+}
+// What the copy engine brought before it, in stream order, is announced.
+__global__ void raise_flags_kernel(const ChannelView* view, int peer, bool dispatch, int first_chunk,
+                                   int end_chunk) {
+  const ChannelView& c = *view;
+  const std::uint32_t epoch = dispatch ? c.state->dispatch_epoch : c.state->push_epoch;
+  std::uint32_t* flags =
+      in_window<std::uint32_t>(c, peer, dispatch ? c.at.dispatch_flags : c.at.combine_flags);
+  for (int i = first_chunk + static_cast<int>(threadIdx.x); i < end_chunk; i += blockDim.x)
+    store_release(flags + c.rank * c.max_chunks + i, epoch);
+}
+__global__ void wait_dispatch_kernel(const ChannelView* view) {
+  const ChannelView& c = *view;
+  const ChannelState& s = *c.state;
+  if ((s.status & kExchangeOverflow) == 0)
+    wait_for_all_rows(c, s.receive_ptr, c.at.dispatch_flags, s.dispatch_epoch, WaitFor::kDispatchRows);
+}
+
+// ---- one value a route -----------------------------------------------------------------------------------------------
+__global__ void __launch_bounds__(kPlanThreads)
+    scalars_kernel(const ChannelView* view, SendPlan plan, const float* values,
+                   const std::int32_t* position_of_route, float* value_of_route, ExchangePart part,
+                   float* staging) {
+  const ChannelView& c = *view;
+  ChannelState& s = *c.state;
+  const int ranks = c.num_ranks, me = c.rank;
+  const std::uint32_t epoch = static_cast<volatile ChannelState&>(s).scalar_epoch + 1;
+  const bool peers = part == ExchangePart::kAll;
+  bool ok = !peers || announce_and_wait(c, c.at.scalar_ready, epoch, WaitFor::kScalarsReady, blockIdx.x == 0);
+  ok = ok && (s.status & kExchangeOverflow) == 0;
+  const std::int64_t thread = blockIdx.x * std::int64_t{kPlanThreads} + threadIdx.x;
+  const std::int64_t threads = std::int64_t{kPlanThreads} * gridDim.x;
+  const std::int64_t received = s.receive_route_ptr[ranks];
+  for (std::int64_t i = thread; i < received && ok && part != ExchangePart::kAfter; i += threads) {
+    if (!peers) {
+      staging[i] = values[position_of_route[i]];
+      continue;
+    }
+    int d = 0;
+    while (i >= s.receive_route_ptr[d + 1]) ++d;
+    in_window<float>(c, d, c.at.scalars)[s.home_route_base[d] + i - s.receive_route_ptr[d]] =
+        values[position_of_route[i]];
+  }
+  if (part == ExchangePart::kBefore) return;
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0 && peers) {
+    __threadfence_system();
+    if (atomicAdd(&s.scalar_arrivals, 1u) + 1 == gridDim.x) {
+      s.scalar_arrivals = 0;
+      __threadfence_system();
+      for (int d = 0; d < ranks; ++d)
+        store_release(in_window<std::uint32_t>(c, d, c.at.scalar_flag) + me, epoch);
+    }
+  }
+  for (int d = threadIdx.x; d < ranks && peers; d += blockDim.x)
+    ok =
+        wait_for(c, in_window<std::uint32_t>(c, me, c.at.scalar_flag) + d, epoch, WaitFor::kScalars, d) && ok;
+  ok = __syncthreads_and(ok) != 0;
+  const std::int64_t sent = plan.send_route_ptr[plan.rank_ptr[ranks]];
+  const volatile float* scalars = in_window<float>(c, me, c.at.scalars);
+  for (std::int64_t i = thread; i < sent; i += threads)
+    value_of_route[plan.send_route[i]] = ok ? scalars[i] : __int_as_float(0x7FC00000);
+  if (last_block(&s.scalar_exits, gridDim.x) && threadIdx.x == 0) s.scalar_epoch = epoch;
+}
+
+__global__ void barrier_kernel(const ChannelView* view, std::uint32_t* epoch, std::size_t flags) {
+  const std::uint32_t next = *epoch + 1;
+  announce_and_wait(*view, flags, next, WaitFor::kBarrier, true);
+  __syncthreads();
+  if (threadIdx.x == 0) *epoch = next;
+}
+
+template <typename T>
+cudaError_t run_combine(const ChannelView* view, const CombineCall& call, Stream stream) {
+  const auto run = [&](auto* kernel, int threads, int bytes) {
+    // Per device: the attribute is part of its context.
+    const cudaError_t result =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (result != cudaSuccess) return result;
+    kernel<<<call.blocks, threads, bytes, stream>>>(view, call);
+    return cudaGetLastError();
+  };
+  if (call.position_of_route == nullptr)
+    return run(combine_kernel<T, false, kCopyThreads>, kCopyThreads, Ring<kCopyThreads>::kBytes);
+  return run(combine_kernel<T, true, kReduceThreads>, kReduceThreads, Ring<kReduceThreads>::kBytes);
+}
+
+}  // namespace
+
+cudaError_t preload_kernels() {
+  cudaFuncAttributes attributes{};
+  cudaError_t result = cudaSuccess;
+  const auto load = [&](auto* kernel) {
+    if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, kernel);
+  };
+  load(plan_kernel);
+  load(check_headers_kernel);
+  load(dispatch_kernel<false>);
+  load(dispatch_kernel<true>);
+  load(combine_kernel<Bf16, true, kReduceThreads>);
+  load(combine_kernel<Bf16, false, kCopyThreads>);
+  load(combine_kernel<float, true, kReduceThreads>);
+  load(combine_kernel<float, false, kCopyThreads>);
+  load(combine_handshake_kernel);
+  load(pack_kernel<false>);
+  load(pack_kernel<true>);
+  load(wait_dispatch_kernel);
+  load(raise_flags_kernel);
+  load(scalars_kernel);
+  load(barrier_kernel);
+  return result;
+}
+
+cudaError_t launch_plan(const ChannelView* view, const SendPlan& plan, ExchangePart part,
+                        std::int64_t* staging, Stream stream) {
+  plan_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view, plan, part, staging);
+  return cudaGetLastError();
+}
+cudaError_t launch_check_headers(const ChannelView* view, Stream stream) {
+  check_headers_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view);
+  return cudaGetLastError();
+}
+cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, Stream stream) {
+  if (fp8) {
+    dispatch_kernel<true><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
+  } else {
+    dispatch_kernel<false><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
+  }
+  return cudaGetLastError();
+}
+cudaError_t launch_combine(const ChannelView* view, const CombineCall& call, DType dtype, Stream stream) {
+  return dtype == DType::kBF16 ? run_combine<Bf16>(view, call, stream)
+                               : run_combine<float>(view, call, stream);
+}
+cudaError_t launch_scalars(const ChannelView* view, const SendPlan& plan, const float* values,
+                           const std::int32_t* position_of_route, float* value_of_route, ExchangePart part,
+                           float* staging, Stream stream) {
+  scalars_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view, plan, values, position_of_route,
+                                                           value_of_route, part, staging);
+  return cudaGetLastError();
+}
+cudaError_t launch_pack(const ChannelView* view, const PackCall& call, bool fp8, Stream stream) {
+  if (fp8) {
+    pack_kernel<true><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
+  } else {
+    pack_kernel<false><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
+  }
+  return cudaGetLastError();
+}
+cudaError_t launch_wait_dispatch(const ChannelView* view, Stream stream) {
+  wait_dispatch_kernel<<<1, kPlanThreads, 0, stream>>>(view);
+  return cudaGetLastError();
+}
+cudaError_t launch_raise_flags(const ChannelView* view, int peer, bool dispatch, int first_chunk,
+                               int end_chunk, Stream stream) {
+  raise_flags_kernel<<<1, 128, 0, stream>>>(view, peer, dispatch, first_chunk, end_chunk);
+  return cudaGetLastError();
+}
+cudaError_t launch_combine_handshake(const ChannelView* view, Stream stream) {
+  combine_handshake_kernel<<<1, kPlanThreads, 0, stream>>>(view);
+  return cudaGetLastError();
+}
+cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,
+                           Stream stream) {
+  barrier_kernel<<<1, kMaxExchangeRanks, 0, stream>>>(view, epoch, flags_at);
+  return cudaGetLastError();
+}
+
+}  // namespace sluice::comm::cuda

@@ -1,0 +1,865 @@
+#include "sluice/comm/cuda/row_exchange.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "sluice/comm/cuda/exchange_kernels.hpp"
+#include "sluice/comm/cuda/nccl_library.hpp"
+
+namespace sluice::comm::cuda {
+namespace {
+
+constexpr auto kBad = ErrorCode::kInvalidArgument;
+constexpr std::size_t kGroupBytes = 4096;  // of the window, before the channels: flags of barrier()
+constexpr int kFirstSlice = 8;             // a copy engine's first slice is 1/8, the others share the rest
+
+std::size_t align_up(std::size_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+const char* name_of(WaitFor what) {
+  switch (what) {
+    case WaitFor::kBarrier:
+      return "barrier";
+    case WaitFor::kPlanCounts:
+      return "plan: row counts";
+    case WaitFor::kPlanHeaders:
+      return "plan: row headers";
+    case WaitFor::kDispatchReady:
+      return "dispatch: the peer's buffer to be free";
+    case WaitFor::kDispatchRows:
+      return "dispatch: rows";
+    case WaitFor::kCombineReady:
+      return "combine: the peer's buffer to be free";
+    case WaitFor::kCombineRows:
+      return "combine: results";
+    case WaitFor::kScalarsReady:
+      return "scalars: the peer's buffer to be free";
+    case WaitFor::kScalars:
+      return "scalars";
+  }
+  return "unknown";
+}
+
+// Device memory that is freed with its owner.
+template <typename T>
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(std::size_t count, const char* what) {
+    check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(count, 1) * sizeof(T)),
+               what);
+    check_cuda(cudaMemset(data_, 0, std::max<std::size_t>(count, 1) * sizeof(T)), what);
+  }
+  ~DeviceMemory() { cudaFree(data_); }
+  DeviceMemory(DeviceMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+struct EventHandle {
+  cudaEvent_t event = nullptr;
+  EventHandle() {
+    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "row exchange: event");
+  }
+  ~EventHandle() { cudaEventDestroy(event); }
+  EventHandle(const EventHandle&) = delete;
+  EventHandle& operator=(const EventHandle&) = delete;
+};
+
+ExchangeShape checked(ExchangeShape shape, int num_ranks, int rank) {
+  Require(num_ranks >= 1 && num_ranks <= kMaxExchangeRanks, kBad, "row exchange: num_ranks is ", num_ranks,
+          "; 1..", kMaxExchangeRanks, " are possible");
+  Require(rank >= 0 && rank < num_ranks, kBad, "row exchange: rank ", rank, " of ", num_ranks);
+  Require(shape.max_tokens >= 1 && shape.max_tokens < (std::int64_t{1} << 24), kBad,
+          "row exchange: max_tokens is ", shape.max_tokens, "; 1..2^24-1 are possible");
+  Require(shape.dtype == DType::kBF16 || shape.dtype == DType::kF32, ErrorCode::kNotSupported,
+          "row exchange: rows are bf16 or fp32");
+  const std::int64_t element = shape.dtype == DType::kBF16 ? 2 : 4;
+  Require(shape.hidden >= 1 && shape.hidden <= (1 << 20) && shape.hidden * element % 16 == 0, kBad,
+          "row exchange: hidden is ", shape.hidden,
+          "; rows must be a multiple of 16 bytes, up to 2^20 columns");
+  Require(shape.wire == Wire::kRows || (shape.dtype == DType::kBF16 && shape.hidden % 16 == 0), kBad,
+          "row exchange: an fp8 wire needs bf16 rows and hidden a multiple of 16, not ", shape.hidden);
+  if (shape.max_received == 0) shape.max_received = shape.max_tokens * num_ranks;
+  Require(shape.max_received >= 1 && shape.max_received <= shape.max_tokens * num_ranks &&
+              shape.max_received < (std::int64_t{1} << 30),
+          kBad, "row exchange: max_received is ", shape.max_received,
+          "; up to num_ranks * max_tokens = ", shape.max_tokens * num_ranks, " are possible");
+  if (shape.max_routes == 0) shape.max_routes = 8 * shape.max_received;
+  Require(shape.max_routes >= 1 && shape.max_routes < (std::int64_t{1} << 31) - 1, kBad,
+          "row exchange: max_routes is ", shape.max_routes);
+  Require(shape.num_local_slots >= 0, kBad, "row exchange: num_local_slots is ", shape.num_local_slots);
+  Require(shape.chunk_rows >= 1 && shape.chunk_rows <= 4096, kBad, "row exchange: chunk_rows is ",
+          shape.chunk_rows, "; 1..4096 are possible");
+  Require(shape.num_channels >= 1 && shape.num_channels <= 256, kBad, "row exchange: num_channels is ",
+          shape.num_channels, "; 1..256 are possible");
+  Require(shape.deadline.count() > 0, kBad, "row exchange: the deadline must be positive");
+  return shape;
+}
+
+std::int64_t row_bytes(const ExchangeShape& s) {
+  return s.hidden * (s.dtype == DType::kBF16 ? 2 : 4);
+}
+
+WindowLayout layout_of(const ExchangeShape& s, int num_ranks, int max_chunks) {
+  const auto ranks = static_cast<std::size_t>(num_ranks), chunks = static_cast<std::size_t>(max_chunks);
+  const auto rows = static_cast<std::size_t>(s.max_received), routes = static_cast<std::size_t>(s.max_routes);
+  const auto bytes = static_cast<std::size_t>(row_bytes(s));
+  const std::size_t wire = s.wire == Wire::kFp8 ? bytes / 2 : bytes;
+  WindowLayout at{};
+  std::size_t next = 0;
+  const auto place = [&](std::size_t size) {
+    const std::size_t here = next;
+    next += align_up(size);
+    return here;
+  };
+  at.counts = place(ranks * ranks * 8);
+  at.count_flag = place(ranks * 4);
+  at.header_flag = place(ranks * 4);
+  at.dispatch_ready = place(ranks * 4);
+  at.combine_ready = place(ranks * 4);
+  at.scalar_ready = place(ranks * 4);
+  at.scalar_flag = place(ranks * 4);
+  at.dispatch_flags = place(ranks * chunks * 4);
+  at.combine_flags = place(ranks * chunks * 4);
+  at.route_ptr = place((rows + 1) * 8);
+  at.slot = place(routes * 4);
+  at.weight = place(routes * 4);
+  at.scalars = place(routes * 4);
+  at.scale = place(s.wire == Wire::kFp8 ? rows * 4 : 0);
+  at.rows = place(rows * wire);
+  at.home = place(static_cast<std::size_t>(s.max_tokens) * ranks * bytes);
+  at.bytes = next;
+  return at;
+}
+
+}  // namespace
+
+struct RowExchange::Impl {
+  struct Channel {
+    ChannelView view{};  // the host's copy
+    DeviceMemory<ChannelView> on_device;
+    DeviceMemory<ChannelState> state;
+    DeviceMemory<std::uint32_t> dispatch_done, combine_done, tile_done;
+    // Made when first needed: what copy engines and NCCL send from.
+    DeviceMemory<std::byte> staging;
+    DeviceMemory<float> staging_scale, staging_scalars;
+    DeviceMemory<std::int64_t> staging_headers;
+    HostCounts counts;  // kNccl: of the plan
+    bool overflow = false;
+  };
+
+  ExchangeShape shape;
+  Link link;
+  int rank, num_ranks, device = 0, processors = 0;
+  NcclCommunicator* communicator;
+  std::unique_ptr<SymmetricMemory> memory;
+  DeviceMemory<std::uint32_t> failed, barrier_epoch;
+  DeviceMemory<std::byte> alone;  // kNccl: the window, which nobody else maps
+  DeviceMemory<ChannelView> barrier_view;
+  WaitError* error = nullptr;  // pinned
+  std::vector<Channel> channels;
+  std::vector<cudaStream_t> copy_streams;  // one a peer
+  std::vector<std::unique_ptr<EventHandle>> copied;
+  std::unique_ptr<EventHandle> packed;
+
+  Impl(const Bootstrap& bootstrap, const ExchangeShape& wanted, Link link_, PeerPath path,
+       NcclCommunicator* comm)
+      : shape(checked(wanted, bootstrap.num_ranks, bootstrap.rank)),
+        link(link_),
+        rank(bootstrap.rank),
+        num_ranks(bootstrap.num_ranks),
+        communicator(comm) {
+    Require(link == Link::kNvlink || communicator != nullptr, kBad,
+            "row exchange: NCCL needs a communicator");
+    check_cuda(cudaGetDevice(&device), "row exchange");
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "row exchange");
+    check_cuda(preload_kernels(), "row exchange: loading kernels");
+    agree(bootstrap);
+    const int max_chunks = static_cast<int>((shape.max_tokens + shape.chunk_rows - 1) / shape.chunk_rows);
+    const WindowLayout at = layout_of(shape, num_ranks, max_chunks);
+    const std::size_t bytes = kGroupBytes + at.bytes * static_cast<std::size_t>(shape.num_channels);
+    if (link == Link::kNvlink) {
+      memory = std::make_unique<SymmetricMemory>(bootstrap, bytes, path, communicator);
+    } else {
+      alone = DeviceMemory<std::byte>(bytes, "row exchange: buffers");
+    }
+    check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&error), sizeof *error,
+                             cudaHostAllocMapped | cudaHostAllocPortable),
+               "row exchange: error record");
+    std::memset(error, 0, sizeof *error);
+    failed = DeviceMemory<std::uint32_t>(1, "row exchange");
+    barrier_epoch = DeviceMemory<std::uint32_t>(1, "row exchange");
+    packed = std::make_unique<EventHandle>();
+    channels.resize(static_cast<std::size_t>(shape.num_channels));
+    for (int i = 0; i < shape.num_channels; ++i) {
+      Channel& c = channels[static_cast<std::size_t>(i)];
+      const auto chunks = static_cast<std::size_t>(num_ranks) * static_cast<std::size_t>(max_chunks);
+      c.state = DeviceMemory<ChannelState>(1, "row exchange");
+      c.dispatch_done = DeviceMemory<std::uint32_t>(chunks, "row exchange");
+      c.combine_done = DeviceMemory<std::uint32_t>(chunks, "row exchange");
+      c.tile_done =
+          DeviceMemory<std::uint32_t>(static_cast<std::size_t>(shape.max_routes / 16 + 1), "row exchange");
+      ChannelView& v = c.view;
+      for (int r = 0; r < num_ranks; ++r)
+        v.window[r] =
+            window(r) != nullptr ? window(r) + kGroupBytes + at.bytes * static_cast<std::size_t>(i) : nullptr;
+      v.at = at;
+      v.state = c.state.get();
+      v.dispatch_done = c.dispatch_done.get();
+      v.combine_done = c.combine_done.get();
+      v.tile_done = c.tile_done.get();
+      v.failed = failed.get();
+      v.error = error;
+      v.deadline_ns = static_cast<std::uint64_t>(shape.deadline.count());
+      v.max_tokens = shape.max_tokens;
+      v.max_received = shape.max_received;
+      v.max_routes = shape.max_routes;
+      v.max_home = shape.max_tokens * num_ranks;
+      v.hidden = shape.hidden;
+      v.row_bytes = static_cast<int>(row_bytes(shape));
+      v.rank = rank;
+      v.num_ranks = num_ranks;
+      v.channel = i;
+      v.chunk_rows = shape.chunk_rows;
+      v.max_chunks = max_chunks;
+      // 4 KB a piece, or less where some thousand warps have few rows; an fp8 row has one scale and is one piece.
+      const std::int64_t few = std::clamp<std::int64_t>(2048 / shape.max_tokens, 1, 8);
+      v.sum_parts = static_cast<int>(std::min<std::int64_t>(few, v.row_bytes / 1024 + 1));
+      v.row_parts = shape.wire == Wire::kFp8
+                        ? 1
+                        : static_cast<int>(std::max<std::int64_t>(v.sum_parts, (v.row_bytes + 4095) / 4096));
+      v.wire_row_bytes = shape.wire == Wire::kFp8 ? v.row_bytes / 2 : v.row_bytes;
+      v.num_local_slots = shape.num_local_slots;
+      c.on_device = upload(v);
+    }
+    ChannelView whole = channels[0].view;
+    for (int r = 0; r < num_ranks; ++r) whole.window[r] = window(r);
+    barrier_view = upload(whole);
+    // Nobody stores into a peer's window before it is there and zero: map_by_* is collective, and so is this.
+    std::int32_t here = 1;
+    std::vector<std::int32_t> all(static_cast<std::size_t>(num_ranks));
+    bootstrap.all_gather(&here, all.data(), sizeof here);
+  }
+  ~Impl() {
+    if (copy_streams.size() > 0)
+      for (cudaStream_t stream : copy_streams) cudaStreamSynchronize(stream);
+    if (link == Link::kNvlink && error != nullptr && error->set == 0 && !channels.empty() &&
+        memory != nullptr) {
+      // Peers may still store here; when all have come this far nobody does. A peer that is gone ends at the deadline.
+      cudaDeviceSynchronize();
+      launch_barrier(barrier_view.get(), barrier_epoch.get(), 0, nullptr);
+    }
+    cudaDeviceSynchronize();
+    for (cudaStream_t stream : copy_streams) cudaStreamDestroy(stream);
+    if (error != nullptr) cudaFreeHost(error);
+    cudaGetLastError();
+  }
+
+  std::byte* window(int r) const {
+    if (memory != nullptr) return memory->part(r);
+    return r == rank ? alone.get() : nullptr;
+  }
+  static DeviceMemory<ChannelView> upload(const ChannelView& v) {
+    DeviceMemory<ChannelView> to(1, "row exchange");
+    check_cuda(cudaMemcpy(to.get(), &v, sizeof v, cudaMemcpyHostToDevice), "row exchange");
+    return to;
+  }
+  // All ranks must have the same shape (but for their own slots): offsets into each other's windows depend on it.
+  void agree(const Bootstrap& bootstrap) const {
+    const std::int64_t mine[] = {shape.max_tokens,
+                                 shape.hidden,
+                                 static_cast<std::int64_t>(shape.dtype),
+                                 static_cast<std::int64_t>(shape.wire),
+                                 shape.max_received,
+                                 shape.max_routes,
+                                 shape.chunk_rows,
+                                 shape.num_channels,
+                                 static_cast<std::int64_t>(link)};
+    constexpr const char* kNames[] = {"max_tokens", "hidden",     "dtype",        "wire", "max_received",
+                                      "max_routes", "chunk_rows", "num_channels", "link"};
+    constexpr std::size_t kValues = std::size(kNames);
+    std::vector<std::int64_t> all(static_cast<std::size_t>(num_ranks) * kValues);
+    bootstrap.all_gather(mine, all.data(), sizeof mine);
+    for (std::size_t r = 0; r < static_cast<std::size_t>(num_ranks); ++r)
+      for (std::size_t i = 0; i < kValues; ++i)
+        Require(all[r * kValues + i] == all[i], ErrorCode::kDisagreement, "row exchange: ", kNames[i], " is ",
+                all[r * kValues + i], " at rank ", r, " and ", all[i], " at rank 0");
+  }
+
+  Channel& channel(int i) {
+    Require(i >= 0 && i < shape.num_channels, kBad, "row exchange: channel ", i, " of ", shape.num_channels);
+    return channels[static_cast<std::size_t>(i)];
+  }
+  std::int64_t element() const { return shape.dtype == DType::kBF16 ? 2 : 4; }
+  bool fp8() const { return shape.wire == Wire::kFp8; }
+  void check_rows(const void* data, std::int64_t stride, const char* what) const {
+    Require(data != nullptr && reinterpret_cast<std::uintptr_t>(data) % 16 == 0, kBad, "row exchange: ", what,
+            " must be given, 16-byte aligned");
+    Require(stride >= shape.hidden && stride * element() % 16 == 0, kBad, "row exchange: the row stride of ",
+            what, " is ", stride, "; it must be at least hidden = ", shape.hidden,
+            " and a multiple of 16 bytes");
+  }
+  void check_options(const MoverOptions& options, bool push) const {
+    Require(options.push_sms >= (push ? 1 : 0) && options.local_sms >= 0 &&
+                options.push_sms + options.local_sms <= processors,
+            kBad, "row exchange: ", options.push_sms, " processors to push and ", options.local_sms,
+            " for local work; at least one to push and at most ", processors, " in all");
+  }
+  void check_copy(const MoverOptions& options) const {
+    Require(options.local_sms >= 0 && options.local_sms <= processors, kBad,
+            "row exchange: ", options.local_sms, " processors for local work of ", processors);
+    Require(options.copy_slices >= 1 && options.copy_slices <= 64, kBad,
+            "row exchange: ", options.copy_slices, " slices of a copy; 1..64 are possible");
+  }
+  void require_nvlink(const char* what) const {
+    Require(link == Link::kNvlink, ErrorCode::kInvalidState, "row exchange: ", what, " is for Link::kNvlink");
+  }
+
+  void make_staging(Channel& c, bool headers) {
+    const auto home = static_cast<std::size_t>(shape.max_tokens) * static_cast<std::size_t>(num_ranks);
+    const auto received = static_cast<std::size_t>(shape.max_received);
+    if (c.staging.get() == nullptr) {
+      c.staging = DeviceMemory<std::byte>(
+          std::max(home, received) * static_cast<std::size_t>(row_bytes(shape)), "row exchange: staging");
+      c.staging_scale = DeviceMemory<float>(home, "row exchange: staging");
+    }
+    if (headers && c.staging_headers.get() == nullptr) {
+      c.staging_headers = DeviceMemory<std::int64_t>(home + 1, "row exchange: staging");
+      c.staging_scalars =
+          DeviceMemory<float>(static_cast<std::size_t>(shape.max_routes), "row exchange: staging");
+    }
+  }
+  void make_copy_streams() {
+    while (static_cast<int>(copy_streams.size()) < num_ranks) {
+      cudaStream_t stream = nullptr;
+      check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "row exchange: copy stream");
+      copy_streams.push_back(stream);
+      copied.push_back(std::make_unique<EventHandle>());
+    }
+  }
+
+  HostCounts read_counts(Channel& c, Stream stream) {
+    ChannelState s{};
+    std::vector<std::uint32_t> matrix(static_cast<std::size_t>(num_ranks * num_ranks) * 2);
+    check_cuda(cudaMemcpyAsync(&s, c.state.get(), sizeof s, cudaMemcpyDeviceToHost, stream),
+               "row exchange: counts");
+    check_cuda(cudaMemcpyAsync(matrix.data(), c.view.window[rank] + c.view.at.counts, matrix.size() * 4,
+                               cudaMemcpyDeviceToHost, stream),
+               "row exchange: counts");
+    check_cuda(cudaStreamSynchronize(stream), "row exchange: counts");
+    HostCounts counts;
+    const auto ranks = static_cast<std::size_t>(num_ranks);
+    counts.send_ptr.assign(ranks + 1, 0);
+    counts.receive_ptr.assign(s.receive_ptr, s.receive_ptr + ranks + 1);
+    counts.push_base.assign(s.push_base, s.push_base + ranks);
+    counts.home_base.assign(s.home_base, s.home_base + ranks);
+    counts.receive_routes = s.receive_route_ptr[num_ranks];
+    for (std::size_t d = 0; d < ranks; ++d)
+      counts.send_ptr[d + 1] = counts.send_ptr[d] + matrix[2 * (static_cast<std::size_t>(rank) * ranks + d)];
+    c.overflow = (s.status & kExchangeOverflow) != 0;
+    return counts;
+  }
+
+  // ---- NCCL ------------------------------------------------------------------------------------------------------
+  struct RouteCounts {
+    std::vector<std::int64_t> send_ptr, receive_ptr;  // routes to and from each rank
+  };
+  RouteCounts route_counts(Channel& c) {
+    std::vector<std::uint32_t> matrix(static_cast<std::size_t>(num_ranks * num_ranks) * 2);
+    check_cuda(cudaMemcpy(matrix.data(), c.view.window[rank] + c.view.at.counts, matrix.size() * 4,
+                          cudaMemcpyDeviceToHost),
+               "row exchange: counts");
+    const auto ranks = static_cast<std::size_t>(num_ranks), me = static_cast<std::size_t>(rank);
+    RouteCounts r{std::vector<std::int64_t>(ranks + 1), std::vector<std::int64_t>(ranks + 1)};
+    for (std::size_t d = 0; d < ranks; ++d) {
+      r.send_ptr[d + 1] = r.send_ptr[d] + matrix[2 * (me * ranks + d) + 1];
+      r.receive_ptr[d + 1] = r.receive_ptr[d] + matrix[2 * (d * ranks + me) + 1];
+    }
+    return r;
+  }
+  void plan_by_nccl(Channel& c, const SendPlan& plan, Stream stream) {
+    make_staging(c, true);
+    const ChannelView& v = c.view;
+    std::byte* own = v.window[rank];
+    const auto ranks = static_cast<std::size_t>(num_ranks), me = static_cast<std::size_t>(rank);
+    check_cuda(launch_plan(c.on_device.get(), plan, ExchangePart::kBefore, nullptr, stream), "exchange_plan");
+    communicator->all_gather(own + v.at.counts + me * ranks * 8, own + v.at.counts, ranks * 8, stream);
+    check_cuda(launch_plan(c.on_device.get(), plan, ExchangePart::kHeaders, c.staging_headers.get(), stream),
+               "exchange_plan");
+    communicator->wait(stream, deadline_ms(), "plan counts");
+    c.counts = read_counts(c, stream);
+    if (c.overflow) return;
+    const RouteCounts routes = route_counts(c);
+    std::vector<NcclTransfer> transfers;
+    for (std::size_t d = 0; d < ranks; ++d) {
+      const HostCounts& n = c.counts;
+      const auto out = static_cast<std::size_t>(n.send_ptr[d]),
+                 in = static_cast<std::size_t>(n.receive_ptr[d]);
+      const auto out_rows = static_cast<std::size_t>(n.send_ptr[d + 1]) - out;
+      const auto in_rows = static_cast<std::size_t>(n.receive_ptr[d + 1]) - in;
+      const auto out_route = static_cast<std::size_t>(routes.send_ptr[d]);
+      const auto in_route = static_cast<std::size_t>(routes.receive_ptr[d]);
+      const auto out_routes = static_cast<std::size_t>(routes.send_ptr[d + 1]) - out_route;
+      const auto in_routes = static_cast<std::size_t>(routes.receive_ptr[d + 1]) - in_route;
+      const auto move = [&](const void* from, std::size_t out_bytes, std::byte* to, std::size_t in_bytes) {
+        if (d == me) {
+          check_cuda(cudaMemcpyAsync(to, from, in_bytes, cudaMemcpyDeviceToDevice, stream), "exchange_plan");
+        } else {
+          transfers.push_back({static_cast<int>(d), from, out_bytes, to, in_bytes});
+        }
+      };
+      move(c.staging_headers.get() + out, out_rows * 8, own + v.at.route_ptr + in * 8, in_rows * 8);
+      move(plan.send_slot + out_route, out_routes * 4, own + v.at.slot + in_route * 4, in_routes * 4);
+      if (plan.send_weight != nullptr)
+        move(plan.send_weight + out_route, out_routes * 4, own + v.at.weight + in_route * 4, in_routes * 4);
+    }
+    communicator->exchange(transfers, stream);
+  }
+  std::chrono::milliseconds deadline_ms() const {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(shape.deadline) +
+           std::chrono::milliseconds(1);
+  }
+  PackCall pack_call(Channel& c, const SendPlan& plan, const void* x, std::int64_t x_stride, int sms) const {
+    PackCall call{};
+    call.x = static_cast<const std::byte*>(x);
+    call.x_stride_bytes = x_stride * element();
+    call.rank_ptr = plan.rank_ptr;
+    call.send_row = plan.send_row;
+    call.staging = c.staging.get();
+    call.staging_scale = c.staging_scale.get();
+    call.first = true;
+    call.handshake = false;
+    call.end_chunk = c.view.max_chunks;
+    call.blocks = sms > 0 ? std::min(sms, processors) : processors;
+    return call;
+  }
+  void dispatch_by_nccl(Channel& c, const SendPlan& plan, const void* x, std::int64_t x_stride,
+                        DispatchCall call, Stream stream) {
+    if (c.overflow) return;
+    check_cuda(launch_pack(c.on_device.get(), pack_call(c, plan, x, x_stride, 0), fp8(), stream),
+               "dispatch: pack");
+    std::vector<NcclTransfer> transfers;
+    const auto wire = static_cast<std::size_t>(c.view.wire_row_bytes);
+    std::byte* own = c.view.window[rank];
+    for (std::size_t d = 0; d < static_cast<std::size_t>(num_ranks); ++d) {
+      if (static_cast<int>(d) == rank) continue;
+      const auto out = static_cast<std::size_t>(c.counts.send_ptr[d]);
+      const auto in = static_cast<std::size_t>(c.counts.receive_ptr[d]);
+      const auto out_rows = static_cast<std::size_t>(c.counts.send_ptr[d + 1]) - out;
+      const auto in_rows = static_cast<std::size_t>(c.counts.receive_ptr[d + 1]) - in;
+      transfers.push_back({static_cast<int>(d), c.staging.get() + out * wire, out_rows * wire,
+                           own + c.view.at.rows + in * wire, in_rows * wire});
+      if (fp8())
+        transfers.push_back({static_cast<int>(d), c.staging_scale.get() + out, out_rows * 4,
+                             own + c.view.at.scale + in * 4, in_rows * 4});
+    }
+    communicator->exchange(transfers, stream);
+    if (call.out == nullptr) return;
+    call.push_blocks = 0;
+    call.blocks = processors;
+    call.arrived = true;
+    check_cuda(launch_dispatch(c.on_device.get(), call, fp8(), stream), "dispatch: expand");
+  }
+  void push_by_nccl(Channel& c, CombineCall call, Stream stream) {
+    if (c.overflow) return;
+    const bool reduced = call.position_of_route == nullptr && call.source_stride_bytes == c.view.row_bytes;
+    if (!reduced) {
+      call.push = true;
+      call.sum = false;
+      call.push_blocks = call.blocks = processors;
+      call.staging = c.staging.get();
+      check_cuda(launch_combine(c.on_device.get(), call, shape.dtype, stream), "combine: reduce");
+    }
+    const std::byte* from = reduced ? call.source : c.staging.get();
+    std::vector<NcclTransfer> transfers;
+    const auto bytes = static_cast<std::size_t>(c.view.row_bytes);
+    for (std::size_t d = 0; d < static_cast<std::size_t>(num_ranks); ++d) {
+      if (static_cast<int>(d) == rank) continue;
+      const auto home = static_cast<std::size_t>(c.counts.send_ptr[d]);
+      const auto got = static_cast<std::size_t>(c.counts.receive_ptr[d]);
+      transfers.push_back({static_cast<int>(d), from + got * bytes,
+                           (static_cast<std::size_t>(c.counts.receive_ptr[d + 1]) - got) * bytes,
+                           c.view.window[rank] + c.view.at.home + home * bytes,
+                           (static_cast<std::size_t>(c.counts.send_ptr[d + 1]) - home) * bytes});
+    }
+    communicator->exchange(transfers, stream);
+  }
+
+  CombineCall combine_call(const SendPlan& plan, const CombineSource& source, void* y,
+                           std::int64_t y_stride) const {
+    check_rows(source.data, source.stride, "the results");
+    CombineCall call{};
+    call.source = static_cast<const std::byte*>(source.data);
+    call.source_stride_bytes = source.stride * element();
+    call.position_of_route = source.position_of_route;
+    call.weighted = source.weighted && source.position_of_route != nullptr;
+    call.rank_ptr = plan.rank_ptr;
+    call.home_ptr = plan.home_ptr;
+    call.home_position = plan.home_position;
+    call.y = static_cast<std::byte*>(y);
+    call.y_stride_bytes = y_stride * element();
+    call.last = true;
+    return call;
+  }
+  void check_home(const SendPlan& plan, const void* y, std::int64_t y_stride, std::int64_t num_tokens) const {
+    Require(num_tokens >= 0 && num_tokens <= shape.max_tokens, kBad, "row exchange: ", num_tokens,
+            " tokens; max_tokens is ", shape.max_tokens);
+    Require(plan.rank_ptr != nullptr && plan.home_ptr != nullptr && plan.home_position != nullptr, kBad,
+            "row exchange: combine needs rank_ptr, home_ptr and home_position");
+    if (num_tokens > 0) check_rows(y, y_stride, "y");
+  }
+};
+
+RowExchange::RowExchange(const Bootstrap& bootstrap, const ExchangeShape& shape, Link link, PeerPath path,
+                         NcclCommunicator* communicator)
+    : impl_(std::make_unique<Impl>(bootstrap, shape, link, path, communicator)) {}
+RowExchange::~RowExchange() = default;
+
+int RowExchange::rank() const {
+  return impl_->rank;
+}
+int RowExchange::num_ranks() const {
+  return impl_->num_ranks;
+}
+const ExchangeShape& RowExchange::shape() const {
+  return impl_->shape;
+}
+std::string_view RowExchange::path_name() const {
+  return impl_->memory != nullptr ? impl_->memory->path_name() : "nccl send/receive";
+}
+std::size_t RowExchange::window_bytes() const {
+  return kGroupBytes + impl_->channels[0].view.at.bytes * impl_->channels.size();
+}
+
+void RowExchange::exchange_plan(int channel, const SendPlan& plan, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr && plan.send_route_ptr != nullptr &&
+              plan.send_slot != nullptr,
+          kBad, "exchange_plan: rank_ptr, send_row, send_route_ptr and send_slot must be given");
+  if (impl_->link == Link::kNccl) {
+    impl_->plan_by_nccl(c, plan, stream);
+  } else {
+    check_cuda(launch_plan(c.on_device.get(), plan, ExchangePart::kAll, nullptr, stream), "exchange_plan");
+  }
+  check_cuda(launch_check_headers(c.on_device.get(), stream), "exchange_plan");
+}
+
+ReceiveList RowExchange::receive_list(int channel) const {
+  const ChannelView& v = impl_->channel(channel).view;
+  const std::byte* own = v.window[impl_->rank];
+  return {v.state->receive_ptr, reinterpret_cast<const std::int64_t*>(own + v.at.route_ptr),
+          reinterpret_cast<const std::int32_t*>(own + v.at.slot),
+          reinterpret_cast<const float*>(own + v.at.weight)};
+}
+const void* RowExchange::received(int channel) const {
+  const ChannelView& v = impl_->channel(channel).view;
+  return v.window[impl_->rank] + v.at.rows;
+}
+const float* RowExchange::received_scale(int channel) const {
+  const ChannelView& v = impl_->channel(channel).view;
+  return reinterpret_cast<const float*>(v.window[impl_->rank] + v.at.scale);
+}
+
+void RowExchange::dispatch(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
+                           const ExpertRows& expert_rows, const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr, kBad,
+          "dispatch: rank_ptr and send_row must be given");
+  impl_->check_rows(x, x_stride, "x");
+  impl_->check_options(options, true);
+  DispatchCall call{};
+  call.x = static_cast<const std::byte*>(x);
+  call.x_stride_bytes = x_stride * impl_->element();
+  call.rank_ptr = plan.rank_ptr;
+  call.send_row = plan.send_row;
+  call.push_blocks = options.push_sms;
+  call.blocks = options.push_sms + (expert_rows.data != nullptr ? options.local_sms : 0);
+  if (expert_rows.data != nullptr) {
+    impl_->check_rows(expert_rows.data, expert_rows.stride, "expert rows");
+    Require(expert_rows.position_of_route != nullptr, kBad, "dispatch: expert rows need position_of_route");
+    call.out = static_cast<std::byte*>(expert_rows.data);
+    call.out_stride_bytes = expert_rows.stride * impl_->element();
+    call.position_of_route = expert_rows.position_of_route;
+    if (expert_rows.tiles.flags != nullptr) {
+      Require(expert_rows.tiles.rows >= 16, kBad, "dispatch: tiles of ", expert_rows.tiles.rows,
+              " rows; at least 16 are needed");
+      call.tile_flags = expert_rows.tiles.flags;
+      call.tile_rows = expert_rows.tiles.rows;
+      const auto tiles = (impl_->shape.max_routes + call.tile_rows - 1) / call.tile_rows;
+      check_cuda(cudaMemsetAsync(call.tile_flags, 0, static_cast<std::size_t>(tiles) * 4, stream),
+                 "dispatch");
+    }
+  }
+  if (impl_->link == Link::kNccl) {
+    impl_->dispatch_by_nccl(c, plan, x, x_stride, call, stream);
+  } else {
+    check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), stream), "dispatch");
+  }
+}
+
+void RowExchange::combine(int channel, const SendPlan& plan, const CombineSource& source, void* y,
+                          std::int64_t y_stride, std::int64_t num_tokens, const MoverOptions& options,
+                          Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->check_home(plan, y, y_stride, num_tokens);
+  impl_->check_options(options, true);
+  CombineCall call = impl_->combine_call(plan, source, y, y_stride);
+  call.end_token = num_tokens;
+  if (impl_->link == Link::kNccl) {
+    impl_->push_by_nccl(c, call, stream);
+    call.arrived = true;
+    call.sum = true;
+    call.blocks = impl_->processors;
+  } else {
+    call.push = call.sum = true;
+    call.push_blocks = options.push_sms;
+    call.blocks = options.push_sms + options.local_sms;
+  }
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "combine");
+}
+void RowExchange::push_results(int channel, const CombineSource& source, const MoverOptions& options,
+                               Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->check_options(options, true);
+  CombineCall call = impl_->combine_call({}, source, nullptr, 0);
+  if (impl_->link == Link::kNccl) return impl_->push_by_nccl(c, call, stream);
+  call.push = true;
+  call.push_blocks = call.blocks = options.push_sms;
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "push_results");
+}
+void RowExchange::sum_at_home(int channel, const SendPlan& plan, const CombineSource& source, void* y,
+                              std::int64_t y_stride, std::int64_t first_token, std::int64_t end_token,
+                              bool last, const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->check_home(plan, y, y_stride, end_token);
+  Require(0 <= first_token && first_token <= end_token, kBad, "sum_at_home: tokens ", first_token, "..",
+          end_token);
+  Require(options.local_sms >= 0 && options.local_sms <= impl_->processors, kBad,
+          "sum_at_home: ", options.local_sms, " processors of ", impl_->processors);
+  CombineCall call = impl_->combine_call(plan, source, y, y_stride);
+  call.sum = true;
+  call.first_token = first_token;
+  call.end_token = end_token;
+  call.last = last;
+  call.blocks = options.local_sms > 0 ? options.local_sms : impl_->processors;
+  call.arrived = impl_->link == Link::kNccl;
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "sum_at_home");
+}
+
+void RowExchange::return_scalars(int channel, const SendPlan& plan, const float* values,
+                                 const std::int32_t* position_of_route, float* value_of_route,
+                                 Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  Require(plan.rank_ptr != nullptr && plan.send_route_ptr != nullptr && plan.send_route != nullptr &&
+              values != nullptr && position_of_route != nullptr && value_of_route != nullptr,
+          kBad, "return_scalars: a pointer is null");
+  const auto launch = [&](ExchangePart part) {
+    check_cuda(launch_scalars(c.on_device.get(), plan, values, position_of_route, value_of_route, part,
+                              c.staging_scalars.get(), stream),
+               "return_scalars");
+  };
+  if (impl_->link == Link::kNvlink) return launch(ExchangePart::kAll);
+  if (c.overflow) return;
+  launch(ExchangePart::kBefore);
+  const Impl::RouteCounts routes = impl_->route_counts(c);
+  std::vector<NcclTransfer> transfers;
+  std::byte* own = c.view.window[impl_->rank];
+  for (std::size_t d = 0; d < static_cast<std::size_t>(impl_->num_ranks); ++d) {
+    const auto got = static_cast<std::size_t>(routes.receive_ptr[d]),
+               home = static_cast<std::size_t>(routes.send_ptr[d]);
+    const std::size_t out = (static_cast<std::size_t>(routes.receive_ptr[d + 1]) - got) * 4;
+    const std::size_t in = (static_cast<std::size_t>(routes.send_ptr[d + 1]) - home) * 4;
+    const float* from = c.staging_scalars.get() + got;
+    std::byte* to = own + c.view.at.scalars + home * 4;
+    if (static_cast<int>(d) == impl_->rank) {
+      check_cuda(cudaMemcpyAsync(to, from, in, cudaMemcpyDeviceToDevice, stream), "return_scalars");
+    } else {
+      transfers.push_back({static_cast<int>(d), from, out, to, in});
+    }
+  }
+  impl_->communicator->exchange(transfers, stream);
+  launch(ExchangePart::kAfter);
+}
+
+RowExchange::HostCounts RowExchange::host_counts(int channel, Stream stream) {
+  return impl_->read_counts(impl_->channel(channel), stream);
+}
+
+void RowExchange::dispatch_by_copy(int channel, const SendPlan& plan, const HostCounts& counts, const void* x,
+                                   std::int64_t x_stride, const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->require_nvlink("dispatch_by_copy");
+  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr, kBad,
+          "dispatch_by_copy: rank_ptr and send_row must be given");
+  impl_->check_rows(x, x_stride, "x");
+  impl_->check_copy(options);
+  if (c.overflow) return;
+  impl_->make_staging(c, false);
+  impl_->make_copy_streams();
+  const ChannelView& v = c.view;
+  const int me = impl_->rank, ranks = impl_->num_ranks;
+  std::int64_t most = 0;
+  for (int d = 0; d < ranks; ++d)
+    if (d != me)
+      most = std::max(most, counts.send_ptr[static_cast<std::size_t>(d) + 1] -
+                                counts.send_ptr[static_cast<std::size_t>(d)]);
+  const auto chunks = static_cast<int>((most + v.chunk_rows - 1) / v.chunk_rows);
+  const auto wire = static_cast<std::size_t>(v.wire_row_bytes);
+  PackCall call = impl_->pack_call(c, plan, x, x_stride, options.local_sms);
+  const int slices = options.copy_slices;
+  for (int slice = 0; slice < slices; ++slice) {
+    // 1/8, then equal parts of the rest
+    const auto boundary = [&](int i) {
+      if (i == 0 || i == slices) return i == 0 ? 0 : chunks;
+      const int first = std::min(chunks, std::max(1, chunks / kFirstSlice));
+      return first + (chunks - first) * (i - 1) / (slices - 1);
+    };
+    call.first_chunk = boundary(slice);
+    call.end_chunk = boundary(slice + 1);
+    call.first = slice == 0;
+    call.handshake = slice == 0;
+    if (slice > 0 && call.first_chunk == call.end_chunk) continue;
+    check_cuda(launch_pack(c.on_device.get(), call, impl_->fp8(), stream), "dispatch_by_copy: pack");
+    check_cuda(cudaEventRecord(impl_->packed->event, stream), "dispatch_by_copy");
+    for (int step = 1; step < ranks; ++step) {
+      const auto d = static_cast<std::size_t>((me + step) % ranks);
+      cudaStream_t copies = impl_->copy_streams[d];
+      const std::int64_t rows = counts.send_ptr[d + 1] - counts.send_ptr[d];
+      const std::int64_t first = std::min<std::int64_t>(rows, std::int64_t{call.first_chunk} * v.chunk_rows);
+      const std::int64_t end = std::min<std::int64_t>(rows, std::int64_t{call.end_chunk} * v.chunk_rows);
+      if (end <= first) continue;
+      check_cuda(cudaStreamWaitEvent(copies, impl_->packed->event, 0), "dispatch_by_copy");
+      const auto from = static_cast<std::size_t>(counts.send_ptr[d] + first);
+      const auto to = static_cast<std::size_t>(counts.push_base[d] + first);
+      const auto n = static_cast<std::size_t>(end - first);
+      check_cuda(cudaMemcpyAsync(v.window[d] + v.at.rows + to * wire, c.staging.get() + from * wire, n * wire,
+                                 cudaMemcpyDefault, copies),
+                 "dispatch_by_copy: copy");
+      if (impl_->fp8())
+        check_cuda(cudaMemcpyAsync(v.window[d] + v.at.scale + to * 4, c.staging_scale.get() + from, n * 4,
+                                   cudaMemcpyDefault, copies),
+                   "dispatch_by_copy: copy");
+      check_cuda(launch_raise_flags(c.on_device.get(), static_cast<int>(d), true, call.first_chunk,
+                                    static_cast<int>((end + v.chunk_rows - 1) / v.chunk_rows), copies),
+                 "dispatch_by_copy: flags");
+    }
+  }
+  for (int step = 1; step < ranks; ++step) {
+    const auto d = static_cast<std::size_t>((me + step) % ranks);
+    check_cuda(cudaEventRecord(impl_->copied[d]->event, impl_->copy_streams[d]), "dispatch_by_copy");
+    check_cuda(cudaStreamWaitEvent(stream, impl_->copied[d]->event, 0), "dispatch_by_copy");
+  }
+  check_cuda(launch_wait_dispatch(c.on_device.get(), stream), "dispatch_by_copy: wait");
+}
+
+void RowExchange::combine_by_copy(int channel, const SendPlan& plan, const HostCounts& counts,
+                                  const CombineSource& source, void* y, std::int64_t y_stride,
+                                  std::int64_t num_tokens, const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->require_nvlink("combine_by_copy");
+  impl_->check_home(plan, y, y_stride, num_tokens);
+  Require(source.position_of_route == nullptr && source.stride == impl_->shape.hidden, kBad,
+          "combine_by_copy: the results must be one row a receive list entry, without gaps");
+  impl_->check_copy(options);
+  if (!c.overflow) {
+    impl_->make_copy_streams();
+    const ChannelView& v = c.view;
+    const int me = impl_->rank, ranks = impl_->num_ranks;
+    check_cuda(launch_combine_handshake(c.on_device.get(), stream), "combine_by_copy");
+    check_cuda(cudaEventRecord(impl_->packed->event, stream), "combine_by_copy");
+    const auto bytes = static_cast<std::size_t>(v.row_bytes);
+    for (int step = 1; step < ranks; ++step)
+      check_cuda(cudaStreamWaitEvent(impl_->copy_streams[static_cast<std::size_t>((me + step) % ranks)],
+                                     impl_->packed->event, 0),
+                 "combine_by_copy");
+    for (int slice = 0; slice < options.copy_slices; ++slice) {
+      for (int step = 1; step < ranks; ++step) {
+        const auto d = static_cast<std::size_t>((me + step) % ranks);
+        const std::int64_t rows = counts.receive_ptr[d + 1] - counts.receive_ptr[d];
+        const std::int64_t chunks = (rows + v.chunk_rows - 1) / v.chunk_rows;
+        const std::int64_t first_chunk = chunks * slice / options.copy_slices;
+        const std::int64_t end_chunk = chunks * (slice + 1) / options.copy_slices;
+        if (first_chunk == end_chunk) continue;
+        const std::int64_t first = first_chunk * v.chunk_rows, end = std::min(rows, end_chunk * v.chunk_rows);
+        check_cuda(
+            cudaMemcpyAsync(
+                v.window[d] + v.at.home + static_cast<std::size_t>(counts.home_base[d] + first) * bytes,
+                static_cast<const std::byte*>(source.data) +
+                    static_cast<std::size_t>(counts.receive_ptr[d] + first) * bytes,
+                static_cast<std::size_t>(end - first) * bytes, cudaMemcpyDefault, impl_->copy_streams[d]),
+            "combine_by_copy: copy");
+        check_cuda(
+            launch_raise_flags(c.on_device.get(), static_cast<int>(d), false, static_cast<int>(first_chunk),
+                               static_cast<int>(end_chunk), impl_->copy_streams[d]),
+            "combine_by_copy: flags");
+      }
+    }
+  }
+  const auto join = [&] {
+    for (int d = 0; d < impl_->num_ranks && !c.overflow; ++d) {
+      const auto i = static_cast<std::size_t>(d);
+      if (d == impl_->rank) continue;
+      check_cuda(cudaEventRecord(impl_->copied[i]->event, impl_->copy_streams[i]), "combine_by_copy");
+      check_cuda(cudaStreamWaitEvent(stream, impl_->copied[i]->event, 0), "combine_by_copy");
+    }
+  };
+  if (options.local_sms == 0) join();
+  sum_at_home(channel, plan, source, y, y_stride, 0, num_tokens, true, options, stream);
+  if (options.local_sms > 0) join();
+}
+
+void RowExchange::barrier(Stream stream) {
+  impl_->require_nvlink("barrier");
+  check_cuda(launch_barrier(impl_->barrier_view.get(), impl_->barrier_epoch.get(), 0, stream), "barrier");
+}
+
+bool RowExchange::failed() const {
+  return *static_cast<volatile std::uint32_t*>(&impl_->error->set) != 0 ||
+         (impl_->communicator != nullptr && impl_->communicator->dead());
+}
+void RowExchange::wait(int channel, Stream stream) {
+  if (impl_->link == Link::kNccl) {
+    impl_->communicator->wait(stream, impl_->deadline_ms(), "exchange of rows");
+  } else {
+    check_cuda(cudaStreamSynchronize(stream), "row exchange");
+  }
+  check(channel);
+}
+void RowExchange::check(int channel) const {
+  const WaitError& e = *impl_->error;
+  if (*static_cast<const volatile std::uint32_t*>(&e.set) != 0) {
+    throw Error(ErrorCode::kPeerLost,
+                str("rank ", impl_->rank, " waited ", e.waited_ns / 1000000, " ms for rank ", e.peer, " (",
+                    name_of(static_cast<WaitFor>(e.what)), ", channel ", e.channel,
+                    e.chunk >= 0 ? str(", chunk ", e.chunk) : std::string(), "): expected epoch ", e.expected,
+                    ", seen ", e.observed));
+  }
+  const Impl::Channel& c = impl_->channel(channel);
+  std::uint32_t status = 0;
+  check_cuda(cudaMemcpy(&status, &c.view.state->status, sizeof status, cudaMemcpyDeviceToHost),
+             "row exchange");
+  Require((status & kExchangeOverflow) == 0, ErrorCode::kInvalidState, "channel ", channel, " of rank ",
+          impl_->rank, ": a rank gets more rows than max_received = ", impl_->shape.max_received,
+          ", or more routes than max_routes = ", impl_->shape.max_routes,
+          "; nothing was sent; use larger buffers");
+  Require((status & kExchangeBadHeader) == 0, ErrorCode::kTransport, "channel ", channel, " of rank ",
+          impl_->rank, ": a peer sent row headers that do not fit its counts or this rank's ",
+          impl_->shape.num_local_slots, " slots");
+}
+void RowExchange::clear(int channel, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  c.overflow = false;
+  check_cuda(cudaMemsetAsync(&c.view.state->status, 0, sizeof(std::uint32_t), stream), "row exchange");
+}
+
+}  // namespace sluice::comm::cuda
