@@ -123,6 +123,34 @@ def judge(cell, figures):
     return out
 
 
+def planning_time(args):
+    """256 experts, 58 layers, 72 ranks with 4 slots: synthetic routes, since only time is asked."""
+    import random
+    rng = random.Random(1)
+    path, layers = f"{args.work}/large.routes.txt", range(58)
+    with open(path, "w") as file:
+        file.write(f"# synthetic, layers {','.join(map(str, layers))}, top-8 of 256: one line a token\n")
+        for _ in range(3000):
+            line = []
+            for _ in layers:
+                kind, chosen = rng.randrange(16), set()
+                while len(chosen) < 8:
+                    near = (kind * 16 + int(rng.random() ** 2 * 40)) % 256
+                    chosen.add(near if rng.random() < 0.8 else rng.randrange(256))
+                line.append(",".join(map(str, sorted(chosen))))
+            file.write(" ".join(line) + "\n")
+    rows = []
+    for nodes, ranks in ((9, 8), (1, 72)):
+        for moves in (0, args.moves):  # 0: the pairwise objective's placement without the search on tokens
+            out = subprocess.run([args.sluice, "place", "--json", "--policy", "sluice", "--stats", path, "--nodes", str(nodes),
+                                  "--ranks-per-node", str(ranks), "--slots-per-rank", "4", "--moves", str(moves)],
+                                 capture_output=True, text=True, check=True)
+            ours = json.loads(out.stdout)["fit"]["sluice"]
+            rows.append({"nodes": nodes, "ranks_per_node": ranks, "moves": ours["moves"], "planning_ms": ours["planning_ms"]})
+            print(f"256 experts x 58 layers, {nodes}x{ranks}: {rows[-1]}", file=sys.stderr)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sluice")
@@ -136,6 +164,7 @@ def main():
     args = parser.parse_args()
     os.makedirs(args.work, exist_ok=True)
 
+    timing = planning_time(args)
     sources, training = [], []
     for router in args.routers:
         traces, report = record(args, router, args.work)
@@ -175,7 +204,7 @@ def main():
     device = next((l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown")
     with open(args.out, "w") as file:
         json.dump({"date": time.strftime("%Y-%m-%d"), "commit": run("git", "rev-parse", "--short", "HEAD"), "device": device,
-                   "driver": None, "moves": args.moves, "training": training, "summary": summary, "rows": rows}, file,
+                   "driver": None, "moves": args.moves, "training": training, "planning": timing, "summary": summary, "rows": rows}, file,
                   indent=1)
         file.write("\n")
     for entry in summary:
