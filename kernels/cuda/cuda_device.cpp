@@ -70,9 +70,13 @@ class CudaDevice final : public Device {
 
  private:
   void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind) {
-    if (bytes > 0)
-      check_cuda(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream_),
-                 kind == cudaMemcpyHostToDevice ? "CUDA device: copy to it" : "CUDA device: copy from it");
+    if (bytes <= 0) return;
+    const cudaError_t result = cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream_);
+    if (result == cudaSuccess) return;
+    cudaGetLastError();
+    throw Error(ErrorCode::kInternal,
+                str(name_, ": copying ", bytes, " bytes ", kind == cudaMemcpyHostToDevice ? "to" : "from",
+                    " it, from ", from, " to ", to, ": ", cudaGetErrorString(result)));
   }
   int index_;
   std::string name_;
