@@ -184,7 +184,8 @@ class ChainRank {
     o.schedule = setup.layer.schedule;
     o.save = setup.layer.save;
     layer_options = o;
-    options = {o, p.num_iterations, p.residual, p.shared_gate(), p.shared_ffn, setup.num_chunks};
+    options = {
+        o, GateKind::kLinear, p.num_iterations, p.residual, p.shared_gate(), p.shared_ffn, setup.num_chunks};
     policy_ = &policy;
     const auto mine = setup.layer.placement.experts_of(runtime.rank());
     experts.assign(mine.begin(), mine.end());
