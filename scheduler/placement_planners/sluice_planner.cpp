@@ -18,6 +18,8 @@ using Lists = std::vector<std::vector<std::int32_t>>;
 constexpr std::int64_t kPlanTokens = 4096;  // of a scenario
 constexpr double kBalancePrice = 4;         // of load beyond that, in times of the step
 constexpr double kSpreadPrice = 4;          // of a larger 4-norm of the loads than EPLB's, likewise
+constexpr double kDomainVariance = 1;       // of an expert's load from domain to domain, in squares of it
+constexpr double kSpreadMargin = 0.05;      // less of the slack is free for the spread
 constexpr double kStartHeat = 0.002;  // worsening that the search takes at first, in parts of the objective
 
 std::size_t at(std::int64_t i) {
@@ -60,11 +62,15 @@ struct Reference {
 double most_of(std::span<const std::int64_t> v) {
   return static_cast<double>(*std::max_element(v.begin(), v.end()));
 }
-// Unlike the maximum it sees every rank: what is second to the most loaded rank here may be the most loaded elsewhere.
-double spread_of(std::span<const std::int64_t> routes) {
+// Unlike the maximum it sees every rank: what is second to the most loaded rank here may be the most loaded elsewhere. As
+// much again for experts whose load is not what it was here: with loads that vary by their own size from domain to domain,
+// independently, the mean square of a rank's load is the square of its mean plus the sum of its experts' squares.
+template <typename Load>
+double spread_of(const Load& load) {
   double sum = 0;
-  for (const std::int64_t r : routes) {
-    const auto square = static_cast<double>(r) * static_cast<double>(r);
+  for (std::size_t r = 0; r < load.routes.size(); ++r) {
+    const auto routes = static_cast<double>(load.routes[r]);
+    const double square = routes * routes + kDomainVariance * load.squares[r];
     sum += square * square;
   }
   return std::sqrt(std::sqrt(sum));
@@ -78,7 +84,8 @@ double price(const PlacementProblem& problem, double scale, const Reference& ref
   const double routes = most_of(load.routes);
   const double balance =
       kBalancePrice * std::max(0.0, routes / reference.routes - 1 - problem.balance_slack) +
-      kSpreadPrice * std::max(0.0, spread_of(load.routes) / reference.spread - 1 - problem.balance_slack);
+      kSpreadPrice *
+          std::max(0.0, spread_of(load) / reference.spread - 1 + kSpreadMargin - problem.balance_slack);
   if (load_only) return routes / reference.routes + balance;
   const double step =
       costs.layer_us(scale * routes, scale * most_of(load.in_node), scale * most_of(load.across));
@@ -103,7 +110,7 @@ class LayerSearch {
       for (const Placement& p : placements) {
         const LayerLoad load = count_layer(scenarios_[i].workload, layer_, p, problem_.topology);
         const double step = load.step_us(problem_.costs, scale_[i]);
-        const double routes = most_of(load.routes), spread = spread_of(load.routes);
+        const double routes = most_of(load.routes), spread = spread_of(load);
         if (r.step_us == 0 || step < r.step_us) r.step_us = step;
         if (r.routes == 0 || routes < r.routes) r.routes = routes;
         if (r.spread == 0 || spread < r.spread) r.spread = spread;
