@@ -63,7 +63,7 @@ constexpr ShapeOf kShapes[] = {
     {"olmoe", 16384, 2048, 64, 8},      {"decode", 128, 7168, 64, 8},
 };
 
-struct Options {
+struct Arguments {
   int ranks = 0, iterations = 20, experts = 0;
   std::string shapes = "deepseek-v3,qwen3-235b,qwen3-30b,mixtral,olmoe,decode", routing = "uniform";
   bool sweep = false, json = false;
@@ -133,7 +133,7 @@ std::vector<double> weights_of(const std::string& routing, int experts) {
 struct Case {
   Rank& rank;
   const ShapeOf shape;
-  const Options& options;
+  const Arguments& options;
   const int ranks, local_experts;
   int processors = 0;
   const Routing routing;
@@ -158,7 +158,7 @@ struct Case {
     for (int e = 0; e < experts; ++e) of.push_back(slot ? e % per_rank : e / per_rank);
     return of;
   }
-  Case(Rank& r, const ShapeOf& s, const Options& o, const std::vector<double>& weights, double mean_routes,
+  Case(Rank& r, const ShapeOf& s, const Arguments& o, const std::vector<double>& weights, double mean_routes,
        std::vector<Row>& out, std::string name_suffix, Wire wire = Wire::kRows)
       : rank(r),
         shape(s),
@@ -391,6 +391,35 @@ struct Case {
     report("floor", "0", t, "", 0, megabytes);
     return t.median_us;
   }
+  // What a copy engine's time depends on (2 ranks): the stream, the place, the number of copies.
+  void probe_copies(SymmetricMemory& target) {
+    if (ranks != 2) return;
+    const auto bytes = static_cast<std::size_t>(crossing_rows * shape.hidden * 2) / 16384 * 16384 - 16384;
+    std::byte* to = target.part(1 - rank.rank);
+    const auto copy = [&](cudaStream_t on, std::size_t from_offset, std::size_t to_offset,
+                          std::size_t parts) {
+      for (std::size_t i = 0; i < parts; ++i) {
+        const std::size_t first = bytes * i / parts / 256 * 256, next = bytes * (i + 1) / parts / 256 * 256;
+        CHECK(cudaMemcpyAsync(to + to_offset + first,
+                              reinterpret_cast<const std::byte*>(x.data) + from_offset + first, next - first,
+                              cudaMemcpyDefault, on));
+      }
+    };
+    const auto on_side = [&](std::size_t parts) {
+      CHECK(cudaEventRecord(fork, stream));
+      CHECK(cudaStreamWaitEvent(side, fork, 0));
+      copy(side, 0, 0, parts);
+      CHECK(cudaEventRecord(join, side));
+      CHECK(cudaStreamWaitEvent(stream, join, 0));
+    };
+    report("copy probe: same stream", "0", time([&] { copy(stream, 0, 0, 1); }, 1, 2000));
+    report("copy probe: other stream", "0", time([&] { on_side(1); }, 1, 2000));
+    report("copy probe: to + 256", "0", time([&] { copy(stream, 0, 256, 1); }, 1, 2000));
+    report("copy probe: from + 2048", "0", time([&] { copy(stream, 2048, 0, 1); }, 1, 2000));
+    report("copy probe: from and to + 256", "0", time([&] { copy(stream, 256, 256, 1); }, 1, 2000));
+    report("copy probe: 4 copies", "0", time([&] { copy(stream, 0, 0, 4); }, 1, 2000));
+    report("copy probe: 4 on other stream", "0", time([&] { on_side(4); }, 1, 2000));
+  }
   cudaStream_t streams(int i) {
     while (static_cast<int>(more_streams.size()) <= i) {
       cudaStream_t s;
@@ -416,6 +445,7 @@ struct Case {
       measure("dispatch", m, false, [&] { dispatch(m); });
     }
     if (options.sweep && !brief) {
+      probe_copies(target);
       for (const int slices : {1, 2, 3, 6}) {
         report("dispatch_copy slices " + std::to_string(slices), "all",
                time(
@@ -591,7 +621,7 @@ struct Case {
   }
 };
 
-int run_rank(Rank& rank, const Options& options) {
+int run_rank(Rank& rank, const Arguments& options) {
   rank.use_device();
   std::vector<Row> rows;
   std::unique_ptr<NcclCommunicator> nccl;
@@ -667,7 +697,7 @@ int run_rank(Rank& rank, const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
+  Arguments options;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     const auto value = [&]() -> std::string {

@@ -534,7 +534,7 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
   if (block < call.push_blocks) {
     const bool ok = announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, block == 0);
     if (ok && sendable && ranks > 1) {
-      const Pieces pieces = pieces_of<kWarps>(c, send_ptr, c.row_parts, call.push_blocks);
+      const Pieces pieces = pieces_of<kWarps>(c, send_ptr, 1, call.push_blocks);
       if (warp == kWarps - 1) {
         announce<kWarps>(c, pieces, progress, c.dispatch_done, c.at.dispatch_flags, epoch, lane);
       } else {
@@ -562,13 +562,14 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
   }
   if (call.out != nullptr && sendable) {
     // Own rows first, while those of others are on their way.
-    const int own = static_cast<int>(receive_ptr[me + 1] - receive_ptr[me]);
-    const int parts = c.row_parts, all = own + turns(c, receive_ptr);
+    const int own = call.own ? static_cast<int>(receive_ptr[me + 1] - receive_ptr[me]) : 0;
+    const int parts = c.row_parts, all = own + (call.others ? turns(c, receive_ptr) : 0);
+    std::uint32_t* ticket = call.others ? &s.expand_ticket : &s.own_ticket;
     const std::int64_t* route_ptr = in_window<std::int64_t>(c, me, c.at.route_ptr);
     const std::uint32_t* flags = in_window<std::uint32_t>(c, me, c.at.dispatch_flags);
     for (;;) {
       int piece = 0;
-      if (lane == 0) piece = static_cast<int>(atomicAdd(&s.expand_ticket, 1u));
+      if (lane == 0) piece = static_cast<int>(atomicAdd(ticket, 1u));
       piece = __shfl_sync(kAll, piece, 0);
       const int v = piece / parts, part = piece % parts;
       if (v >= all) break;
@@ -593,6 +594,10 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
     }
   } else if (block == 0 && sendable && !call.arrived) {
     wait_for_all_rows(c, receive_ptr, c.at.dispatch_flags, epoch, WaitFor::kDispatchRows);
+  }
+  if (!call.others) {
+    if (last_block(&s.own_exits, call.blocks) && threadIdx.x == 0) s.own_ticket = 0;
+    return;
   }
   if (last_block(&s.dispatch_exits, call.blocks) && threadIdx.x == 0) {
     s.expand_ticket = 0;
@@ -822,8 +827,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
     const bool ok = call.staging != nullptr ||
                     announce_and_wait(c, c.at.combine_ready, push_epoch - 1, WaitFor::kCombineReady, false);
     if (ok && sendable && ranks > 1) {
-      const Pieces pieces =
-          pieces_of<kWarps>(c, receive_ptr, kReduce ? c.sum_parts : c.row_parts, call.push_blocks);
+      const Pieces pieces = pieces_of<kWarps>(c, receive_ptr, kReduce ? c.row_parts : 1, call.push_blocks);
       if (warp == kWarps - 1 && call.staging == nullptr)
         announce<kWarps>(c, pieces, progress, c.combine_done, c.at.combine_flags, push_epoch, lane);
       std::uint32_t stored = 0;
@@ -864,7 +868,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
       std::int64_t piece = 0;
       if (lane == 0) piece = atomicAdd(&s.sum_ticket, 1u);
       piece = __shfl_sync(kAll, piece, 0);
-      const int parts = c.sum_parts;
+      const int parts = c.row_parts;
       const std::int64_t t = call.first_token + piece / parts;
       if (t >= call.end_token) break;
       const Span span = span_of(c, static_cast<int>(piece % parts), parts);

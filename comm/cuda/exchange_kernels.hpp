@@ -58,7 +58,7 @@ struct WindowLayout {
 struct ChannelState {
   std::uint32_t plan_epoch, dispatch_epoch, push_epoch, sum_epoch, scalar_epoch, barrier_epoch;
   std::uint32_t plan_exits, dispatch_exits, push_exits, sum_exits, scalar_exits, scalar_arrivals;
-  std::uint32_t expand_ticket, sum_ticket;
+  std::uint32_t expand_ticket, sum_ticket, own_ticket, own_exits;
   std::uint32_t status;
   std::int64_t receive_ptr[kMaxExchangeRanks + 1];
   std::int64_t push_base[kMaxExchangeRanks];
@@ -82,9 +82,7 @@ struct ChannelView {
   std::int64_t hidden;
   int rank, num_ranks, channel;
   int chunk_rows, max_chunks;
-  // Pieces of a row that different warps work on: of rows that are copied, so that few rows are on their way at a time; of
-  // sums, where there are few rows.
-  int row_parts, sum_parts;
+  int row_parts;  // pieces of a row that different warps expand or sum, where there are few rows
   int row_bytes, wire_row_bytes;
   int num_local_slots;
 };
@@ -100,7 +98,8 @@ struct DispatchCall {
   std::uint32_t* tile_flags;
   int tile_rows;
   int push_blocks, blocks;
-  bool arrived;  // the rows of others are there already: no flags
+  bool arrived;      // the rows of others are there already: no flags
+  bool own, others;  // whose rows to expand; own ones alone have no part in the pass
 };
 struct CombineCall {
   const std::byte* source;

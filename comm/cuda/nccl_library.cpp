@@ -19,11 +19,12 @@ namespace {
 // Windows are read by code of the headers this was built with: an older library may lay them out differently.
 constexpr int kWindowVersion = NCCL_VERSION_CODE;
 
-#define SLUICE_NCCL_FUNCTIONS(X)                                                                           \
-  X(ncclGetVersion)                                                                                        \
-  X(ncclGetUniqueId) X(ncclCommInitRankConfig) X(ncclCommDestroy) X(ncclCommFinalize) X(ncclCommAbort)     \
-      X(ncclCommGetAsyncError) X(ncclGetErrorString) X(ncclGetLastError) X(ncclGroupStart) X(ncclGroupEnd) \
-          X(ncclSend) X(ncclRecv) X(ncclAllGather) X(ncclReduceScatter) X(ncclMemAlloc) X(ncclMemFree)
+#define SLUICE_NCCL_FUNCTIONS(X)                                                                             \
+  X(ncclGetVersion)                                                                                          \
+  X(ncclGetUniqueId)                                                                                         \
+  X(ncclCommInitRankConfig) X(ncclCommDestroy) X(ncclCommFinalize) X(ncclCommAbort) X(ncclCommGetAsyncError) \
+      X(ncclGetErrorString) X(ncclGetLastError) X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv)    \
+          X(ncclAllGather) X(ncclReduceScatter) X(ncclMemAlloc) X(ncclMemFree)
 
 struct Library {
   void* handle = nullptr;
@@ -85,7 +86,8 @@ int nccl_version() {
   return library().version;
 }
 
-NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline)
+NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline,
+                                   bool blocking)
     : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), deadline_(deadline) {
   const Library& nccl = require_library();
   struct Id {
@@ -98,7 +100,7 @@ NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::mill
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
   Require(all[0].good != 0, ErrorCode::kTransport, "NCCL: rank 0 could not make a unique id");
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
+  config.blocking = blocking ? 1 : 0;
   ncclComm_t comm = nullptr;
   const ncclResult_t result = nccl.ncclCommInitRankConfig(&comm, num_ranks_, all[0].id, rank_, &config);
   comm_ = comm;
@@ -246,7 +248,7 @@ bool nccl_available(std::string* why_not) {
 int nccl_version() {
   return 0;
 }
-NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline)
+NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline, bool)
     : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), deadline_(deadline) {
   unsupported();
 }

@@ -32,8 +32,9 @@ class NcclCommunicator {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // Collective. The communicator is non-blocking, so `deadline` also ends a set-up whose peers do not come.
-  NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline);
+  // Collective. The communicator is non-blocking, so `deadline` also ends a set-up whose peers do not come; a `blocking` one
+  // has no such deadline.
+  NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline, bool blocking = false);
   ~NcclCommunicator();
   NcclCommunicator(const NcclCommunicator&) = delete;
   NcclCommunicator& operator=(const NcclCommunicator&) = delete;

@@ -232,12 +232,12 @@ struct RowExchange::Impl {
       v.channel = i;
       v.chunk_rows = shape.chunk_rows;
       v.max_chunks = max_chunks;
-      // 4 KB a piece, or less where some thousand warps have few rows; an fp8 row has one scale and is one piece.
-      const std::int64_t few = std::clamp<std::int64_t>(2048 / shape.max_tokens, 1, 8);
-      v.sum_parts = static_cast<int>(std::min<std::int64_t>(few, v.row_bytes / 1024 + 1));
-      v.row_parts = shape.wire == Wire::kFp8
-                        ? 1
-                        : static_cast<int>(std::max<std::int64_t>(v.sum_parts, (v.row_bytes + 4095) / 4096));
+      // Enough pieces for some thousand warps; an fp8 row has one scale and is one piece.
+      v.row_parts =
+          shape.wire == Wire::kFp8
+              ? 1
+              : static_cast<int>(std::min<std::int64_t>(
+                    std::clamp<std::int64_t>(2048 / shape.max_tokens, 1, 8), v.row_bytes / 1024 + 1));
       v.wire_row_bytes = shape.wire == Wire::kFp8 ? v.row_bytes / 2 : v.row_bytes;
       v.num_local_slots = shape.num_local_slots;
       c.on_device = upload(v);
@@ -557,7 +557,7 @@ void RowExchange::exchange_plan(int channel, const SendPlan& plan, Stream stream
 ReceiveList RowExchange::receive_list(int channel) const {
   const ChannelView& v = impl_->channel(channel).view;
   const std::byte* own = v.window[impl_->rank];
-  return {v.state->receive_ptr, reinterpret_cast<const std::int64_t*>(own + v.at.route_ptr),
+  return {v.state->receive_ptr, v.state->receive_route_ptr, reinterpret_cast<const std::int64_t*>(own + v.at.route_ptr),
           reinterpret_cast<const std::int32_t*>(own + v.at.slot),
           reinterpret_cast<const float*>(own + v.at.weight)};
 }
@@ -582,6 +582,8 @@ void RowExchange::dispatch(int channel, const SendPlan& plan, const void* x, std
   call.x_stride_bytes = x_stride * impl_->element();
   call.rank_ptr = plan.rank_ptr;
   call.send_row = plan.send_row;
+  call.own = !expert_rows.others_only;
+  call.others = true;
   call.push_blocks = options.push_sms;
   call.blocks = options.push_sms + (expert_rows.data != nullptr ? options.local_sms : 0);
   if (expert_rows.data != nullptr) {
@@ -605,6 +607,30 @@ void RowExchange::dispatch(int channel, const SendPlan& plan, const void* x, std
   } else {
     check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), stream), "dispatch");
   }
+}
+
+void RowExchange::expand_own(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
+                             const ExpertRows& expert_rows, const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr && expert_rows.position_of_route != nullptr, kBad,
+          "expand_own: rank_ptr, send_row and position_of_route must be given");
+  Require(expert_rows.tiles.flags == nullptr, kBad, "expand_own: tile flags belong to dispatch()");
+  impl_->check_rows(x, x_stride, "x");
+  impl_->check_rows(expert_rows.data, expert_rows.stride, "expert rows");
+  Require(options.local_sms >= 0 && options.local_sms <= impl_->processors, kBad, "expand_own: ", options.local_sms,
+          " processors of ", impl_->processors);
+  DispatchCall call{};
+  call.x = static_cast<const std::byte*>(x);
+  call.x_stride_bytes = x_stride * impl_->element();
+  call.rank_ptr = plan.rank_ptr;
+  call.send_row = plan.send_row;
+  call.out = static_cast<std::byte*>(expert_rows.data);
+  call.out_stride_bytes = expert_rows.stride * impl_->element();
+  call.position_of_route = expert_rows.position_of_route;
+  call.blocks = options.local_sms > 0 ? options.local_sms : impl_->processors;
+  call.arrived = true;
+  call.own = true;
+  check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), stream), "expand_own");
 }
 
 void RowExchange::combine(int channel, const SendPlan& plan, const CombineSource& source, void* y,

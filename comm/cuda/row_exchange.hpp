@@ -87,7 +87,8 @@ struct SendPlan {
 // The receive list of a channel, as exchange_plan() leaves it. Device memory of the exchange; row_ptr is filled up to
 // max_received, so that a plan may be built over that many rows without knowing how many there are.
 struct ReceiveList {
-  const std::int64_t* source_ptr;  // int64 [num_ranks + 1]: rows of each source
+  const std::int64_t* source_ptr;        // int64 [num_ranks + 1]: rows of each source
+  const std::int64_t* source_route_ptr;  // int64 [num_ranks + 1]: their routes
   const std::int64_t* route_ptr;   // int64 [max_received + 1]: routes of each row
   const std::int32_t* slot;        // int32 [routes]: local expert, ascending within a row
   const float* weight;             // f32 [routes]
@@ -106,6 +107,7 @@ struct ExpertRows {
   std::int64_t stride = 0;  // elements
   const std::int32_t* position_of_route = nullptr;  // int32 [routes]: of the receiver's plan
   TileFlags tiles;
+  bool others_only = false;  // own rows are left to expand_own()
 };
 
 struct MoverOptions {
@@ -148,6 +150,9 @@ class RowExchange {
   // x: dtype [num_tokens, hidden], x_stride elements from row to row
   void dispatch(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
                 const ExpertRows& expert_rows, const MoverOptions& options, Stream stream);
+  // Own rows alone, from x; no part of the pass, so that it may run on another stream than dispatch(), beside it.
+  void expand_own(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
+                  const ExpertRows& expert_rows, const MoverOptions& options, Stream stream);
   // y[t] = sum over the ranks of token t, ascending, of the rank's row, in fp32, rounded once; no rows: zeros. A rank's row
   // of expert outputs is the sum over its routes, ascending, of weight * output in fp32, rounded to dtype whether or
   // not it travels.  y: dtype [num_tokens, hidden]

@@ -1,5 +1,4 @@
-// Rows between GPUs. Ranks are processes with a GPU each where there are several GPUs, and threads that share one
-// (num_ranks above the number of GPUs) elsewhere; what needs more than there is skips and says so.
+// Rows between GPUs. Ranks are processes or threads with a GPU each; what needs more GPUs than there are skips and says so.
 //
 // SLUICE_TEST_PLANS: how many random plans (default 1,000).
 #include <signal.h>
@@ -81,7 +80,7 @@ void pass(Rank& rank, RowExchange& exchange, Endpoint& end, const Batch& batch, 
 void random_plans(Rank& rank, int plans, Link link, PeerPath path, bool integers) {
   std::unique_ptr<NcclCommunicator> nccl;
   if (link == Link::kNccl || path == PeerPath::kNccl)
-    nccl = std::make_unique<NcclCommunicator>(rank.bootstrap(), 60s);
+    nccl = std::make_unique<NcclCommunicator>(rank.bootstrap(), 60s, path == PeerPath::kNccl);
   {
     RowExchange exchange(rank.bootstrap(), small_shape(), link, path, nccl.get());
     Endpoint end(exchange, 0, kExperts);
@@ -109,23 +108,23 @@ TEST(RowExchange, ThousandRandomPlansBetweenProcesses) {
       [](Rank& rank) { random_plans(rank, num_plans(), Link::kNvlink, PeerPath::kBest, true); }, 300s);
 }
 TEST(RowExchange, RandomPlansBetweenThreadsOfOneProcess) {
-  NEED_DEVICES(1);
+  NEED_DEVICES(2);
   run(As::kThreads, 2, [](Rank& rank) {
     random_plans(rank, std::min(60, num_plans()), Link::kNvlink, PeerPath::kBest, false);
   });
 }
-TEST(RowExchange, MoreRanksThanGpus) {
+TEST(RowExchange, OneRank) {
   NEED_DEVICES(1);
-  for (const int ranks : {1, 3, 5})
-    run(As::kThreads, ranks, [](Rank& rank) {
-      random_plans(rank, std::min(25, num_plans()), Link::kNvlink, PeerPath::kBest, true);
-    });
-}
-TEST(RowExchange, EightRanks) {
-  NEED_DEVICES(2);
-  run(devices() >= 8 ? As::kProcesses : As::kThreads, 8, [](Rank& rank) {
+  run(As::kThreads, 1, [](Rank& rank) {
     random_plans(rank, std::min(25, num_plans()), Link::kNvlink, PeerPath::kBest, true);
   });
+}
+TEST(RowExchange, AsManyRanksAsGpus) {
+  NEED_DEVICES(3);
+  for (const int ranks : {3, std::min(8, devices())})
+    run(As::kProcesses, ranks, [](Rank& rank) {
+      random_plans(rank, std::min(200, num_plans()), Link::kNvlink, PeerPath::kBest, true);
+    });
 }
 TEST(RowExchange, WindowsOfNccl) {
   NEED_DEVICES(2);
@@ -241,8 +240,8 @@ TEST(RowExchange, AllMoversGiveTheSameBits) {
 
 // Two groups and two channels each, their passes enqueued in turns on streams of their own.
 TEST(RowExchange, InterleavedGroupsAndPlans) {
-  NEED_DEVICES(1);
-  run(devices() >= 2 ? As::kProcesses : As::kThreads, 2, [](Rank& rank) {
+  NEED_DEVICES(2);
+  run(As::kProcesses, 2, [](Rank& rank) {
     ExchangeShape shape = small_shape();
     shape.num_channels = 2;
     {
@@ -278,8 +277,8 @@ TEST(RowExchange, InterleavedGroupsAndPlans) {
 
 // A graph holds plan, dispatch and combine, and is replayed on other routings.
 TEST(RowExchange, GraphIsReplayedOnOtherRoutings) {
-  NEED_DEVICES(1);
-  run(devices() >= 2 ? As::kProcesses : As::kThreads, 2, [](Rank& rank) {
+  NEED_DEVICES(2);
+  run(As::kProcesses, 2, [](Rank& rank) {
     {
       RowExchange exchange(rank.bootstrap(), small_shape());
       Endpoint end(exchange, 0, kExperts);
@@ -332,8 +331,8 @@ TEST(RowExchange, GraphIsReplayedOnOtherRoutings) {
 }
 
 TEST(RowExchange, OverflowIsReportedSendsNothingAndPoisonsTheSums) {
-  NEED_DEVICES(1);
-  run(devices() >= 2 ? As::kProcesses : As::kThreads, 2, [](Rank& rank) {
+  NEED_DEVICES(2);
+  run(As::kProcesses, 2, [](Rank& rank) {
     ExchangeShape shape = small_shape();
     shape.max_received = 30;
     shape.max_routes = 200;
@@ -483,8 +482,8 @@ TEST(RowExchange, NcclPeerKilled) {
 
 // The error of an fp8 wire, as row_exchange.hpp states it; own rows are rounded as well.
 TEST(RowExchange, Fp8WireKeepsItsBound) {
-  NEED_DEVICES(1);
-  run(devices() >= 2 ? As::kProcesses : As::kThreads, 2, [](Rank& rank) {
+  NEED_DEVICES(2);
+  run(As::kProcesses, 2, [](Rank& rank) {
     ExchangeShape shape = small_shape(80);
     shape.wire = Wire::kFp8;
     {

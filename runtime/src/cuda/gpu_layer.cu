@@ -1,0 +1,409 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "sluice/base/error.hpp"
+#include "sluice/kernels/cuda/grouped_gemm.hpp"
+#include "sluice/kernels/cuda/rows.hpp"
+#include "sluice/runtime/src/cuda/gpu_layer.hpp"
+
+namespace sluice {
+namespace {
+
+using comm::cuda::check_cuda;
+using comm::cuda::CombineSource;
+using comm::cuda::ExpertRows;
+using comm::cuda::MoverOptions;
+using comm::cuda::ReceiveList;
+using comm::cuda::SendPlan;
+using comm::cuda::Stream;
+namespace gpu = kernels::cuda;
+
+constexpr auto kBad = ErrorCode::kInvalidArgument;
+// A GEMM beside which the exchange works is cut by experts: 1 / kCutParts of them on the processors that the exchange leaves,
+// the others on all.
+constexpr int kCutParts = 2;
+
+// Routes of others' rows go to slots of their own, behind those of own rows.
+__global__ void split_slots_kernel(const std::int32_t* slot, const std::int64_t* source_route_ptr, int rank,
+                                   int ranks, int experts, std::int32_t* split) {
+  const std::int64_t own = source_route_ptr[rank], end = source_route_ptr[rank + 1],
+                     all = source_route_ptr[ranks];
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < all;
+       i += std::int64_t{gridDim.x} * blockDim.x)
+    split[i] = slot[i] + (i >= own && i < end ? 0 : experts);
+}
+
+template <typename T>
+class Device {
+ public:
+  Device() = default;
+  explicit Device(std::int64_t count)
+      : bytes_(static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T)) {
+    check_cuda(cudaMalloc(&data_, bytes_), "GPU layer");
+  }
+  explicit Device(const std::vector<T>& values) : Device(static_cast<std::int64_t>(values.size())) {
+    check_cuda(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+               "GPU layer");
+  }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(Device&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  T* get() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+using Bf16 = std::uint16_t;
+
+}  // namespace
+
+struct GpuLayer::Impl {
+  comm::cuda::RowExchange& exchange;
+  const int channel;
+  const GpuLayerShape shape;
+  const comm::cuda::ExchangeShape& rows;
+  const int ranks, local;
+  const std::int64_t hidden, ffn, pre;  // columns of a preactivation row
+  const std::int64_t routes;            // that the buffers hold
+  int processors = 0;
+  std::int64_t num_tokens = 0;
+  cudaStream_t comm = nullptr;
+  cudaEvent_t ready = nullptr, arrived = nullptr, computed = nullptr, sent = nullptr;
+
+  Device<std::int32_t> rank_of, slot_of, local_rank_of, local_slot_of;
+  Device<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, group_ptr,
+      local_rank_ptr;
+  Device<std::int32_t> send_row, send_route, send_slot, home_position, split_slot, position;
+  Device<float> send_weight, weight_of_position, dweight_of_position;
+  Device<unsigned char> scratch;
+  Device<Bf16> expert_rows, act, out, h, gradient_rows, u;
+
+  Impl(comm::cuda::RowExchange& e, int channel_, const GpuLayerShape& s)
+      : exchange(e),
+        channel(channel_),
+        shape(s),
+        rows(e.shape()),
+        ranks(e.num_ranks()),
+        local(static_cast<int>(std::count(s.rank_of.begin(), s.rank_of.end(), e.rank()))),
+        hidden(rows.hidden),
+        ffn(s.ffn),
+        pre(kernels::preactivation_cols(s.activation, s.ffn)),
+        routes(rows.max_routes) {
+    Require(rows.dtype == DType::kBF16, kBad, "GPU layer: rows must be bf16");
+    Require(s.num_experts >= 1 && static_cast<int>(s.rank_of.size()) == s.num_experts, kBad,
+            "GPU layer: rank_of has ", s.rank_of.size(), " entries for ", s.num_experts, " experts");
+    for (const std::int32_t r : s.rank_of)
+      Require(r >= 0 && r < ranks, kBad, "GPU layer: an expert lives on rank ", r, " of ", ranks);
+    Require(s.ffn >= 8 && s.ffn % 8 == 0 && hidden % 8 == 0, kBad, "GPU layer: ffn ", s.ffn, " and hidden ",
+            hidden, " must be multiples of 8");
+    Require(2 * local <= gpu::kMaxGemmGroups, kBad, "GPU layer: ", local, " experts of a rank; at most ",
+            gpu::kMaxGemmGroups / 2, " are possible");
+    Require(rows.num_local_slots == local, kBad, "GPU layer: the exchange has ", rows.num_local_slots,
+            " slots for this rank, which has ", local, " experts");
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "GPU layer");
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "GPU layer");
+    std::vector<std::int32_t> slots, next(static_cast<std::size_t>(ranks), 0), zeros, identity;
+    for (const std::int32_t r : s.rank_of) slots.push_back(next[static_cast<std::size_t>(r)]++);
+    for (int i = 0; i < 2 * local; ++i) {
+      zeros.push_back(0);
+      identity.push_back(i);
+    }
+    rank_of = Device<std::int32_t>(s.rank_of);
+    slot_of = Device<std::int32_t>(slots);
+    local_rank_of = Device<std::int32_t>(zeros);
+    local_slot_of = Device<std::int32_t>(identity);
+    const std::int64_t send_rows = rows.max_tokens * ranks;
+    expert_ptr = Device<std::int64_t>(s.num_experts + 1);
+    rank_ptr = Device<std::int64_t>(ranks + 1);
+    rank_route_ptr = Device<std::int64_t>(ranks + 1);
+    send_route_ptr = Device<std::int64_t>(send_rows + 1);
+    home_ptr = Device<std::int64_t>(rows.max_tokens + 1);
+    group_ptr = Device<std::int64_t>(2 * local + 1);
+    local_rank_ptr = Device<std::int64_t>(2);
+    send_row = Device<std::int32_t>(send_rows);
+    send_route = Device<std::int32_t>(routes);
+    send_slot = Device<std::int32_t>(routes);
+    home_position = Device<std::int32_t>(send_rows);
+    split_slot = Device<std::int32_t>(routes);
+    position = Device<std::int32_t>(routes);
+    send_weight = Device<float>(routes);
+    weight_of_position = Device<float>(routes);
+    scratch = Device<unsigned char>(static_cast<std::int64_t>(
+        std::max(gpu::plan_scratch_bytes(rows.max_tokens, s.num_experts, ranks),
+                 gpu::plan_scratch_bytes(rows.max_received, std::max(1, 2 * local), 1))));
+    expert_rows = Device<Bf16>(routes * hidden);
+    act = Device<Bf16>(routes * ffn);
+    out = Device<Bf16>(routes * hidden);
+    if (s.training) {
+      h = Device<Bf16>(routes * pre);
+      u = Device<Bf16>(routes * ffn);
+      gradient_rows = Device<Bf16>(routes * hidden);
+      dweight_of_position = Device<float>(routes);
+    }
+    int least = 0, greatest = 0;
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "GPU layer");
+    check_cuda(cudaStreamCreateWithPriority(&comm, cudaStreamNonBlocking, greatest), "GPU layer");
+    for (cudaEvent_t* event : {&ready, &arrived, &computed, &sent})
+      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "GPU layer");
+  }
+  ~Impl() {
+    if (comm != nullptr) {
+      cudaStreamSynchronize(comm);
+      cudaStreamDestroy(comm);
+    }
+    for (cudaEvent_t event : {ready, arrived, computed, sent})
+      if (event != nullptr) cudaEventDestroy(event);
+    cudaGetLastError();
+  }
+
+  SendPlan send_plan() const {
+    return {rank_ptr.get(),  send_row.get(),    send_route_ptr.get(), send_route.get(),
+            send_slot.get(), send_weight.get(), home_ptr.get(),       home_position.get()};
+  }
+  void meet(cudaEvent_t event, Stream from, Stream to) const {
+    check_cuda(cudaEventRecord(event, from), "GPU layer");
+    check_cuda(cudaStreamWaitEvent(to, event, 0), "GPU layer");
+  }
+  void check_options(const GpuLayerOptions& options) const {
+    Require(options.comm_sms >= 2 && options.comm_sms % 2 == 0 && options.comm_sms <= processors / 2, kBad,
+            "GPU layer: comm_sms is ", options.comm_sms, "; an even number in 2..", processors / 2,
+            " is needed");
+  }
+
+  // ---- the GEMMs of some experts' rows: own ones, or those of others ------------------------------------------------
+  struct Part {
+    bool others;
+    int first, count;  // experts
+    int max_sms;       // 0: all
+  };
+  gpu::GemmGroups groups(const Part& p) const {
+    gpu::GemmGroups g;
+    g.group_ptr = group_ptr.get() + (p.others ? local : 0) + p.first;
+    g.num_groups = p.count;
+    g.num_rows = routes;
+    g.max_sms = p.max_sms;
+    return g;
+  }
+  gpu::GemmWeights weights(const void* base, const Part& p, std::int64_t out_cols,
+                           std::int64_t in_cols) const {
+    return {static_cast<const Bf16*>(base) + p.first * out_cols * in_cols, p.count, out_cols * in_cols,
+            out_cols, in_cols};
+  }
+  gpu::GemmActivation gemm_activation() const {
+    switch (shape.activation) {
+      case kernels::Activation::kSwiGLU:
+        return gpu::GemmActivation::kSwiGLU;
+      case kernels::Activation::kGelu:
+        return gpu::GemmActivation::kGelu;
+      case kernels::Activation::kRelu:
+        return gpu::GemmActivation::kRelu;
+    }
+    return gpu::GemmActivation::kNone;
+  }
+  void gemm1(const GpuExperts& e, const Part& p, Stream stream) const {
+    if (p.count == 0) return;
+    gpu::grouped_gemm_forward(groups(p), weights(e.w1, p, pre, hidden), {expert_rows.get(), hidden},
+                              {shape.training ? h.get() : nullptr, pre}, {act.get(), ffn}, gemm_activation(),
+                              stream);
+  }
+  void gemm2(const GpuExperts& e, const Part& p, Stream stream) const {
+    if (p.count == 0) return;
+    gpu::grouped_gemm_forward(groups(p), weights(e.w2, p, hidden, ffn), {act.get(), ffn}, {out.get(), hidden},
+                              {}, gpu::GemmActivation::kNone, stream);
+  }
+  // Both parts of `gemm` for own rows: the first few experts beside the exchange, the rest on all processors.
+  template <typename Gemm>
+  void cut(const Gemm& gemm, int comm_sms) const {
+    const int first = (local + kCutParts - 1) / kCutParts;
+    gemm(Part{false, 0, first, (processors - comm_sms) / 2 * 2});
+    gemm(Part{false, first, local - first, 0});
+  }
+  Part all_of(bool others) const { return {others, 0, local, 0}; }
+
+  // Rows of `x` to the experts; on return of the overlapped way only own ones are there, `arrived` says when all are.
+  void bring(const void* x, Bf16* to, const GpuLayerOptions& options, Stream stream) const {
+    ExpertRows target{to, hidden, position.get(), {}, false};
+    if (options.schedule == GpuSchedule::kSequential) {
+      exchange.dispatch(channel, send_plan(), x, hidden, target, all_processors(), stream);
+      return;
+    }
+    meet(ready, stream, comm);
+    target.others_only = true;
+    exchange.dispatch(channel, send_plan(), x, hidden, target, {options.comm_sms, 0}, comm);
+    check_cuda(cudaEventRecord(arrived, comm), "GPU layer");
+    exchange.expand_own(channel, send_plan(), x, hidden, {to, hidden, position.get(), {}, false},
+                        {1, processors - options.comm_sms}, stream);
+  }
+  MoverOptions all_processors() const {
+    const int push = std::min(64, processors / 2);
+    return {push, processors - push};
+  }
+  CombineSource results(bool weighted) const { return {out.get(), hidden, position.get(), weighted}; }
+
+  void forward(const GpuExperts& e, const void* x, void* y, const GpuLayerOptions& options, Stream stream) {
+    bring(x, expert_rows.get(), options, stream);
+    const auto first = [&](const Part& p) { gemm1(e, p, stream); };
+    const auto second = [&](const Part& p) { gemm2(e, p, stream); };
+    if (options.schedule == GpuSchedule::kSequential) {
+      for (const bool others : {false, true}) first(all_of(others));
+      for (const bool others : {true, false}) second(all_of(others));
+      exchange.combine(channel, send_plan(), results(true), y, hidden, num_tokens, all_processors(), stream);
+      return;
+    }
+    cut(first, options.comm_sms);
+    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+    first(all_of(true));
+    second(all_of(true));
+    meet(computed, stream, comm);
+    exchange.push_results(channel, results(true), {options.comm_sms, 0}, comm);
+    check_cuda(cudaEventRecord(sent, comm), "GPU layer");
+    cut(second, options.comm_sms);
+    check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+    exchange.sum_at_home(channel, send_plan(), results(true), y, hidden, 0, num_tokens, true, {1, 0}, stream);
+  }
+
+  void backward(const GpuExperts& e, const GpuExpertGradients& g, const void* dy, void* dx, float* dweight,
+                const GpuLayerOptions& options, Stream stream) {
+    const bool sequential = options.schedule == GpuSchedule::kSequential;
+    bring(dy, gradient_rows.get(), options, stream);
+    const auto to_act = [&](const Part& p) {
+      if (p.count > 0)
+        gpu::grouped_gemm_dgrad(groups(p), weights(e.w2, p, hidden, ffn), {gradient_rows.get(), hidden},
+                                {u.get(), ffn}, stream);
+    };
+    const auto to_rows = [&](const Part& p) {
+      if (p.count > 0)
+        gpu::grouped_gemm_dgrad(groups(p), weights(e.w1, p, pre, hidden), {h.get(), pre}, {out.get(), hidden},
+                                stream);
+    };
+    if (sequential) {
+      to_act(all_of(false));
+    } else {
+      cut(to_act, options.comm_sms);
+      check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+    }
+    to_act(all_of(true));
+    // In place: h becomes dh, u becomes weight * act.
+    const auto view = [](const Bf16* data, std::int64_t n, std::int64_t cols) {
+      return MatrixView(reinterpret_cast<std::byte*>(const_cast<Bf16*>(data)), DType::kBF16, n, cols, cols);
+    };
+    gpu::activation_backward(shape.activation, view(h.get(), routes, pre), view(u.get(), routes, ffn),
+                             weight_of_position.get(), dweight_of_position.get(), view(h.get(), routes, pre),
+                             view(u.get(), routes, ffn), 0, routes, group_ptr.get() + 2 * local, stream);
+    for (const bool others : {true, false}) to_rows(all_of(others));
+    const auto wgrads = [&](bool second, const Part& p) {
+      if (p.count == 0) return;
+      if (second) {
+        gpu::grouped_gemm_wgrad(groups(p), {gradient_rows.get(), hidden}, hidden, {u.get(), ffn}, ffn,
+                                g.w2 + p.first * hidden * ffn, hidden * ffn, stream);
+      } else {
+        gpu::grouped_gemm_wgrad(groups(p), {h.get(), pre}, pre, {expert_rows.get(), hidden}, hidden,
+                                g.w1 + p.first * pre * hidden, pre * hidden, stream);
+      }
+    };
+    Stream on = stream;
+    if (!sequential) {
+      meet(computed, stream, comm);
+      on = comm;
+    }
+    const MoverOptions movers = sequential ? all_processors() : MoverOptions{options.comm_sms, 0};
+    exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, movers, on);
+    if (dweight != nullptr)
+      exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
+    if (!sequential) check_cuda(cudaEventRecord(sent, comm), "GPU layer");
+    const int sms = sequential ? 0 : (processors - options.comm_sms) / 2 * 2;
+    for (const bool others : {false, true}) wgrads(true, {others, 0, local, sms});
+    for (const bool others : {false, true}) wgrads(false, all_of(others));
+    if (!sequential) check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+  }
+};
+
+GpuLayer::GpuLayer(comm::cuda::RowExchange& exchange, int channel, const GpuLayerShape& shape)
+    : impl_(std::make_unique<Impl>(exchange, channel, shape)) {}
+GpuLayer::~GpuLayer() = default;
+
+int GpuLayer::num_local_experts() const {
+  return impl_->local;
+}
+std::size_t GpuLayer::buffer_bytes() const {
+  const Impl& i = *impl_;
+  return i.expert_rows.bytes() + i.act.bytes() + i.out.bytes() + i.h.bytes() + i.u.bytes() +
+         i.gradient_rows.bytes();
+}
+
+void GpuLayer::plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens, Stream stream) {
+  Impl& i = *impl_;
+  Require(num_tokens >= 0 && num_tokens <= i.rows.max_tokens, kBad, "GPU layer: ", num_tokens,
+          " tokens; max_tokens is ", i.rows.max_tokens);
+  i.num_tokens = num_tokens;
+  const gpu::PlanBuffers send{i.expert_ptr.get(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              i.rank_ptr.get(),
+                              i.rank_route_ptr.get(),
+                              i.send_row.get(),
+                              i.send_route_ptr.get(),
+                              i.send_route.get(),
+                              i.send_slot.get(),
+                              i.send_weight.get(),
+                              i.home_ptr.get(),
+                              i.home_position.get()};
+  gpu::build_plan(routing, num_tokens, {i.rank_of.get(), i.slot_of.get(), i.shape.num_experts, i.ranks}, send,
+                  i.scratch.get(), stream);
+  i.exchange.exchange_plan(i.channel, i.send_plan(), stream);
+  const ReceiveList list = i.exchange.receive_list(i.channel);
+  if (i.local == 0) {
+    check_cuda(cudaMemsetAsync(i.group_ptr.get(), 0, i.group_ptr.bytes(), stream), "GPU layer");
+    return;
+  }
+  split_slots_kernel<<<64, 256, 0, stream>>>(list.slot, list.source_route_ptr, i.exchange.rank(), i.ranks,
+                                             i.local, i.split_slot.get());
+  check_cuda(cudaGetLastError(), "GPU layer: plan");
+  const gpu::PlanBuffers receive{i.group_ptr.get(), i.position.get(), nullptr, i.weight_of_position.get(),
+                                 i.local_rank_ptr.get()};
+  gpu::build_plan({list.route_ptr, i.split_slot.get(), list.weight}, i.rows.max_received,
+                  {i.local_rank_of.get(), i.local_slot_of.get(), 2 * i.local, 1}, receive, i.scratch.get(),
+                  stream);
+}
+
+void GpuLayer::forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+                       Stream stream) {
+  impl_->check_options(options);
+  Require(impl_->local == 0 || (experts.w1 != nullptr && experts.w2 != nullptr), kBad,
+          "GPU layer: weights are null");
+  impl_->forward(experts, x, y, options, stream);
+}
+void GpuLayer::backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy,
+                        void* dx, float* dweight, const GpuLayerOptions& options, Stream stream) {
+  impl_->check_options(options);
+  Require(impl_->shape.training, ErrorCode::kInvalidState, "GPU layer: backward needs `training`");
+  Require(impl_->local == 0 || (gradients.w1 != nullptr && gradients.w2 != nullptr), kBad,
+          "GPU layer: gradients are null");
+  impl_->backward(experts, gradients, dy, dx, dweight, options, stream);
+}
+
+void GpuLayer::exchange_only(const void* x, void* y, const GpuLayerOptions& options, Stream stream) {
+  impl_->check_options(options);
+  Impl& i = *impl_;
+  GpuLayerOptions sequential = options;
+  sequential.schedule = GpuSchedule::kSequential;
+  i.bring(x, i.expert_rows.get(), sequential, stream);
+  i.exchange.combine(i.channel, i.send_plan(), i.results(true), y, i.hidden, i.num_tokens, i.all_processors(),
+                     stream);
+}
+void GpuLayer::gemms_only(const GpuExperts& experts, Stream stream) {
+  for (const bool others : {false, true}) impl_->gemm1(experts, impl_->all_of(others), stream);
+  for (const bool others : {true, false}) impl_->gemm2(experts, impl_->all_of(others), stream);
+}
+
+}  // namespace sluice
