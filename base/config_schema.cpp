@@ -34,7 +34,7 @@ constexpr std::array<Text, 2> kEtrQuotas = {"global", "local"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
-constexpr std::array<Text, 3> kTransports = {"local", "tcp", "mpi"};
+constexpr std::array<Text, 5> kTransports = {"local", "shm", "tcp", "shm+tcp", "mpi"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
                                                    "auto"};
@@ -489,8 +489,9 @@ const Row kRows[] = {
      .allowed = kTransports,
      .default_text = "local",
      .kind = Kind::kSemantic,
-     .doc = "local: ranks are threads of one process. tcp: ranks are processes that sluice launch, torchrun, "
-            "mpirun or srun started (docs/transports.md). mpi: the same over MPI, started by mpirun or srun."},
+     .doc = "local: ranks are threads of one process. Else they are processes that sluice launch, torchrun, mpirun or "
+            "srun started (docs/transports.md): shm: of one host, over shared memory; tcp: of any hosts; shm+tcp: "
+            "shared memory within a node, TCP between nodes; mpi: over MPI, started by mpirun or srun."},
     {.key = "comm.timeout_ms",
      .member = SLUICE_MEMBER(comm.timeout_ms),
      .unit = "ms",

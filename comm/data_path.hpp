@@ -100,6 +100,7 @@ class DataPath {
   virtual bool drain(Clock::time_point deadline) = 0;
 };
 
+std::unique_ptr<DataPath> make_shm_path(const PathContext& context);
 std::unique_ptr<DataPath> make_tcp_path(const PathContext& context);
 
 }  // namespace sluice::comm

@@ -200,6 +200,7 @@ std::string peer_name(std::int32_t rank, const wire::Card& card) {
 }
 
 std::unique_ptr<DataPath> make_path(std::string_view kind, const PathContext& context) {
+  if (kind == "shm") return make_shm_path(context);
   if (kind == "tcp") return make_tcp_path(context);
   throw Error(ErrorCode::kInternal, str("no data path is called ", kind));
 }
@@ -774,13 +775,27 @@ Topology discover(const std::vector<wire::Card>& cards) {
   return Topology(std::move(nodes));
 }
 
+// Which path serves each peer. "shm+tcp": shared memory between ranks of one node, TCP between nodes; ranks that only
+// pretend to share a node have nothing but TCP.
 std::vector<std::string> path_kinds(std::string_view name, std::int32_t rank,
                                     const std::vector<wire::Card>& cards, const Topology& topology) {
-  (void)name;
-  (void)topology;
+  const std::size_t plus = name.find('+');
+  const std::string in_node(name.substr(0, plus));
+  const std::string across(plus == std::string_view::npos ? name : name.substr(plus + 1));
+  const wire::Card& own = cards[static_cast<std::size_t>(rank)];
   std::vector<std::string> out;
-  for (std::size_t r = 0; r < cards.size(); ++r)
-    out.push_back(static_cast<std::int32_t>(r) == rank ? "" : "tcp");
+  for (std::size_t r = 0; r < cards.size(); ++r) {
+    const RankId peer(static_cast<std::int32_t>(r));
+    const bool one_host = cards[r].host_id == own.host_id;
+    if (peer.value == rank)
+      out.emplace_back();
+    else
+      out.push_back(topology.same_node(peer, RankId(rank)) && (one_host || in_node != "shm") ? in_node
+                                                                                             : across);
+    Require(out.back() != "shm" || one_host, ErrorCode::kInvalidConfig,
+            "transport shm joins ranks of one host, but rank ", rank, " is on ", own.host, " and rank ", r,
+            " on ", cards[r].host, "; set comm.transport to shm+tcp or tcp");
+  }
   return out;
 }
 
@@ -840,7 +855,7 @@ Survivors ProcessTransport::survivors(nanoseconds span) {
 }  // namespace
 
 bool is_process_transport(std::string_view name) {
-  constexpr std::array<std::string_view, 1> kNames = {"tcp"};
+  constexpr std::array<std::string_view, 3> kNames = {"shm", "tcp", "shm+tcp"};
   return std::find(kNames.begin(), kNames.end(), name) != kNames.end();
 }
 

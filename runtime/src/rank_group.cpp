@@ -253,18 +253,41 @@ void run_launched(const LoadedConfig& config, const GroupOptions& options) {
     nodes = configured_topology(c, num_ranks);
   }
   auto runtime = Runtime::create(c.comm.transport, nodes ? &*nodes : nullptr, runtime_options(c));
-  set_process_log_rank(runtime->rank().value);
-  try {
-    const LoadedConfig agreed = agree_on(*runtime, config);
-    options.body(*runtime, agreed);
-    runtime->barrier("end");
-  } catch (...) {
-    const Status status = current_exception_status();
-    if (status.scope() != Scope::kGroup) runtime->abort("job", status.message);
-    // Say it before the transport goes: its end may take the process with it.
-    log_error(to_string(status.code), ": ", status.message);
-    runtime.reset();
-    throw;
+  LoadedConfig mine = config;
+  std::vector<GroupLoss> losses;
+  while (true) {
+    set_process_log_rank(runtime->rank().value);
+    try {
+      const LoadedConfig agreed = agree_on(*runtime, mine);
+      if (losses.empty())
+        options.body(*runtime, agreed);
+      else
+        options.after_loss(*runtime, agreed, losses);
+      runtime->barrier("end");
+      return;
+    } catch (...) {
+      const Status status = current_exception_status();
+      if (status.scope() != Scope::kGroup) runtime->abort("job", status.message);
+      comm::Transport& transport = runtime->transport();
+      // Only a loss that is somebody else's leaves this rank something to go on with.
+      const bool survives = status.scope() == Scope::kGroup && transport.aborted() &&
+                            transport.abort_record().culprit.valid() &&
+                            transport.abort_record().culprit != runtime->rank() &&
+                            transport.caps().survives_peer_loss && goes_on(mine, options);
+      if (!survives) {
+        // Say it before the transport goes: its end may take the process with it.
+        log_error(to_string(status.code), ": ", status.message);
+        runtime.reset();
+        throw;
+      }
+    }
+    const std::int32_t num_ranks = runtime->num_ranks();
+    losses.push_back(loss_of(runtime->transport().abort_record(), num_ranks));
+    comm::Survivors next = runtime->transport().survivors(std::chrono::milliseconds(c.comm.timeout_ms));
+    log_warn("a rank was lost: ", losses.back().status.message, "; ", next.former.size(), " of ", num_ranks,
+             " ranks form a new group");
+    mine = shrunk(mine, num_ranks, next.former);
+    runtime = Runtime::create_over(std::move(next.transport), runtime_options(mine.config));
   }
 }
 

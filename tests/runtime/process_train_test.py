@@ -156,6 +156,21 @@ class Processes(unittest.TestCase):
                 self.assertIn("died", err)
                 self.assertLess(took, 6)
 
+    def test_survivors_go_on_by_themselves(self):
+        script = ('if [ "$SLUICE_LAUNCH_RANK" = 2 ]; then (while [ ! -e "$FOLDER"/*10/manifest.sluice ]; do sleep 0.05; done; '
+                  'kill -9 $$) & fi; exec "$@"')
+        for transport in TRANSPORTS:
+            with self.subTest(transport=transport), tempfile.TemporaryDirectory() as folder:
+                done = run([PROGRAM, "launch", "-n", "4", "--keep-going", "--", "bash", "-c", script, "bash", PROGRAM, "train",
+                            *over(transport), *TEXT, "--set", "model.hidden=32", "--set", "train.steps=200",
+                            "--set", "train.checkpoint_every=10", "--set", f"train.checkpoint_dir={folder}",
+                            "--set", "train.on_failure=shrink", "--json"], env={"FOLDER": folder})
+                self.assertEqual(done.returncode, 0, done.stderr)
+                report = json.loads(done.stdout)
+                self.assertEqual(len(report["losses"]), 200)
+                self.assertEqual([(r["lost_rank"], r["ranks_before"], r["ranks_after"]) for r in report["recoveries"]],
+                                 [(2, 4, 3)])
+
     def test_a_stopped_rank_is_named(self):
         for transport in TRANSPORTS:
             with self.subTest(transport=transport):

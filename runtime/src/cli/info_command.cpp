@@ -110,6 +110,8 @@ void add_info(CLI::App& app, Run& run) {
                                      "local", [] { (void)comm::make_local_group(Topology::uniform(1, 1)); },
                                      "ranks are threads of one process"),
                                  transport_json(
+                                     "shm", [] {}, "ranks are processes of this host, over shared memory"),
+                                 transport_json(
                                      "tcp", [] {}, "ranks are processes of any hosts, over TCP"),
                                  transport_json(
                                      "mpi", [] { comm::find_transport_module("mpi"); },

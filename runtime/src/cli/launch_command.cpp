@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <csignal>
 #include <cstring>
@@ -193,6 +194,7 @@ class Job {
   // Whether any runs still.
   bool reap() {
     bool running = false;
+    std::vector<Child> ended;
     for (Child& c : children_) {
       if (!c.running) continue;
       int status = 0;
@@ -202,8 +204,12 @@ class Job {
       }
       c.running = false;
       c.status = status;
-      if (c.failed() && !first_failed_) first_failed_ = c;
+      if (c.failed()) ended.push_back(c);
     }
+    // Of those that ended since the last look, one that was killed is the cause rather than one that reports it.
+    const auto killed =
+        std::find_if(ended.begin(), ended.end(), [](const Child& c) { return WIFSIGNALED(c.status); });
+    if (!ended.empty() && !first_failed_) first_failed_ = killed != ended.end() ? *killed : ended.front();
     return running;
   }
   void signal_all(int signal) {
