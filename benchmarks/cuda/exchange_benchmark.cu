@@ -328,6 +328,10 @@ struct Case {
     std::fprintf(stderr, "\n");
     rows.push_back({shape.name + suffix, kase, sms, baseline, t, baseline_us, megabytes});
   }
+  // That leave this rank in a dispatch.
+  std::int64_t crossing_bytes() const {
+    return crossing_rows * (exchange->shape().wire == Wire::kFp8 ? shape.hidden + 4 : shape.hidden * 2);
+  }
   double largest(double value) {
     std::vector<double> all(static_cast<std::size_t>(ranks));
     rank.all_gather(&value, all.data(), sizeof value);
@@ -370,7 +374,7 @@ struct Case {
   }
 
   double floor_us(SymmetricMemory& target) {
-    const auto bytes = static_cast<std::size_t>(crossing_rows * shape.hidden * 2);
+    const auto bytes = static_cast<std::size_t>(crossing_bytes());
     const Timing t = time([&] {
       const std::size_t part = ranks > 1 ? bytes / static_cast<std::size_t>(ranks - 1) / 16 * 16 : 0;
       CHECK(cudaEventRecord(fork, stream));
@@ -432,10 +436,11 @@ struct Case {
 
   void run_large(SymmetricMemory& target, bool brief) {
     const double floor = floor_us(target);
-    const double megabytes = largest(static_cast<double>(crossing_rows * shape.hidden * 2)) / 1e6;
+    const double megabytes = largest(static_cast<double>(crossing_bytes())) / 1e6;
     const int all = processors;
     const auto measure = [&](const char* kase, MoverOptions m, bool local, const std::function<void()>& arm) {
-      report(kase, split(m, local), time(arm), "floor", floor, megabytes);
+      report(m.push_sms == 8 ? std::string(kase) + "_8sm" : kase, split(m, local), time(arm), "floor", floor,
+             megabytes);
     };
     std::vector<int> pushes = {8, 16, 32, 64, 128};
     if (options.sweep) pushes = {4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 132};
@@ -530,7 +535,7 @@ struct Case {
     report("home_sum_of_experts", std::to_string(all),
            time([&] { sum(outputs()); }, 1, 250, [&] { push(outputs(), 64); }));
     for (const int local : {0, 32, 64})
-      report("combine_copy_engine", "home: " + std::to_string(local == 0 ? all : local),
+      report("combine_rows_copy_engine", "home: " + std::to_string(local == 0 ? all : local),
              time(
                  [&] {
                    exchange->combine_by_copy(0, send_plan(), counts, reduced(), y.data, shape.hidden,
