@@ -49,14 +49,14 @@ struct Options {
   std::int32_t ranks = 3, victim = 1;
   FaultSpec spec;
   std::int64_t timeout_ms = 1000;
-  bool ends = false;  // nothing breaks: a few steps, then the losses
+  std::int64_t steps = 1'000'000;  // few where nothing breaks: then the losses are looked at
 };
 
 LoadedConfig config_of(const Options& options) {
   return parse_config(str("[model]\nnum_layers = 3\nnum_experts = ", kExperts,
                           "\nhidden = 16\nffn = 16\ncontext = 3\nembed = 6\n[routing]\ntop_k = 3\n"
                           "[train]\nsteps = ",
-                          options.ends ? 8 : 1'000'000, "\ntokens_per_step = 96\n[topology]\nnodes = ",
+                          options.steps, "\ntokens_per_step = 96\n[topology]\nnodes = ",
                           options.spec.seed % 2 == 0 || options.ranks < 3 ? "0" : "[[0, 1], [2",
                           options.spec.seed % 2 == 0 || options.ranks < 3 ? ""
                           : options.ranks > 3                             ? ", 3]]"
@@ -119,7 +119,8 @@ int run(int argc, char** argv) {
   o.timeout_ms = std::atoll(argv[7]);
   o.spec.seed = std::strtoull(argv[8], nullptr, 10);
   o.spec.summary_bytes = (kExperts + 2) * sizeof(std::int64_t);
-  o.ends = o.spec.fault == Fault::kNone || o.spec.fault == Fault::kSlow;
+  if (o.spec.fault == Fault::kSlow) o.steps = 8;
+  if (o.spec.fault == Fault::kNone) o.steps = o.spec.count;
   set_log_level(LogLevel::kError);
   const LoadedConfig loaded = config_of(o);
   const Topology topology = configured_topology(loaded.config, o.ranks);

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,8 +29,13 @@ import time
 PLACES = ["start", "plan", "dispatch", "combine", "backward", "all-reduce"]
 # What breaks, and over which transports it can.
 THREADS = ["vanish", "late", "throw", "slow", "lie", "garbage", "other"]
-PROCESSES = ["kill", "stop"] + THREADS[1:]
+# From outside: a stranger sends garbage to every port, one joins with a wrong secret, one of another job; and a rank that
+# was started with another configuration.
+OUTSIDE = ["intruder", "secret", "stale"]
+PROCESSES = ["kill", "stop"] + THREADS[1:] + OUTSIDE + ["config"]
 FAULTS = {"local": THREADS, "shm": PROCESSES, "tcp": PROCESSES + ["cut"], "mpi": ["stop"] + THREADS[1:]}
+HARMLESS = ["slow"] + OUTSIDE  # the job must go on
+STEPS_OF_HARMLESS = {"slow": 8, "intruder": 400, "secret": 400, "stale": 400}
 TAMPERING = ("lie", "garbage", "other")  # of the plan's messages
 # Codes that a survivor may report.
 CODES = {
@@ -57,16 +63,22 @@ def usable_transports(program):
 
 
 def command_of(program, case):
-    words = [program, case["transport"], str(case["ranks"]), str(case["victim"]), case["fault"], case["place"],
-             str(case["count"]), str(case["timeout_ms"]), str(case["seed"])]
+    fault, count = case["fault"], case["count"]
+    if fault in OUTSIDE:
+        fault, count = "none", STEPS_OF_HARMLESS[fault]
+    words = [program, case["transport"], str(case["ranks"]), str(case["victim"]), fault, case["place"],
+             str(count), str(case["timeout_ms"]), str(case["seed"])]
+    sluice = os.path.join(os.path.dirname(program), "sluice")
+    if fault == "config":
+        words = ["sh", "-c", f'[ "$SLUICE_LAUNCH_RANK" = {case["victim"]} ] && export SLUICE_TRAIN_SEED={case["seed"] + 2}; '
+                 f'exec {sluice} train --set comm.transport={case["transport"]} --set train.steps=5 --text {__file__}']
     if case["transport"] == "local":
         return words
     if case["transport"] == "mpi":
         root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         return ["mpirun", *root, "--oversubscribe", "--enable-recovery", "--mca", "btl", "vader,self", "--mca",
                 "btl_vader_single_copy_mechanism", "none", "-n", str(case["ranks"])] + words
-    return [os.path.join(os.path.dirname(program), "sluice"), "launch", "--keep-going", "-n",
-            str(case["ranks"]), "--"] + words
+    return [sluice, "launch", "--keep-going", "-n", str(case["ranks"]), "--"] + words
 
 
 def children_of(pid):
@@ -90,12 +102,73 @@ def end_tree(process):
             pass
 
 
+def environment_of(pid):
+    with open(f"/proc/{pid}/environ", "rb") as f:
+        return dict(entry.decode(errors="replace").split("=", 1) for entry in f.read().split(b"\0") if b"=" in entry)
+
+
+def listening_ports(pids):
+    """TCP ports of this host on which these processes listen."""
+    inodes = set()
+    for pid in pids:
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                link = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if link.startswith("socket:["):
+                    inodes.add(link[8:-1])
+        except OSError:
+            pass
+    ports = set()
+    with open("/proc/net/tcp") as f:
+        for line in f.readlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in inodes:
+                ports.add(int(words[1].split(":")[1], 16))
+    return ports
+
+
+def attack(case, command, process, rng):
+    """One attempt from outside while the job runs; what is wrong, or nothing."""
+    ranks = [pid for pid in children_of(process.pid)]
+    if case["fault"] == "intruder":
+        for port in listening_ports(ranks + [process.pid]):
+            for _ in range(3):
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
+                        stranger.settimeout(0.2)
+                        stranger.sendall(rng.randbytes(rng.choice([1, 40, 100, 5000])))
+                        stranger.recv(4096)
+                except OSError:
+                    pass
+        return ""
+    for pid in ranks:
+        try:
+            environment = environment_of(pid)
+        except OSError:
+            continue
+        if "SLUICE_LAUNCH_RANK" not in environment:
+            continue
+        if case["fault"] == "secret":
+            environment["SLUICE_LAUNCH_SECRET"] = "0123456789abcdef" * 4
+        else:
+            environment["SLUICE_LAUNCH_JOB"] = str(rng.randrange(1, 1 << 31))
+        try:
+            done = subprocess.run(command[command.index("--") + 1:], env=environment, capture_output=True, text=True,
+                                  timeout=60)
+        except subprocess.TimeoutExpired:
+            return "a stranger was not refused within a minute"
+        return "a stranger was let in" if done.returncode == 0 or "losses" in done.stdout else ""
+    return ""
+
+
 def run(program, case):
     """The events of all ranks, how it ended, and what was said on standard error."""
     survivors = case["ranks"] - 1
     limit = time.monotonic() + case["timeout_ms"] / 1000 * 1.2 + 60
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as lines:
-        process = subprocess.Popen(command_of(program, case), stdout=lines, stderr=errors)
+        command = command_of(program, case)
+        process = subprocess.Popen(command, stdout=lines, stderr=errors)
+        begin, rng, wrong, attacks = time.monotonic(), random.Random(case["seed"]), "", 0
 
         def events():
             lines.seek(0)
@@ -109,6 +182,9 @@ def run(program, case):
 
         hang = False
         while process.poll() is None:
+            if case["fault"] in OUTSIDE and attacks < 3 and time.monotonic() > begin + 0.3:
+                wrong = wrong or attack(case, command, process, rng)
+                attacks += 1
             # A victim that was stopped stays; everyone else has spoken.
             if case["fault"] == "stop":
                 ended = {e["rank"] for e in events() if e["event"] == "end"}
@@ -122,28 +198,34 @@ def run(program, case):
             end_tree(process)
         code = process.wait()
         errors.seek(0)
-        return events(), hang, code, errors.read().decode(errors="replace")
+        return events(), hang, code, errors.read().decode(errors="replace"), wrong
 
 
 def judge(case, result, clean_losses):
     """("ok", detection in seconds or None) or (what is wrong, detail)."""
-    events, hang, code, errors = result
+    events, hang, code, errors, wrong = result
     if hang:
         return "hang", errors[-500:]
+    if wrong:
+        return "false alarm", wrong
     if "Sanitizer" in errors or "runtime error:" in errors:
         return "crash", errors[-2000:]
+    if case["fault"] == "config":
+        named = f'rank {case["victim"]}: train.seed'
+        return ("ok", None) if code != 0 and named in errors else ("wrong culprit", errors[-500:])
     ends = {e["rank"]: e for e in events if e["event"] == "end"}
     started = [e["at_ns"] for e in events if e["event"] == "fault"]
     expected = set(range(case["ranks"]))
-    if case["fault"] != "slow":
+    harmless = case["fault"] in HARMLESS
+    if not harmless:
         expected -= {case["victim"]}
-    if case["fault"] != "slow" and not started and any("losses" in e for e in ends.values()):
+    if not harmless and not started and any("losses" in e for e in ends.values()):
         return "no trigger", ""
     if not expected <= set(ends):
         return "crash", f"exit {code}, no word of ranks {sorted(expected - set(ends))}: {errors[-500:]}"
     if case["transport"] == "local" and code != 0:
         return "crash", f"exit {code}: {errors[-500:]}"
-    if case["fault"] == "slow":
+    if harmless:
         bad = [e for e in ends.values() if "losses" not in e]
         if bad:
             return "false alarm", bad[0].get("message", "")
@@ -199,9 +281,10 @@ def main():
 
     def clean_losses(case):
         """Of the same job without a fault, over threads: all transports give the same bits."""
-        key = (case["ranks"], case["seed"] % 2)
+        steps = STEPS_OF_HARMLESS[case["fault"]]
+        key = (case["ranks"], case["seed"] % 2, steps)
         if key not in clean:
-            result = run(program, {**case, "transport": "local", "fault": "none"})
+            result = run(program, {**case, "transport": "local", "fault": "none", "count": steps})
             clean[key] = next(e["losses"] for e in result[0] if "losses" in e)
         return clean[key]
 

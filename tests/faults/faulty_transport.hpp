@@ -103,6 +103,7 @@ class FaultyTransport final : public comm::Transport {
   void set_timeout(std::chrono::nanoseconds timeout) override { inner_->set_timeout(timeout); }
   std::chrono::nanoseconds timeout() const override { return inner_->timeout(); }
   void advanced() override { inner_->advanced(); }
+  comm::Survivors survivors(std::chrono::nanoseconds span) override { return inner_->survivors(span); }
 
   Status idle(std::span<const comm::WaitSpec> pending) override {
     const std::string_view phase = pending.empty() ? std::string_view() : pending[0].phase;
