@@ -55,6 +55,7 @@ void GroupWatch::heartbeat() {
 
 void GroupWatch::computing() {
   last_call_ns_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  computing_.store(true, std::memory_order_relaxed);
 }
 
 nanoseconds GroupWatch::since_last_call(Clock::time_point now) const {
@@ -70,6 +71,7 @@ void GroupWatch::waiting(std::span<const RankId> missing, std::string_view phase
   const std::lock_guard lock(mutex_);
   if (aborted()) return;
   waiting_ = true;
+  computing_.store(false, std::memory_order_relaxed);
   missing_.clear();
   for (const RankId r : missing) missing_.push_back(r.value);
   phase_ = phase;
@@ -294,7 +296,7 @@ void GroupWatch::answer(std::int32_t to, std::uint64_t question, Clock::time_poi
   m.number = question;
   const nanoseconds age = since_last_call(now);
   m.last_call_ns = age.count();
-  m.waiting = waiting_ && age <= kWaitingIsFresh;
+  m.waiting = waiting_ && !computing_.load(std::memory_order_relaxed) && age <= kWaitingIsFresh;
   if (m.waiting) {
     m.ranks = missing_;
     m.chunk = chunk_;

@@ -123,6 +123,7 @@ class GroupWatch {
   std::shared_ptr<bool> alive_;  // for timers of the loop that outlive this object; of the loop's thread
   std::atomic<bool> aborted_{false};
   std::atomic<std::int64_t> last_call_ns_{-1};
+  std::atomic<bool> computing_{true};  // the last call was no wait
 
   mutable std::mutex mutex_;  // guards the rest
   std::vector<PeerState> peer_states_;

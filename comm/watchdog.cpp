@@ -7,8 +7,8 @@
 namespace sluice::comm {
 namespace {
 
-// A rank that waits steps its patience at least every millisecond; a longer gap means that it did something
-// else.
+// A rank that waits steps its patience at least every millisecond; a longer gap means that it did something else, or was
+// kept from running. So much of a gap counts as waiting, that deadlines pass on a machine that is always too busy.
 constexpr std::chrono::nanoseconds kGap = std::chrono::milliseconds(50);
 
 std::string seconds(std::chrono::nanoseconds span) {
@@ -246,7 +246,7 @@ Patience::Stage Patience::step(Clock::time_point now, std::uint64_t key) {
     key_ = key;
     start_ = now;
   } else if (now - last_step_ > kGap) {
-    start_ += now - last_step_;
+    start_ += now - last_step_ - kGap;
   }
   last_step_ = now;
   const std::chrono::nanoseconds waited = now - start_;

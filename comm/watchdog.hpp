@@ -88,8 +88,8 @@ AbortRecord peer_lost_record(const FailedWait& wait, RankId lost);
 // "rank 3", "ranks 1, 2"; at most eight are listed.
 std::string list_ranks(std::span<const RankId> ranks);
 
-// The patience of one rank. A gap in which the rank did not wait (it computed, or was itself stopped) does
-// not count.
+// The patience of one rank. Of a gap in which the rank did not wait (it computed, was itself stopped, or got no core)
+// 50 ms count.
 class Patience {
  public:
   enum class Stage { kHope, kSuspect, kOver };

@@ -190,12 +190,20 @@ class FaultyTransport final : public comm::Transport {
   enum class Stage { kNone, kSummary, kCounts, kOffsets, kHeaders };
   static constexpr std::size_t kCountsBytes = 48, kOffsetsBytes = 32;
 
+  // It begins with the rank's number of tokens; sums, which may have its size, are floating-point numbers.
+  bool is_summary(const comm::Put& put) const {
+    if (put.source.size() != spec_.summary_bytes) return false;
+    std::int64_t tokens = 0;
+    std::memcpy(&tokens, put.source.data(), sizeof tokens);
+    return tokens > 0 && tokens < 4096;
+  }
+
   void follow(const comm::Put& put) {
     const std::size_t size = put.source.size();
     if (put.channel != 0)
       stage_ = Stage::kNone;
     else if (stage_ <= Stage::kSummary)
-      stage_ = size == spec_.summary_bytes                         ? Stage::kSummary
+      stage_ = is_summary(put)                                     ? Stage::kSummary
                : stage_ == Stage::kSummary && size == kCountsBytes ? Stage::kCounts
                                                                    : Stage::kNone;
     else if (stage_ == Stage::kCounts && size == kOffsetsBytes)

@@ -5,9 +5,12 @@
 
 #include "plan_harness.hpp"
 #include "sluice/base/config.hpp"
+#include "sluice/comm/wire.hpp"
 #include "sluice/runtime/src/trace/routing_trace.hpp"
 #include "sluice/runtime/src/train/checkpoint_format.hpp"
 #include "sluice/scheduler/cost_model.hpp"
+#include "sluice/scheduler/placement_file.hpp"
+#include "sluice/scheduler/statistics.hpp"
 
 namespace sluice::fuzz {
 namespace {
@@ -128,6 +131,141 @@ Target profile_target() {
           {}};
 }
 
+Target placement_target() {
+  PlacementFile file;
+  file.planner = "sluice";
+  file.num_experts = 4;
+  file.nodes = {{0}, {1}};
+  file.layers = {{0, {{0, 1}, {2, 3, 0}}}, {2, {{3, 1}, {2, 0}}}};
+  return {"placement_file",
+          [](const std::string& input) { (void)parse_placement(input, "fuzz").to_json(); },
+          {file.to_json()},
+          {}};
+}
+
+Target statistics_target() {
+  RoutingStatistics statistics;
+  statistics.description = "drawn";
+  statistics.num_experts = 3;
+  statistics.tokens_of_source = {4, 2};
+  LayerStatistics layer;
+  layer.counts = {3, 2, 1};
+  layer.coactivation = {0, 1, 0, 1, 0, 0, 0, 0, 0};
+  layer.transitions = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+  layer.demand = {2, 1, 1, 1, 1, 0};
+  statistics.layers = {layer};
+  statistics.sample = {{7, 0, {0, 2}, {2}}, {9, 1, {1}, {1}}};
+  return {"routing_statistics",
+          [](const std::string& input) { (void)parse_statistics(input, "fuzz").to_json(); },
+          {statistics.to_json(), "{\"expert_counts\": {\"0\": [1, 2, 3]}, \"top_k\": 2}"},
+          {}};
+}
+
+// ---- what ranks and strangers say over sockets -----------------------------------------------------------------------
+
+std::string text_of(const comm::wire::Bytes& bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+// Whatever a parser takes for a message says the same once it is written and read again.
+template <typename Parse>
+std::function<void(const std::string&)> round_trip(Parse parse) {
+  return [parse](const std::string& input) {
+    const auto message = parse(std::as_bytes(std::span(input)));
+    if (!message) return;
+    const auto bytes = comm::wire::encode(*message);
+    const auto again = parse(std::as_bytes(std::span(bytes)));
+    Require(again.has_value() && comm::wire::encode(*again) == bytes, ErrorCode::kInternal,
+            "a message does not survive being written");
+  };
+}
+
+std::vector<Target> wire_targets() {
+  namespace wire = comm::wire;
+  using Bytes = std::span<const std::byte>;
+  std::vector<Target> out;
+  out.push_back({"wire_server_hello",
+                 round_trip([](Bytes b) { return wire::parse_server_hello(b); }),
+                 {text_of(wire::encode(wire::ServerHello()))},
+                 {}});
+  wire::ClientHello hello;
+  hello.job = 7;
+  hello.rank = 1;
+  out.push_back({"wire_client_hello",
+                 round_trip([](Bytes b) { return wire::parse_client_hello(b); }),
+                 {text_of(wire::encode(hello))},
+                 {}});
+  out.push_back({"wire_server_reply",
+                 round_trip([](Bytes b) { return wire::parse_server_reply(b); }),
+                 {text_of(wire::encode(wire::ServerReply()))},
+                 {}});
+  std::vector<std::string> requests;
+  for (const auto kind : {wire::Request::Kind::kJoin, wire::Request::Kind::kPut, wire::Request::Kind::kGather,
+                          wire::Request::Kind::kLeave}) {
+    wire::Request request;
+    request.kind = kind;
+    request.text = "card/";
+    request.value = "abc";
+    request.count = 3;
+    request.timeout_ms = 100;
+    requests.push_back(text_of(wire::encode(request)));
+  }
+  out.push_back({"wire_request", round_trip([](Bytes b) { return wire::parse_request(b); }), requests, {}});
+  wire::Reply values, failed;
+  values.kind = wire::Reply::Kind::kValues;
+  values.values = {"a", "", "ccc"};
+  failed.kind = wire::Reply::Kind::kFailed;
+  failed.code = ErrorCode::kTimeout;
+  failed.text = "ranks 1, 2 did not come";
+  out.push_back(
+      {"wire_reply",
+       round_trip([](Bytes b) { return wire::parse_reply(b); }),
+       {text_of(wire::encode(values)), text_of(wire::encode(failed)), text_of(wire::encode(wire::Reply()))},
+       {}});
+  wire::Card card;
+  card.host = "b";
+  card.host_id = "id";
+  card.pid = 4711;
+  card.address = "127.0.0.1";
+  card.port = 4000;
+  card.path = "tcp";
+  out.push_back({"wire_card",
+                 round_trip([](Bytes b) {
+                   return wire::parse_card({reinterpret_cast<const char*>(b.data()), b.size()});
+                 }),
+                 {wire::encode(card)},
+                 {}});
+  std::vector<std::string> controls;
+  for (int kind = 1; kind <= 8; ++kind) {
+    wire::Control control;
+    control.kind = static_cast<wire::Control::Kind>(kind);
+    control.epoch = 1;
+    control.number = 5;
+    control.ranks = {0, 2};
+    control.culprit = 2;
+    control.reporter = 0;
+    control.phase = "dispatch";
+    control.text = "rank 0 waited";
+    controls.push_back(text_of(wire::encode(control)));
+  }
+  out.push_back(
+      {"wire_control", round_trip([](Bytes b) { return wire::parse_control(b, 4, 1); }), controls, {}});
+  std::string header(wire::kDataHeaderBytes, '\0');
+  wire::DataHeader data;
+  data.channel = 1;
+  data.bytes = 4096;
+  wire::encode(data, std::as_writable_bytes(std::span(header)).first<wire::kDataHeaderBytes>());
+  out.push_back({"wire_data_header",
+                 [](const std::string& input) {
+                   if (input.size() < wire::kDataHeaderBytes) return;
+                   (void)wire::parse_data_header(
+                       std::as_bytes(std::span(input)).first<wire::kDataHeaderBytes>());
+                 },
+                 {header},
+                 {}});
+  return out;
+}
+
 // ---- plan messages of peers ------------------------------------------------------------------------------------------
 
 const testing::World& world_of(std::size_t index) {
@@ -215,9 +353,13 @@ Target plan_target() {
 }  // namespace
 
 const std::vector<Target>& targets() {
-  static const std::vector<Target> kTargets = {manifest_target(), shard_target(), config_target(),
-                                               set_target(),      trace_target(), profile_target(),
-                                               plan_target()};
+  static const std::vector<Target> kTargets = [] {
+    std::vector<Target> out = {manifest_target(),   shard_target(),   config_target(),
+                               set_target(),        trace_target(),   placement_target(),
+                               statistics_target(), profile_target(), plan_target()};
+    for (Target& target : wire_targets()) out.push_back(std::move(target));
+    return out;
+  }();
   return kTargets;
 }
 

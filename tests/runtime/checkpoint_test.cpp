@@ -121,6 +121,8 @@ void expect_same(const TrainReport& a, const TrainReport& b) {
   EXPECT_EQ(a.active_max, b.active_max);
   EXPECT_EQ(a.learning_rates, b.learning_rates);
   EXPECT_EQ(a.heldout_bpb, b.heldout_bpb);
+  ASSERT_EQ(a.figures.size(), b.figures.size());
+  for (std::size_t i = 0; i < a.figures.size(); ++i) EXPECT_EQ(a.figures[i].values, b.figures[i].values);
 }
 
 TEST_F(Checkpoint, AResumedJobHasTheSameBits) {
@@ -130,6 +132,8 @@ TEST_F(Checkpoint, AResumedJobHasTheSameBits) {
       {"routing.policy=softmax_topk", "routing.aux_loss=0.01", "model.chain_iterations=2",
        "model.shared_ffn=6"},
       {"routing.policy=sigmoid_topk", "placement.slots_per_rank=[4,0,2]"},
+      {"routing.policy=moepp", "model.zero_experts=1", "model.constant_experts=1", "model.gate_residual=true"},
+      {"routing.policy=etr", "routing.renormalize=false"},
   };
   for (std::size_t i = 0; i < cases.size(); ++i) {
     SCOPED_TRACE(str("case ", i));

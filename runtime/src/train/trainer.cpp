@@ -169,23 +169,26 @@ TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Mod
   return out;
 }
 
-// Series of the report as rows of a checkpoint, and back. lambda is 0 where the policy has none.
+// Series of the report as rows of a checkpoint, and back: these, then the policy's figures. lambda is 0 where the policy
+// has none.
 constexpr std::int64_t kHistoryCols = 11;
 
 History history_of(const TrainReport& report) {
-  History out{kHistoryCols, {}};
-  out.values.reserve(report.losses.size() * static_cast<std::size_t>(kHistoryCols));
-  for (std::size_t i = 0; i < report.losses.size(); ++i)
+  History out{kHistoryCols + std::ssize(report.figures), {}};
+  out.values.reserve(report.losses.size() * static_cast<std::size_t>(out.cols));
+  for (std::size_t i = 0; i < report.losses.size(); ++i) {
     out.values.insert(out.values.end(),
                       {report.losses[i], report.auxiliary[i], report.grad_norms[i], report.active_mean[i],
                        static_cast<double>(report.active_min[i]), static_cast<double>(report.active_max[i]),
                        report.sparsity[i], report.lambda.empty() ? 0.0 : report.lambda[i],
                        report.expert_balance[i], report.rank_balance[i], report.learning_rates[i]});
+    for (const auto& figure : report.figures) out.values.push_back(figure.values[i]);
+  }
   return out;
 }
 
 void take_history(const History& history, bool with_lambda, TrainReport& report) {
-  for (std::size_t at = 0; at < history.values.size(); at += static_cast<std::size_t>(kHistoryCols)) {
+  for (std::size_t at = 0; at < history.values.size(); at += static_cast<std::size_t>(history.cols)) {
     const double* row = history.values.data() + at;
     report.losses.push_back(row[0]);
     report.auxiliary.push_back(row[1]);
@@ -198,6 +201,8 @@ void take_history(const History& history, bool with_lambda, TrainReport& report)
     report.expert_balance.push_back(row[8]);
     report.rank_balance.push_back(row[9]);
     report.learning_rates.push_back(row[10]);
+    for (std::size_t i = 0; i < report.figures.size(); ++i)
+      report.figures[i].values.push_back(row[kHistoryCols + static_cast<std::int64_t>(i)]);
   }
 }
 
@@ -407,7 +412,7 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
       resume = saved > 0;
     }
     if (resume) {
-      History history{kHistoryCols, {}};
+      History history{kHistoryCols + std::ssize(report.figures), {}};
       report.resumed_from = store->restore(model, history, recovering ? 0 : options.resume_step, recovering);
       take_history(history, relu, report);
       if (root)
