@@ -109,11 +109,11 @@ Target trace_target() {
             std::istringstream in(input);
             const RoutingTrace trace = read_trace(in, "fuzz", 100'000);
             std::ostringstream out;
-            write_trace_header(out, trace.num_layers, trace.num_experts);
+            TraceWriter writer(out, trace.num_layers, trace.num_experts);
             for (std::int32_t l = 0; l < trace.num_layers; ++l)
               for (std::int32_t s = 0; s < trace.num_sources(); ++s)
-                write_trace_tokens(out, l, s,
-                                   trace.layers[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)]);
+                writer.write(l, s, trace.layers[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)]);
+            writer.finish();
           },
           {"sluice-trace 1 layers 2 experts 16\n# c\n0 0 1:0.5 9:0.5\n0 1 3:1\n0 0\n1 0 2:1\n"},
           {}};
