@@ -104,6 +104,15 @@ Target set_target() {
 }
 
 Target trace_target() {
+  std::ostringstream seed;
+  TraceWriter writer(seed, 2, 16);
+  Routing routing;
+  routing.num_experts = 16;
+  routing.row_ptr = {0, 2, 2, 3};
+  routing.expert = {1, 9, 3};
+  routing.weight = {0.5f, 0.25f, 1.0f};
+  for (std::int32_t layer = 0; layer < 2; ++layer) writer.write(layer, 0, routing);
+  writer.finish();
   return {"routing_trace",
           [](const std::string& input) {
             std::istringstream in(input);
@@ -115,7 +124,7 @@ Target trace_target() {
                 writer.write(l, s, trace.layers[static_cast<std::size_t>(l)][static_cast<std::size_t>(s)]);
             writer.finish();
           },
-          {"sluice-trace 1 layers 2 experts 16\n# c\n0 0 1:0.5 9:0.5\n0 1 3:1\n0 0\n1 0 2:1\n"},
+          {seed.str(), "sluice-trace 1 layers 2 experts 16\n# c\n0 0 1:0.5 9:0.5\n0 1 3:1\n0 0\n1 0 2:1\n"},
           {}};
 }
 
