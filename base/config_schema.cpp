@@ -34,7 +34,7 @@ constexpr std::array<Text, 2> kEtrQuotas = {"global", "local"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
-constexpr std::array<Text, 5> kTransports = {"local", "shm", "tcp", "shm+tcp", "mpi"};
+constexpr std::array<Text, 7> kTransports = {"local", "shm", "tcp", "ucx", "shm+tcp", "shm+ucx", "mpi"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
                                                    "auto"};
@@ -489,9 +489,13 @@ const Row kRows[] = {
      .allowed = kTransports,
      .default_text = "local",
      .kind = Kind::kSemantic,
-     .doc = "local: ranks are threads of one process. Else they are processes that sluice launch, torchrun, mpirun or "
-            "srun started (docs/transports.md): shm: of one host, over shared memory; tcp: of any hosts; shm+tcp: "
-            "shared memory within a node, TCP between nodes; mpi: over MPI, started by mpirun or srun."},
+     .doc = "local: ranks are threads of one process. Else they are processes that sluice launch, torchrun, "
+            "mpirun or "
+            "srun started (docs/transports.md): shm: of one host, over shared memory; tcp: of any hosts; "
+            "ucx: over "
+            "UCX; shm+tcp, shm+ucx: shared memory within a node, the other between nodes; mpi: over MPI, "
+            "started by "
+            "mpirun or srun."},
     {.key = "comm.timeout_ms",
      .member = SLUICE_MEMBER(comm.timeout_ms),
      .unit = "ms",
@@ -503,13 +507,15 @@ const Row kRows[] = {
      .member = SLUICE_MEMBER(comm.rendezvous),
      .default_text = "",
      .kind = Kind::kLocal,
-     .doc = "HOST:PORT at rank 0's host where the processes of a job meet; empty: where the launcher says, or on "
+     .doc = "HOST:PORT at rank 0's host where the processes of a job meet; empty: where the launcher says, "
+            "or on "
             "one host by themselves. Needs comm.secret_file."},
     {.key = "comm.secret_file",
      .member = SLUICE_MEMBER(comm.secret_file),
      .default_text = "",
      .kind = Kind::kLocal,
-     .doc = "File of mode 0600 with the job's secret, which a process must know to join; empty: the launcher's."},
+     .doc = "File of mode 0600 with the job's secret, which a process must know to join; empty: the "
+            "launcher's."},
     {.key = "comm.wire_dtype",
      .member = SLUICE_ENUM(comm.wire_dtype),
      .allowed = kWireDTypes,
@@ -772,8 +778,9 @@ const Row kRows[] = {
      .unit = "path",
      .default_text = "",
      .kind = Kind::kAgreed,
-     .doc = "Folder for checkpoints, which all ranks must see; empty: none are saved. `sluice train --resume` "
-            "goes on from the newest (docs/faults.md)."},
+     .doc =
+         "Folder for checkpoints, which all ranks must see; empty: none are saved. `sluice train --resume` "
+         "goes on from the newest (docs/faults.md)."},
     {.key = "train.checkpoint_every",
      .member = SLUICE_MEMBER(train.checkpoint_every),
      .unit = "steps",
@@ -793,8 +800,10 @@ const Row kRows[] = {
      .allowed = kOnFailure,
      .default_text = "stop",
      .kind = Kind::kAgreed,
-     .doc = "When a rank is lost. stop: the job ends with an error that names it. shrink: the ranks that are left form "
-            "a new group, go back to the newest checkpoint and go on; needs train.checkpoint_dir and a transport whose "
+     .doc = "When a rank is lost. stop: the job ends with an error that names it. shrink: the ranks that are "
+            "left form "
+            "a new group, go back to the newest checkpoint and go on; needs train.checkpoint_dir and a "
+            "transport whose "
             "ranks survive the loss of one (local, shm, tcp; not mpi)."},
 
     // ---- bench ----

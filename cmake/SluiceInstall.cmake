@@ -13,6 +13,11 @@ if(TARGET sluice_comm_mpi)
   install(TARGETS sluice_comm_mpi LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/sluice)
 endif()
 
+if(TARGET sluice_comm_ucx)
+  set_target_properties(sluice_comm_ucx PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  install(TARGETS sluice_comm_ucx LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/sluice)
+endif()
+
 # The public headers, and what they include of the rooms.
 set(sluice_include_dir ${CMAKE_INSTALL_INCLUDEDIR}/sluice)
 install(FILES

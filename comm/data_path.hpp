@@ -96,11 +96,18 @@ class DataPath {
   // The group has ended: nobody reads this rank's sources or writes its windows after a further call of progress() or
   // put(), which do nothing any more.
   virtual void stop() noexcept = 0;
+  // The same on the rank's own thread, before it goes on to free its memory: what the system or a device may still have
+  // under way is taken back.
+  virtual void settle() noexcept {}
   // An orderly end: what was put goes on its way until the deadline. True when all of it has.
   virtual bool drain(Clock::time_point deadline) = 0;
 };
 
 std::unique_ptr<DataPath> make_shm_path(const PathContext& context);
 std::unique_ptr<DataPath> make_tcp_path(const PathContext& context);
+
+// What a module of a path (libsluice_comm_NAME.so) exports: one factory with C linkage.
+using MakePath = DataPath*(const PathContext* context);
+inline constexpr const char* kMakePathSymbol = "sluice_comm_make_path_1";
 
 }  // namespace sluice::comm

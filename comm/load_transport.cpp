@@ -49,9 +49,7 @@ std::string find_transport_module(std::string_view name) {
   return found.string();
 }
 
-std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override,
-                                          const JoinOptions& options) {
-  if (is_process_transport(name)) return join_group(name, topology_override, options);
+void* load_module_symbol(std::string_view name, const char* symbol) {
   const std::string found = find_transport_module(name);
   void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (module == nullptr) {
@@ -59,9 +57,16 @@ std::unique_ptr<Transport> load_transport(std::string_view name, const Topology*
     throw Error(ErrorCode::kNotSupported,
                 str("cannot load ", found, ": ", why ? why : "unknown reason", "; install what it needs"));
   }
-  auto* make = reinterpret_cast<MakeTransport*>(dlsym(module, kMakeTransportSymbol));
-  Require(make != nullptr, ErrorCode::kNotSupported, found, " has no ", kMakeTransportSymbol,
+  void* out = dlsym(module, symbol);
+  Require(out != nullptr, ErrorCode::kNotSupported, found, " has no ", symbol,
           "; it belongs to another version of Sluice");
+  return out;
+}
+
+std::unique_ptr<Transport> load_transport(std::string_view name, const Topology* topology_override,
+                                          const JoinOptions& options) {
+  if (is_process_transport(name)) return join_group(name, topology_override, options);
+  auto* make = reinterpret_cast<MakeTransport*>(load_module_symbol(name, kMakeTransportSymbol));
   return std::unique_ptr<Transport>(make(topology_override));
 }
 

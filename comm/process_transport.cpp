@@ -26,6 +26,7 @@
 #include "sluice/comm/group_watch.hpp"
 #include "sluice/comm/launch_environment.hpp"
 #include "sluice/comm/rendezvous.hpp"
+#include "sluice/comm/transport_module.hpp"
 
 namespace sluice::comm {
 namespace {
@@ -202,6 +203,10 @@ std::string peer_name(std::int32_t rank, const wire::Card& card) {
 std::unique_ptr<DataPath> make_path(std::string_view kind, const PathContext& context) {
   if (kind == "shm") return make_shm_path(context);
   if (kind == "tcp") return make_tcp_path(context);
+  if (kind == "ucx") {
+    auto* make = reinterpret_cast<MakePath*>(load_module_symbol("ucx", kMakePathSymbol));
+    return std::unique_ptr<DataPath>(make(&context));
+  }
   throw Error(ErrorCode::kInternal, str("no data path is called ", kind));
 }
 
@@ -432,7 +437,7 @@ class ProcessTransport final : public Transport, private Landing {
 
   bool progress() override {
     if (aborted()) {
-      stop_paths();
+      settle();
       return false;
     }
     bool moved = false;
@@ -635,10 +640,14 @@ class ProcessTransport final : public Transport, private Landing {
   // ---- waiting
 
   Status end() {
-    stop_paths();
+    settle();
     return watch_->record().status;
   }
 
+  void settle() noexcept {
+    stop_paths();
+    for (const auto& path : paths_) path->settle();
+  }
   void stop_paths() noexcept {
     for (const auto& path : paths_) path->stop();
   }
@@ -855,7 +864,7 @@ Survivors ProcessTransport::survivors(nanoseconds span) {
 }  // namespace
 
 bool is_process_transport(std::string_view name) {
-  constexpr std::array<std::string_view, 3> kNames = {"shm", "tcp", "shm+tcp"};
+  constexpr std::array<std::string_view, 5> kNames = {"shm", "tcp", "ucx", "shm+tcp", "shm+ucx"};
   return std::find(kNames.begin(), kNames.end(), name) != kNames.end();
 }
 

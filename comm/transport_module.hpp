@@ -10,4 +10,7 @@ namespace sluice::comm {
 using MakeTransport = Transport*(const Topology* topology_override);
 inline constexpr const char* kMakeTransportSymbol = "sluice_comm_make_transport_1";
 
+// The function `symbol` of the module of `name`, which stays loaded. Throws kNotSupported.
+void* load_module_symbol(std::string_view name, const char* symbol);
+
 }  // namespace sluice::comm

@@ -8,6 +8,7 @@ packages=(
   libtomlplusplus-dev libcli11-dev nlohmann-json3-dev  # configuration, command line, JSON
   libboost1.81-dev libssl-dev                       # transport tcp, rendezvous
   libopenmpi-dev openmpi-bin                        # transport mpi
+  libucx-dev                                        # transport ucx
   libgtest-dev python3 python3-numpy                # tests
   libopenblas-dev libdnnl-dev                       # baselines of the benchmarks
 )

@@ -263,7 +263,8 @@ class Program(unittest.TestCase):
         self.refused(["--help"], "trane", code=2)
         self.refused(["--help"], "bench", "--nodes", "3", code=2)
         self.refused(["--trace"], "plan", code=2)
-        self.refused(["--mpi"], "launch", "-n", "2", "--", "true")
+        self.refused(["--here"], "launch", "-n", "2", "--here", "0-5", "--", "true")
+        self.refused(["--secret-file"], "launch", "-n", "2", "--here", "0-0", "--", "true")
 
     def test_full_disk(self):
         if not os.path.exists("/dev/full"):

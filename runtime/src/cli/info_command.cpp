@@ -114,6 +114,9 @@ void add_info(CLI::App& app, Run& run) {
                                  transport_json(
                                      "tcp", [] {}, "ranks are processes of any hosts, over TCP"),
                                  transport_json(
+                                     "ucx", [] { comm::find_transport_module("ucx"); },
+                                     "ranks are processes of any hosts, over UCX"),
+                                 transport_json(
                                      "mpi", [] { comm::find_transport_module("mpi"); },
                                      "ranks are processes, launched by mpirun or srun")});
       const std::int32_t ranks = std::max(1, configured_ranks(loaded.config));
