@@ -93,12 +93,13 @@ for n in $(seq 0 $((nodes - 1))); do
     read -r where device <<<"$end"
     parent=root
     if [ -n "$delay" ]; then
-      inside "$where" tc qdisc add dev "$device" root handle 1: netem delay "$delay" limit 100000
+      inside "$where" tc qdisc add dev "$device" root handle 1: netem delay "$delay" limit 100000 2>/dev/null ||
+        skip "this kernel has no netem, which --delay needs"
       parent="parent 1:"
     fi
     if [ "$rate" != 0 ]; then
       # shellcheck disable=SC2086
-      inside "$where" tc qdisc add dev "$device" $parent tbf rate "$rate" burst 256kb latency 200ms ||
+      inside "$where" tc qdisc add dev "$device" $parent tbf rate "$rate" burst 256kb latency 200ms 2>/dev/null ||
         skip "this kernel has no tbf"
     fi
   done
