@@ -582,25 +582,34 @@ TEST(RowExchange, ScalarsComeBackInTheCallersOrder) {
   });
 }
 
+// Needs no GPU: shapes are checked first.
+TEST(RowExchange, RefusesShapes) {
+  const Bootstrap bootstrap{
+      0, 1, [](const void* mine, void* all, std::size_t bytes) { std::memcpy(all, mine, bytes); }};
+  const auto refused = [&](auto change, const char* name) {
+    ExchangeShape shape = small_shape();
+    change(shape);
+    try {
+      RowExchange exchange(bootstrap, shape);
+      ADD_FAILURE() << name << " was taken";
+    } catch (const Error& e) {
+      EXPECT_NE(e.message().find(name), std::string::npos) << e.what();
+    }
+  };
+  refused([](ExchangeShape& s) { s.max_tokens = 0; }, "max_tokens");
+  refused([](ExchangeShape& s) { s.hidden = 7; }, "hidden");
+  refused([](ExchangeShape& s) { s.dtype = DType::kF32, s.wire = Wire::kFp8; }, "fp8");
+  refused([](ExchangeShape& s) { s.max_received = 46; }, "max_received");
+  refused([](ExchangeShape& s) { s.chunk_rows = 0; }, "chunk_rows");
+  refused([](ExchangeShape& s) { s.num_channels = 0; }, "num_channels");
+  Bootstrap many = bootstrap;
+  many.num_ranks = kMaxExchangeRanks + 1;
+  EXPECT_THROW(RowExchange(many, small_shape()), Error);
+  EXPECT_THROW(RowExchange(bootstrap, small_shape(), Link::kNccl), Error);  // without a communicator
+}
 TEST(RowExchange, RefusesWhatItCannotDo) {
   NEED_DEVICES(1);
   run(As::kThreads, 1, [](Rank& rank) {
-    const auto refused = [&](auto change, const char* name) {
-      ExchangeShape shape = small_shape();
-      change(shape);
-      try {
-        RowExchange exchange(rank.bootstrap(), shape);
-        ADD_FAILURE() << name << " was taken";
-      } catch (const Error& e) {
-        EXPECT_NE(e.message().find(name), std::string::npos) << e.what();
-      }
-    };
-    refused([](ExchangeShape& s) { s.max_tokens = 0; }, "max_tokens");
-    refused([](ExchangeShape& s) { s.hidden = 7; }, "hidden");
-    refused([](ExchangeShape& s) { s.dtype = DType::kF32, s.wire = Wire::kFp8; }, "fp8");
-    refused([](ExchangeShape& s) { s.max_received = 46; }, "max_received");
-    refused([](ExchangeShape& s) { s.chunk_rows = 0; }, "chunk_rows");
-    refused([](ExchangeShape& s) { s.num_channels = 0; }, "num_channels");
     RowExchange exchange(rank.bootstrap(), small_shape());
     Endpoint end(exchange, 0, kExperts);
     EXPECT_THROW(end.dispatch({0, 1}), Error);
