@@ -23,7 +23,6 @@
 #include "sluice/base/text_table.hpp"
 #include "sluice/chain_layer.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
-#include "sluice/scheduler/selection/factory.hpp"
 
 namespace {
 
@@ -84,8 +83,7 @@ struct RankReport {
 void run_rank(Runtime& runtime, const Config& config, RankReport& report) {
   Require(config.model.dtype == DType::kF32, ErrorCode::kNotSupported, "the benchmark has f32 rows only");
   ChainLayerOptions options = chain_options(config);
-  const auto policy =
-      make_policy(policy_options(config.routing, config.model.num_layers * options.num_iterations));
+  const auto policy = policy_of(config, runtime.topology());
   const AdaptiveState adaptive = policy->initial_adaptive_state(config.model.num_experts);
   const Placement placement = placement_of(config, runtime.num_ranks());
   const std::int64_t n = config.bench.tokens_per_rank, h = options.layer.hidden,
@@ -222,7 +220,7 @@ int run(int argc, char** argv) {
               config.model.chain_iterations, topology.describe().c_str(),
               topology.across_nodes.limited() ? " (links emulated)" : "",
               static_cast<long long>(config.bench.tokens_per_rank),
-              make_policy(policy_options(config.routing, 1))->name().data(),
+              policy_of(config, topology)->name().data(),
               std::string(to_string(chain_options(config).layer.schedule.policy)).c_str());
   std::printf("floor, us: compute %.0f forward, %.0f backward; link %.0f either\n", compute[0], compute[1],
               link);

@@ -96,12 +96,13 @@ ChainLayerOptions chain_options(const Config& config) {
   return out;
 }
 
-std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology) {
+std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology,
+                                           std::int32_t layer) {
   PolicyOptions options =
       policy_options(config.routing, config.model.num_layers * config.model.chain_iterations);
   options.hidden = config.model.hidden;
-  options.locality =
-      std::make_shared<const Locality>(locality_of(placement_of(config, topology.num_ranks()), topology));
+  options.locality = std::make_shared<const Locality>(
+      locality_of(placement_of(config, topology.num_ranks(), layer), topology));
   return make_policy(options);
 }
 

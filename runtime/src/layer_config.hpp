@@ -15,8 +15,9 @@ namespace sluice {
 Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer = 0);
 MoeLayerOptions layer_options(const Config& config);
 ChainLayerOptions chain_options(const Config& config);
-// The configured policy over the configured placement.
-std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology);
+// The configured policy over the layer's placement.
+std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology,
+                                           std::int32_t layer = 0);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);
 // What the cost model needs of a layer's options.
 LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank);

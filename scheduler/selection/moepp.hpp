@@ -28,11 +28,11 @@
 namespace sluice {
 
 struct MoeppOptions {
-  std::int32_t top_k = 2;         // 1..num_experts
-  std::vector<ExpertKind> kinds;  // [num_experts]
-  double tau = 0.75;              // above 0, at most 1
-  double capacity_factor = 1.1;   // gamma, at least 0; 0: no capacity
-  double aux_loss = 0;            // at least 0; 0.01 is the paper's
+  std::int32_t top_k = 2;              // 1..num_experts
+  std::vector<ExpertKind> kinds = {};  // [num_experts]
+  double tau = 0.75;                   // above 0, at most 1
+  double capacity_factor = 1.1;        // gamma, at least 0; 0: no capacity
+  double aux_loss = 0;                 // at least 0; 0.01 is the paper's
 };
 
 class MoeppPolicy final : public StagedPolicy {

@@ -204,7 +204,8 @@ TEST(Config, WrongTypeInFileIsNamedWithItsPosition) {
       begins(error_of("[routing]\nroute_scale = \"1\"\n"), "f.toml:2:15: routing.route_scale is a string"));
   EXPECT_TRUE(
       begins(error_of("[routing]\npolicy = 1\n"),
-             "f.toml:2:10: routing.policy is an integer; must be one of (relu, softmax_topk, sigmoid_topk)"));
+             "f.toml:2:10: routing.policy is an integer; must be one of (relu, softmax_topk, sigmoid_topk, "
+             "node_limited, bounded_regret, moepp, etr)"));
   EXPECT_TRUE(
       begins(error_of("[train]\ntext = 1\n"), "f.toml:2:8: train.text is an integer; must be a text"));
   EXPECT_TRUE(begins(error_of("[placement]\nslots_per_rank = 4\n"),
@@ -232,10 +233,10 @@ TEST(Config, OutOfRangeInFile) {
 TEST(Config, WrongChoiceSaysWhatIsAllowedAndMeant) {
   EXPECT_EQ(error_of("[routing]\npolicy = \"softmax_topK\"\n"),
             "f.toml:2:10: routing.policy is \"softmax_topK\"; must be one of (relu, softmax_topk, "
-            "sigmoid_topk); did "
-            "you mean softmax_topk?");
+            "sigmoid_topk, node_limited, bounded_regret, moepp, etr); did you mean softmax_topk?");
   EXPECT_EQ(error_of("[comm]\ntransport = \"carrier pigeon\"\n"),
-            "f.toml:2:13: comm.transport is \"carrier pigeon\"; must be one of (local, mpi)");
+            "f.toml:2:13: comm.transport is \"carrier pigeon\"; must be one of (local, shm, tcp, ucx, "
+            "shm+tcp, shm+ucx, mpi)");
 }
 
 TEST(Config, WrongTexts) {
@@ -268,8 +269,9 @@ TEST(Config, UnknownKeysAndSections) {
             "f.toml:2:1: unknown key \"train.hidden\"; did you mean model.hidden?");
   EXPECT_EQ(error_of("  steps = 3\n"),
             "f.toml:1:3: key \"steps\" is in no section; did you mean train.steps?");
-  EXPECT_EQ(error_of("[placement]\nzzzzzzzzzzzzz = 3\n"),
-            "f.toml:2:1: unknown key \"placement.zzzzzzzzzzzzz\"; keys of placement: policy, file, slots_per_rank");
+  EXPECT_EQ(
+      error_of("[placement]\nzzzzzzzzzzzzz = 3\n"),
+      "f.toml:2:1: unknown key \"placement.zzzzzzzzzzzzz\"; keys of placement: policy, file, slots_per_rank");
   EXPECT_TRUE(contains(error_of("[qqqqqqqq]\na = 3\n"), "; sections: model, routing,"));
   EXPECT_TRUE(begins(error_of("model = 3\n"), "f.toml:1:9: model is an integer; it is a section"));
   EXPECT_TRUE(begins(error_of("[[model]]\nhidden = 3\n"), "f.toml:1:1: model is an array"));
@@ -446,8 +448,44 @@ TEST(Config, Contradictions) {
                        "has no meaning with routing.policy sigmoid_topk (from f.toml:3:10)"));
 
   EXPECT_TRUE(
+      contains(error_of("[routing]\npolicy = \"moepp\"\nz_loss = 1\n"), "only softmax_topk has this loss"));
+  EXPECT_TRUE(
+      contains(error_of("[routing]\npolicy = \"bounded_regret\"\nregret_base = \"sigmoid_topk\"\n"
+                        "locality_loss = 1\n"),
+               "routing.policy bounded_regret (from f.toml:2:10) on routing.regret_base sigmoid_topk"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 3\n"),
+                       "model.num_experts 16 (from default) do not divide into routing.num_groups 3"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 4\ntop_groups = 5\n"),
+                       "routing.top_groups 5 (from f.toml:4:14) is more than routing.num_groups 4"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 8\ntop_k = 3\n"),
+                       "routing.top_k 3 (from f.toml:4:9) is more than the experts of routing.top_groups 1"));
+  EXPECT_TRUE(contains(error_of("[model]\nhidden = 40\n[routing]\npolicy = \"etr\"\n"),
+                       "model.hidden 40 (from f.toml:2:10) is not a multiple of model.num_experts 16"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"etr\"\netr_switch_off = 0.5\n"),
+                       "is less than routing.etr_switch_on 1"));
+  EXPECT_TRUE(
+      contains(error_of("[model]\ngate_residual = true\nchain_iterations = 2\n"), "model.gate_residual"));
+  EXPECT_TRUE(
       begins(error_of("[topology]\nranks = 3\nnodes = \"2x2\"\n"),
              "topology.nodes 2x2 (from f.toml:3:9) names 4 ranks, but topology.ranks 3 (from f.toml:2:9)"));
+  EXPECT_TRUE(
+      contains(error_of("[routing]\npolicy = \"moepp\"\nz_loss = 1\n"), "only softmax_topk has this loss"));
+  EXPECT_TRUE(
+      contains(error_of("[routing]\npolicy = \"bounded_regret\"\nregret_base = \"sigmoid_topk\"\n"
+                        "locality_loss = 1\n"),
+               "routing.policy bounded_regret (from f.toml:2:10) on routing.regret_base sigmoid_topk"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 3\n"),
+                       "model.num_experts 16 (from default) do not divide into routing.num_groups 3"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 4\ntop_groups = 5\n"),
+                       "routing.top_groups 5 (from f.toml:4:14) is more than routing.num_groups 4"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"node_limited\"\nnum_groups = 8\ntop_k = 3\n"),
+                       "routing.top_k 3 (from f.toml:4:9) is more than the experts of routing.top_groups 1"));
+  EXPECT_TRUE(contains(error_of("[model]\nhidden = 40\n[routing]\npolicy = \"etr\"\n"),
+                       "model.hidden 40 (from f.toml:2:10) is not a multiple of model.num_experts 16"));
+  EXPECT_TRUE(contains(error_of("[routing]\npolicy = \"etr\"\netr_switch_off = 0.5\n"),
+                       "is less than routing.etr_switch_on 1"));
+  EXPECT_TRUE(
+      contains(error_of("[model]\ngate_residual = true\nchain_iterations = 2\n"), "model.gate_residual"));
   EXPECT_TRUE(
       begins(error_of("[topology]\nranks = 3\nnodes = 2\n"),
              "topology.ranks 3 (from f.toml:2:9) is not a multiple of topology.nodes 2 (from f.toml:3:9)"));
@@ -498,7 +536,7 @@ TEST(Config, TopologyFromTheConfiguration) {
 std::string other_value(const schema::Row& row) {
   for (const std::string_view text : row.allowed)
     if (text != row.default_text) return std::string(text);
-  for (const char* text : {"false", "true", "3", "0.75", "1.5", "[9,9]", "other", "5000"}) {
+  for (const char* text : {"false", "true", "3", "0.75", "0.5", "1.5", "[9,9]", "other", "5000"}) {
     Config config;
     try {
       schema::set_from_text(row, config, text, "test");
@@ -633,6 +671,7 @@ TEST(Config, EffectiveTextLoadsBackToTheSameValues) {
     out.set("model.copy_experts", "0", {});
     out.set("model.constant_experts", "0", {});
     out.set("model.num_experts", "16", {});
+    out.set("model.gate_residual", "false", {});
     out.set("routing.policy", "softmax_topk", {});
     return out;
   }();

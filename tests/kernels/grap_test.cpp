@@ -23,8 +23,8 @@ TEST(Grap, Example) {
   const std::vector<float> x = {1, 3, -1, 1, 0, 0, 2, 2, 2, 2, 0, 0, 1, -1, 0, 0,  //
                                 0, 0, 3,  1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1,  1, 1,  //
                                 0, 0, 0,  0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0,  1, 5};
-  const std::vector<double> want = {.632456, 0, 0, .632456, .894427, 0, 0,       0, 0, .894427, 0, 0,
-                                    .5,      .5, .5, .5,    0,       0, .707107, 0, 0, .136083, 0, .816497};
+  const std::vector<double> want = {.632456, 0,  0,  .632456, .894427, 0, 0,       0, 0, .894427, 0, 0,
+                                    .5,      .5, .5, .5,      0,       0, .707107, 0, 0, .136083, 0, .816497};
   const std::vector<float> got = affinity(x, 8, 4);
   for (std::size_t i = 0; i < want.size(); ++i)
     EXPECT_TRUE(std::abs(double(got[i]) - want[i]) <= 1e-6) << i << ": " << got[i] << ", wanted " << want[i];
@@ -48,8 +48,8 @@ TEST(Grap, BackwardIsTheDifferenceQuotient) {
   for (float& v : x) v = normal(gen);
   for (float& v : d) v = normal(gen);
   const std::vector<float> delta = affinity(x, kHidden, kExperts);
-  grap_backward({x.data(), kTokens, kHidden}, {delta.data(), kTokens, kExperts}, {d.data(), kTokens, kExperts},
-                {dx.data(), kTokens, kHidden});
+  grap_backward({x.data(), kTokens, kHidden}, {delta.data(), kTokens, kExperts},
+                {d.data(), kTokens, kExperts}, {dx.data(), kTokens, kHidden});
   const auto loss = [&](const std::vector<double>& row, std::size_t t) {
     double squares = 0, out = 0;
     for (const double v : row) squares += v * v;
@@ -62,12 +62,14 @@ TEST(Grap, BackwardIsTheDifferenceQuotient) {
   };
   for (std::size_t t = 0; t < kTokens; ++t)
     for (std::size_t j = 0; j < kHidden; ++j) {
-      std::vector<double> row(x.begin() + std::ptrdiff_t(t * kHidden), x.begin() + std::ptrdiff_t((t + 1) * kHidden));
+      std::vector<double> row(x.begin() + std::ptrdiff_t(t * kHidden),
+                              x.begin() + std::ptrdiff_t((t + 1) * kHidden));
       row[j] += 1e-5;
       const double up = loss(row, t);
       row[j] -= 2e-5;
       const double want = (up - loss(row, t)) / 2e-5;
-      EXPECT_TRUE(std::abs(double(dx[t * kHidden + j]) - want) <= 1e-6) << "seed " << seed << " token " << t << " " << j;
+      EXPECT_TRUE(std::abs(double(dx[t * kHidden + j]) - want) <= 1e-6)
+          << "seed " << seed << " token " << t << " " << j;
     }
 }
 

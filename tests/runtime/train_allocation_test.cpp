@@ -123,7 +123,7 @@ TEST(TrainAllocation, TheHookCounts) {
 }
 
 TEST(TrainAllocation, NoneInTheSteadyStateOfAStep) {
-  // Routes repeat: weights stay (no learning rate) and lambda too.
+  // Routes repeat: weights stay (no learning rate), and lambda and biases too.
   const std::vector<std::string> fixed = {"train.learning_rate=0", "routing.relu_alpha=1", "topology.nodes=2",
                                           "model.copy_experts=1", "model.zero_experts=1"};
   for (const std::vector<std::string>& sets : std::vector<std::vector<std::string>>{
@@ -131,7 +131,7 @@ TEST(TrainAllocation, NoneInTheSteadyStateOfAStep) {
            {"schedule.policy=pipelined", "schedule.num_chunks=3"},
            {"schedule.exchange=direct", "runtime.save=rows"},
            {"routing.policy=softmax_topk", "routing.z_loss=0.01", "routing.aux_loss=0.01"},
-           {"routing.policy=sigmoid_topk"},
+           {"routing.policy=sigmoid_topk", "routing.bias_update=0"},
            {"model.dtype=bf16", "runtime.threads_per_rank=2"},
            {"comm.wire_dtype=bf16"},
            {"model.chain_iterations=3", "model.chain_residual=inner", "model.shared_ffn=10",

@@ -57,6 +57,26 @@ TEST(TrainReport, HasTheKeysThatScriptsRelyOn) {
   }
 }
 
+TEST(TrainReport, FiguresOfThePolicy) {
+  const LoadedConfig loaded = small_config({"routing.policy=bounded_regret", "routing.regret_epsilon=0.3"});
+  const train::TrainReport report = run_train(loaded, 4, word_text(20000));
+  const json got = json::parse(train::to_json(report));
+  EXPECT_EQ(got["routing"]["policy"], "bounded_regret");
+  for (const char* name : {"regret", "swapped_share", "saved_node_crossings", "saved_rank_crossings"}) {
+    const json& figure = got["routing"]["figures"][name];
+    EXPECT_EQ(figure["series"].size(), 12u) << name;
+    EXPECT_GT(figure["mean"], 0) << name;
+  }
+  EXPECT_LE(got["routing"]["figures"]["regret"]["mean"], 0.3);
+  EXPECT_GT(got["crossings_per_token_at_end"]["same_rank"], 0);
+  EXPECT_NE(train::to_text(report).find("bounded_regret: score given up"), std::string::npos);
+  // The more it may give up, the less it sends.
+  const json none = json::parse(
+      train::to_json(run_train(small_config({"routing.policy=softmax_topk"}), 4, word_text(20000))));
+  EXPECT_LT(got["crossings_per_token"]["across_nodes"], none["crossings_per_token"]["across_nodes"]);
+  EXPECT_TRUE(none["routing"]["figures"].empty());
+}
+
 TEST(TrainReport, FiguresAddUp) {
   const LoadedConfig loaded = small_config({"schedule.exchange=direct"});
   const train::TrainReport report = run_train(loaded, 4, word_text(20000));

@@ -261,7 +261,9 @@ TEST_P(EveryPolicy, MisuseIsRefused) {
 TEST(Factory, RefusesUnknownWords) {
   PolicyOptions o;
   o.name = "rleu";
-  expect_error(ErrorCode::kInvalidConfig, {"rleu", "relu, sigmoid_topk, softmax_topk", "did you mean relu?"},
+  expect_error(ErrorCode::kInvalidConfig,
+               {"rleu", "bounded_regret, etr, moepp, node_limited, relu, sigmoid_topk, softmax_topk",
+                "did you mean relu?"},
                [&] { make_policy(o); });
   o.name = "softmax_top_k";
   expect_error(ErrorCode::kInvalidConfig, {"did you mean softmax_topk?"}, [&] { make_policy(o); });
@@ -296,6 +298,7 @@ TEST(Factory, RefusesNumbersOutOfRange) {
   fault("softmax_topk", {"z_loss is nan"}, [](auto& o) { o.z_loss = std::nan(""); });
   fault("relu", {"policy relu has no aux_loss", "0.5"}, [](auto& o) { o.aux_loss = .5; });
   fault("sigmoid_topk", {"policy sigmoid_topk has no z_loss"}, [](auto& o) { o.z_loss = 1; });
+  fault("relu", {"policy relu has no locality_loss"}, [](auto& o) { o.locality_loss = 1; });
   fault("sigmoid_topk", {"top_k is 0"}, [](auto& o) { o.top_k = 0; });
   fault("sigmoid_topk", {"route_scale is inf"}, [](auto& o) { o.route_scale = HUGE_VAL; });
 }
@@ -335,6 +338,8 @@ TEST(Factory, NamesMatch) {
   for (const std::string_view name : policy_names()) {
     PolicyOptions o;
     o.name = std::string(name);
+    o.locality =
+        std::make_shared<const Locality>(locality_of(contiguous_placement(4, 2), Topology::uniform(2, 2)));
     EXPECT_EQ(make_policy(o)->name(), name);
   }
 }

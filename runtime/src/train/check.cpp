@@ -144,8 +144,9 @@ void affinities_backward(const Values& x, std::size_t h, std::size_t num_experts
 
 class DenseReference {
  public:
-  DenseReference(const Config& config, const Topology& topology)
-      : config_(config), policy_(policy_of(config, topology)) {
+  DenseReference(const Config& config, const Topology& topology) : config_(config) {
+    for (std::int32_t l = 0; l < config.model.num_layers; ++l)
+      policies_.push_back(policy_of(config, topology, l));
     // As BatchReader deals them.
     const std::int64_t n = config.train.tokens_per_step, ranks = topology.num_ranks();
     for (std::int64_t r = 0; r < ranks; ++r)
@@ -213,7 +214,7 @@ class DenseReference {
   void experts_backward(std::size_t layer, Round& round, const Values& dy, Values& dx, Values& dweight);
 
   const Config& config_;
-  std::unique_ptr<SelectionPolicy> policy_;
+  std::vector<std::unique_ptr<SelectionPolicy>> policies_;  // [num_layers]
   std::map<std::string, Weight> weights_;
   std::vector<std::int32_t> rank_of_token_;
 };
@@ -368,7 +369,7 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
       round.dscores.assign(own.size(), 0.0);
       // One rank alone, though its tokens live on many: what is summed over ranks is there already, what is gathered or
       // sent to all is its own.
-      while (!policy_->step(view_of(round), adaptive[l * iterations + r], true, round.state))
+      while (!policies_[l]->step(view_of(round), adaptive[l * iterations + r], true, round.state))
         round.state.gathered = round.state.buffer;
       loss += round.state.auxiliary_loss;
       round.weight.assign(n * num_experts, 0.0);
@@ -416,7 +417,7 @@ double DenseReference::step(const Batch& batch, const std::vector<std::vector<fl
              q < static_cast<std::size_t>(routing.row_ptr[t + 1]); ++q)
           droute.push_back(
               static_cast<float>(dweight[t * num_experts + static_cast<std::size_t>(routing.expert[q])]));
-      policy_->backward(view_of(round), adaptive[l * iterations + r], round.state, droute, dscores);
+      policies_[l]->backward(view_of(round), adaptive[l * iterations + r], round.state, droute, dscores);
       for (std::size_t i = 0; i < dscores.size(); ++i) round.dscores[i] += double(dscores[i]);
       if (has_gate_residual(config_, static_cast<std::int32_t>(l))) {
         Round& before = blocks[l - 1].rounds[0];

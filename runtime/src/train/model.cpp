@@ -145,12 +145,12 @@ Model::Model(Runtime& runtime, const Config& config)
       config_(config),
       hidden_(config.model.hidden),
       num_experts_(config.model.num_experts),
-      dtype_(config.model.dtype),
-      policy_(policy_of(config, runtime.topology())) {
+      dtype_(config.model.dtype) {
   const std::int32_t num_layers = config.model.num_layers;
+  for (std::int32_t l = 0; l < num_layers; ++l) policies_.push_back(policy_of(config, runtime.topology(), l));
   const auto num_batches = static_cast<std::size_t>(num_layers * config.model.chain_iterations);
-  adaptive_.resize(policy_->adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);
-  for (AdaptiveState& state : adaptive_) state = policy_->initial_adaptive_state(config.model.num_experts);
+  adaptive_.resize(policy().adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);
+  for (AdaptiveState& state : adaptive_) state = policy().initial_adaptive_state(config.model.num_experts);
 
   ChainLayerOptions options = chain_options(config);
   choose_automatically(runtime, config, options.layer);
@@ -158,8 +158,9 @@ Model::Model(Runtime& runtime, const Config& config)
   combine_dtype_ = options.layer.combine_dtype;
   layers_.resize(static_cast<std::size_t>(num_layers));
   for (std::int32_t l = 0; l < num_layers; ++l)
-    layers_[static_cast<std::size_t>(l)].moe = std::make_unique<ChainLayer>(
-        runtime, placement_of(config, runtime.num_ranks(), l), options, *policy_);
+    layers_[static_cast<std::size_t>(l)].moe =
+        std::make_unique<ChainLayer>(runtime, placement_of(config, runtime.num_ranks(), l), options,
+                                     *policies_[static_cast<std::size_t>(l)]);
   batch_states_.resize(num_batches);
   allocate_parameters();
   set_weights();
@@ -266,12 +267,13 @@ void Model::set_weights() {
 }
 
 void Model::add_schedule(const ScheduleOptions& schedule, std::int32_t chain_chunks) {
-  for (Layer& layer : layers_) {
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = layers_[l];
     ChainLayerOptions options = layer.moe->options();
     options.layer.schedule = schedule;
     options.layer.auto_profile = nullptr;
     options.num_chunks = chain_chunks;
-    layer.other = std::make_unique<ChainLayer>(runtime_, layer.moe->placement(), options, *policy_);
+    layer.other = std::make_unique<ChainLayer>(runtime_, layer.moe->placement(), options, *policies_[l]);
   }
   set_weights();
 }
@@ -281,7 +283,7 @@ void Model::swap_schedules() {
 }
 
 std::span<const AdaptiveState> Model::adaptive_of(std::size_t layer) const {
-  if (policy_->adaptive_scope() != AdaptiveScope::kPerLayer) return adaptive_;
+  if (policy().adaptive_scope() != AdaptiveScope::kPerLayer) return adaptive_;
   const auto iterations = static_cast<std::size_t>(config_.model.chain_iterations);
   return std::span(adaptive_).subspan(layer * iterations, iterations);
 }
@@ -293,7 +295,7 @@ const AdaptiveState& Model::adaptive(std::int32_t layer, std::int32_t iteration)
 
 void Model::restored(std::vector<AdaptiveState> adaptive) {
   Require(adaptive.size() == adaptive_.size(), ErrorCode::kInvalidArgument, "section adaptive: expected ",
-          adaptive_.size(), " states of policy ", policy_->name(), ", seen ", adaptive.size());
+          adaptive_.size(), " states of policy ", policy().name(), ", seen ", adaptive.size());
   for (std::size_t i = 0; i < adaptive.size(); ++i)
     Require(adaptive[i].values.size() == adaptive_[i].values.size(), ErrorCode::kInvalidArgument,
             "section adaptive: state ", i, ": expected ", adaptive_[i].values.size(), " values, seen ",
@@ -599,7 +601,7 @@ StepResult Model::compute_gradients(const Batch& batch) {
 }
 
 void Model::add_figures(StepResult& result) const {
-  const std::span<const PolicyFigure> figures = policy_->figures();
+  const std::span<const PolicyFigure> figures = policy().figures();
   result.figures.assign(figures.size(), 0.0);
   double tokens = 0, routes = 0;
   for (const PolicyState* state : batch_states_) {
@@ -672,9 +674,9 @@ void Model::update(const kernels::AdamW& options, double clip, double grad_norm)
   }
   if (runtime_.state().device) set_weights();  // a device has copies
   const std::span<const PolicyState* const> states(batch_states_);
-  if (policy_->adaptive_scope() == AdaptiveScope::kShared) policy_->adapt(states, adaptive_[0]);
-  if (policy_->adaptive_scope() == AdaptiveScope::kPerLayer)
-    for (std::size_t i = 0; i < states.size(); ++i) policy_->adapt(states.subspan(i, 1), adaptive_[i]);
+  if (policy().adaptive_scope() == AdaptiveScope::kShared) policy().adapt(states, adaptive_[0]);
+  if (policy().adaptive_scope() == AdaptiveScope::kPerLayer)
+    for (std::size_t i = 0; i < states.size(); ++i) policy().adapt(states.subspan(i, 1), adaptive_[i]);
 }
 
 }  // namespace sluice::train

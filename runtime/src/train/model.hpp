@@ -147,7 +147,8 @@ class Model {
   void swap_schedules();
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
-  const SelectionPolicy& policy() const { return *policy_; }
+  // Of the first layer; others differ only in where experts are.
+  const SelectionPolicy& policy() const { return *policies_.front(); }
   // Adaptive state of the policy for one iteration of one layer (shared: the same for all).
   const AdaptiveState& adaptive(std::int32_t layer, std::int32_t iteration = 0) const;
   // All of it, in the order of a checkpoint.
@@ -220,8 +221,8 @@ class Model {
   const std::int64_t hidden_, num_experts_;
   const DType dtype_;
   DType wire_dtype_ = DType::kF32, combine_dtype_ = DType::kF32;
-  std::unique_ptr<SelectionPolicy> policy_;
-  std::vector<AdaptiveState> adaptive_;  // one, or [num_layers][chain_iterations]
+  std::vector<std::unique_ptr<SelectionPolicy>> policies_;  // [num_layers]
+  std::vector<AdaptiveState> adaptive_;                     // one, or [num_layers][chain_iterations]
 
   std::vector<Parameter> parameters_;
   std::size_t embedding_ = 0, projection_ = 0, head_ = 0, final_gain_ = 0;
