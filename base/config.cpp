@@ -1,5 +1,15 @@
 #include "sluice/base/config.hpp"
 
+// toml++ 3.3 asserts what a broken file can break ("[" and then a line end), and where NDEBUG is set promises it to the
+// optimiser. A broken file is to be an error.
+#undef NDEBUG
+namespace {
+struct BrokenToml {};
+void broken_toml() {
+  throw BrokenToml();
+}
+}  // namespace
+#define TOML_ASSERT(condition) ((condition) ? void() : broken_toml())
 #include <toml++/toml.h>
 
 #include <algorithm>
@@ -7,6 +17,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "sluice/base/config_schema.hpp"
 #include "sluice/base/error.hpp"
@@ -103,6 +114,31 @@ std::string read_file(const std::filesystem::path& path) {
   return text;
 }
 
+// The line at which the parser meets what it asserts not to: it reads forwards, so every longer part fails, too.
+std::size_t broken_line(std::string_view text) {
+  std::vector<std::size_t> ends;  // of the lines
+  for (std::size_t at = 0; at < text.size(); ++at)
+    if (text[at] == '\n' || at + 1 == text.size()) ends.push_back(at + 1);
+  const auto breaks = [&](std::size_t end) {
+    try {
+      (void)toml::parse(text.substr(0, end));
+    } catch (const toml::parse_error&) {
+    } catch (const BrokenToml&) {
+      return true;
+    }
+    return false;
+  };
+  std::size_t low = 0, high = ends.size() - 1;  // the last does
+  while (low < high) {
+    const std::size_t middle = (low + high) / 2;
+    if (breaks(ends[middle]))
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low + 1;
+}
+
 std::string_view type_name(const toml::node& node) {
   switch (node.type()) {
     case toml::node_type::table:
@@ -144,6 +180,8 @@ class FileReader {
       root = toml::parse(text, name_);
     } catch (const toml::parse_error& e) {
       fail(at(e.source()), ": ", e.description());
+    } catch (const BrokenToml&) {
+      fail(name_, ":", broken_line(text), ":1: is no TOML; look at the section head or key of this line");
     }
     for (const auto& [key, node] : root) {
       const std::string_view section = key.str();
@@ -400,7 +438,8 @@ void validate(const LoadedConfig& loaded) {
          ": scores are carried from layer to layer, a chain has several in one");
 
   if (c.train.on_failure == Config::Train::OnFailure::kShrink && c.train.checkpoint_dir.empty())
-    fail(named("train.on_failure"), " goes back to a checkpoint, but train.checkpoint_dir is empty; name a folder");
+    fail(named("train.on_failure"),
+         " goes back to a checkpoint, but train.checkpoint_dir is empty; name a folder");
 
   const std::int32_t node_ranks = c.topology.nodes.num_ranks();
   if (c.topology.ranks > 0 && node_ranks > 0 && node_ranks != c.topology.ranks)

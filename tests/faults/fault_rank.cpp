@@ -49,7 +49,8 @@ struct Options {
   std::int32_t ranks = 3, victim = 1;
   FaultSpec spec;
   std::int64_t timeout_ms = 1000;
-  std::int64_t steps = 1'000'000;  // few where nothing breaks: then the losses are looked at
+  // Enough for any fault to happen; few where nothing breaks: then the losses are looked at.
+  std::int64_t steps = 3000;
 };
 
 LoadedConfig config_of(const Options& options) {

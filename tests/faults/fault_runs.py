@@ -256,8 +256,10 @@ def draw(seed, transports, timeout_ms):
     ranks = rng.randint(2, 4)
     if fault == "other":
         ranks = max(ranks, 3)  # of two ranks that differ nobody can say which is wrong
-    place = "plan" if fault in TAMPERING else rng.choice(PLACES)
+    place = "plan" if fault in TAMPERING else "start" if fault in OUTSIDE + ["config"] else rng.choice(PLACES)
     victim = rng.randrange(ranks)
+    if fault == "config":
+        victim = rng.randrange(1, ranks)  # others are compared with rank 0
     if fault in ("lie", "garbage") and ranks == 3 and victim == 2:
         victim = 0  # with an odd seed rank 2 is alone in its node (fault_rank.cpp), and lies are told within a node
     return {"transport": transport, "fault": fault, "place": place, "ranks": ranks, "victim": victim,
