@@ -299,6 +299,8 @@ TEST(Config, DuplicatesAndSyntax) {
   EXPECT_TRUE(begins(error_of("[model\nhidden = 64\n"), "f.toml:1:7: "));
   EXPECT_TRUE(begins(error_of("[model]\nhidden = 64\n[\nffn = 3\n"), "f.toml:3:1: is no TOML"));
   EXPECT_TRUE(begins(error_of("["), "f.toml:1:"));
+  EXPECT_TRUE(begins(error_of("[model]\nhidden = 64 \xc3\xa9\n"), "f.toml:2:13: "));
+  EXPECT_TRUE(begins(error_of("[model]\n\xd2\x91 = 64\n"), "f.toml:2:1: "));
   EXPECT_TRUE(begins(error_of("[train]\ntext = \"abc\n"), "f.toml:2:12: "));
   EXPECT_TRUE(begins(error_of("[train]\ntext = \"\xff\xfe\"\n"), "f.toml:2:8: "));
   EXPECT_TRUE(begins(error_of(str("[model]\nhidden = ", std::string(10000, '['))), "f.toml:2:"));

@@ -165,15 +165,16 @@ def run(program, case):
     """The events of all ranks, how it ended, and what was said on standard error."""
     survivors = case["ranks"] - 1
     limit = time.monotonic() + case["timeout_ms"] / 1000 * 1.2 + 60
-    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as lines:
+    with tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile() as lines:
         command = command_of(program, case)
         process = subprocess.Popen(command, stdout=lines, stderr=errors)
         begin, rng, wrong, attacks = time.monotonic(), random.Random(case["seed"]), "", 0
 
         def events():
-            lines.seek(0)
             out = []
-            for line in lines.read().decode(errors="replace").splitlines():
+            with open(lines.name, "rb") as f:  # by itself: the ranks write where the other one stands
+                text = f.read().decode(errors="replace")
+            for line in text.splitlines():
                 try:
                     out.append(json.loads(line))
                 except ValueError:
