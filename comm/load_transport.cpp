@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <system_error>
 
@@ -51,6 +52,8 @@ std::string find_transport_module(std::string_view name) {
 
 void* load_module_symbol(std::string_view name, const char* symbol) {
   const std::string found = find_transport_module(name);
+  // UCX writes its warnings to standard output, where reports go, unless told otherwise before it is loaded.
+  setenv("UCX_LOG_FILE", "stderr", 0);
   void* module = dlopen(found.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (module == nullptr) {
     const char* why = dlerror();

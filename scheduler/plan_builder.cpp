@@ -394,21 +394,30 @@ void PlanBuilder::take_summaries(std::span<const std::int64_t> gathered) {
   const auto stride = static_cast<std::size_t>(plan.num_experts) + 2;
   check_summaries(gathered);
   plan.source_tokens.resize(static_cast<std::size_t>(s.num_ranks));
-  std::string differ;
+  bool differ = false;
   Hasher agreement;
   agreement.add(s.prehash);
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* summary = &gathered[static_cast<std::size_t>(r) * stride];
-    if (std::bit_cast<std::uint64_t>(summary[1]) != s.prehash) differ += str(differ.empty() ? "" : ", ", r);
+    differ |= std::bit_cast<std::uint64_t>(summary[1]) != s.prehash;
     plan.source_tokens[static_cast<std::size_t>(r)] = static_cast<std::int32_t>(summary[0]);
     agreement.add_int(summary[0]);
   }
-  if (!differ.empty())
-    throw PlanDisagreement(odd_one_out(gathered, stride),
-                           str("rank ", s.rank.value, " disagrees with rank(s) ", differ,
+  if (differ) {
+    // The same words on every rank, whose report others may get: rank 0's side is named first, unless it is the odd one.
+    const RankId odd = odd_one_out(gathered, stride);
+    const std::int64_t side =
+        gathered[odd == RankId(0) ? static_cast<std::size_t>(s.num_ranks - 1) * stride + 1 : 1];
+    std::string same, other;
+    for (std::int32_t r = 0; r < s.num_ranks; ++r) {
+      std::string& list = gathered[static_cast<std::size_t>(r) * stride + 1] == side ? same : other;
+      list += str(list.empty() ? "" : ", ", r);
+    }
+    throw PlanDisagreement(odd,
+                           str("rank(s) ", other, " disagree with rank(s) ", same,
                                " about placement, topology, schedule or the order of calls; all ranks must "
-                               "use the same and call in "
-                               "the same order"));
+                               "use the same and call in the same order"));
+  }
   std::uint64_t* totals = s.totals.assign(static_cast<std::size_t>(plan.num_experts), 0);
   for (std::int32_t r = 0; r < s.num_ranks; ++r) {
     const std::int64_t* demand = &gathered[static_cast<std::size_t>(r) * stride + 2];

@@ -415,7 +415,7 @@ TEST(Plan, DisagreementNamesTheRanks) {
   const Placement other = contiguous_placement(6, 3, {}, std::vector<std::int32_t>{4, 1, 1});
   builders[2] = PlanBuilder(RankId(2), world.topology, other, {});
   std::vector<Plan> plans;
-  expect_error(ErrorCode::kDisagreement, {"rank 0", "2", "placement"},
+  expect_error(ErrorCode::kDisagreement, {"rank(s) 2 disagree with rank(s) 0, 1"},
                [&] { testing::build_plans(builders, world, plans); });
 }
 
