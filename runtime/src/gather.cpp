@@ -1,7 +1,12 @@
 #include "sluice/runtime/src/gather.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
+#include <fstream>
+#include <thread>
 
+#include "sluice/base/hash.hpp"
 #include "sluice/comm/collectives.hpp"
 
 namespace sluice {
@@ -54,6 +59,35 @@ void agree_on_success(Runtime& runtime, const Status& mine, std::string_view pha
     throw Error(static_cast<ErrorCode>(code),
                 runtime.num_ranks() > 1 ? str("rank ", r, ": ", message) : message);
   }
+}
+
+std::vector<double> largest_of_ranks(Runtime& runtime, const std::vector<double>& mine_us,
+                                     std::string_view phase) {
+  std::vector<std::int64_t> ns;
+  for (const double v : mine_us) ns.push_back(std::llround(v * 1000));
+  const std::vector<std::int64_t> all = runtime.all_gather(ns, phase);
+  std::vector<double> out(mine_us.size(), 0);
+  for (std::size_t i = 0; i < all.size(); ++i)
+    out[i % out.size()] = std::max(out[i % out.size()], static_cast<double>(all[i]) / 1000);
+  return out;
+}
+
+std::string shared_cores_note(Runtime& runtime, int threads_per_rank, std::string_view phase) {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  const std::int64_t mine[] = {std::bit_cast<std::int64_t>(Hasher().add_text(boot).value()),
+                               static_cast<std::int64_t>(std::thread::hardware_concurrency()),
+                               threads_per_rank};
+  const std::vector<std::int64_t> all = runtime.all_gather(mine, phase);
+  for (std::size_t r = 0; r < all.size(); r += 3) {
+    std::int64_t threads = 0;
+    for (std::size_t other = 0; other < all.size(); other += 3)
+      if (all[other] == all[r]) threads += all[other + 2];
+    if (threads > all[r + 1])
+      return str(threads, " compute threads of the ranks share ", all[r + 1],
+                 " cores: times would tell of their queue");
+  }
+  return {};
 }
 
 }  // namespace sluice

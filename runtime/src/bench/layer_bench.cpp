@@ -14,6 +14,7 @@
 #include "sluice/runtime/src/bench/draw_routing.hpp"
 #include "sluice/runtime/src/compute_device.hpp"
 #include "sluice/runtime/src/device_layer.hpp"
+#include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/timeline.hpp"
@@ -78,13 +79,7 @@ double elapsed_us(Clock::time_point begin) {
 
 // Per iteration, the slowest rank's time.
 std::vector<double> slowest(Runtime& runtime, const std::vector<double>& mine_us) {
-  std::vector<std::int64_t> ns;
-  for (const double v : mine_us) ns.push_back(std::llround(v * 1000));
-  const auto all = runtime.all_gather(ns, "bench");
-  std::vector<double> out(mine_us.size(), 0);
-  for (std::size_t i = 0; i < all.size(); ++i)
-    out[i % out.size()] = std::max(out[i % out.size()], static_cast<double>(all[i]) / 1000);
-  return out;
+  return largest_of_ranks(runtime, mine_us, "bench");
 }
 
 double largest(Runtime& runtime, double mine) {

@@ -104,28 +104,13 @@ double median_of(std::vector<double> values) {
   return values.size() % 2 == 1 ? values[mid] : (values[mid - 1] + values[mid]) / 2;
 }
 
-// Collective. Element-wise over ranks.
-std::vector<double> largest_of_ranks(Runtime& runtime, const std::vector<double>& mine_us) {
-  std::vector<std::int64_t> ns;
-  for (const double v : mine_us) ns.push_back(std::llround(v * 1000));
-  const std::vector<std::int64_t> all = runtime.all_gather(ns, "overlap");
-  std::vector<double> out(mine_us.size(), 0);
-  for (std::size_t i = 0; i < all.size(); ++i)
-    out[i % out.size()] = std::max(out[i % out.size()], static_cast<double>(all[i]) / 1000);
-  return out;
-}
-
 // Collective. Times the step of `batch` in both schedules (trainer.hpp).
 TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Model& model,
                                      const Batch& batch) {
   constexpr int kWarmup = 2, kPairs = 7;
   TrainReport::Overlap out;
   const MoeLayerOptions options = layer_options(config);
-  const auto threads = static_cast<unsigned>(runtime.num_ranks() * config.runtime.threads_per_rank);
-  const unsigned cores = std::thread::hardware_concurrency();
-  if (runtime.transport().name() == "local" && threads > cores)
-    out.note = str(threads, " compute threads of the ranks share ", cores,
-                   " cores: times would tell of their queue");
+  out.note = shared_cores_note(runtime, config.runtime.threads_per_rank, "overlap");
   if (config.schedule.policy == Config::Schedule::Policy::kSequential && config.schedule.chain_chunks == 1)
     out.note = "the schedule is sequential";
   if (runtime.num_ranks() == 1) out.note = "one rank has nobody to wait for";
@@ -153,15 +138,17 @@ TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Mod
   };
   const Topology& topology = runtime.topology();
   const auto floors = largest_of_ranks(
-      runtime, {static_cast<double>(busy_ns(totals, "compute")) / 1000 / kPairs,
-                link(topology.in_node, model.movement().in_node_link_bytes, to_string(Resource::kInNodeLink)),
-                link(topology.across_nodes, model.movement().across_nodes_link_bytes,
-                     to_string(Resource::kAcrossNodesLink))});
+      runtime,
+      {static_cast<double>(busy_ns(totals, "compute")) / 1000 / kPairs,
+       link(topology.in_node, model.movement().in_node_link_bytes, to_string(Resource::kInNodeLink)),
+       link(topology.across_nodes, model.movement().across_nodes_link_bytes,
+            to_string(Resource::kAcrossNodesLink))},
+      "overlap");
   out.compute_us = floors[0];
   out.in_node_us = floors[1];
   out.across_nodes_us = floors[2];
-  out.scheduled_us = median_of(largest_of_ranks(runtime, times[0]));
-  out.sequential_us = median_of(largest_of_ranks(runtime, times[1]));
+  out.scheduled_us = median_of(largest_of_ranks(runtime, times[0], "overlap"));
+  out.sequential_us = median_of(largest_of_ranks(runtime, times[1], "overlap"));
   if (out.sequential_us >= 1.05 * out.floor_us())
     out.efficiency = (out.sequential_us - out.scheduled_us) / (out.sequential_us - out.floor_us());
   else
