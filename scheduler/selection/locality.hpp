@@ -54,7 +54,7 @@ Locality locality_of(const Placement& placement, const Topology& topology);
 
 class LocalityLoss {
  public:
-  // mu 0: no loss. Throws kInvalidConfig naming policy and option.
+  // mu 0: no loss. `locality` is the caller's and must outlive the loss. Throws kInvalidConfig naming policy and option.
   LocalityLoss(std::string_view policy, const Locality* locality, double mu, double epsilon);
   bool on() const { return mu_ > 0 && locality_->num_nodes > 1; }
   // How many sums over tokens it wants exchanged.

@@ -1083,7 +1083,8 @@ TEST(LocalityLossTest, IsTheDivergence) {
   Doubles sums(loss.num_sums(), 0);
   loss.add_sums(scores, p.data(), sums);
   expect_near(loss.loss(scores, sums), 3 * .1166224525, 1e-6);
-  const LocalityLoss one_node("test", locality(4, 1, 4).get(), 3, .3);
+  const auto together = locality(4, 1, 4);
+  const LocalityLoss one_node("test", together.get(), 3, .3);
   EXPECT_FALSE(one_node.on());
   expect_error(ErrorCode::kInvalidConfig, {"locality_epsilon is 1"},
                [&] { LocalityLoss("test", where.get(), 3, 1); });
