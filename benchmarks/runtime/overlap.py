@@ -83,12 +83,8 @@ def main():
                                      "overlap_efficiency": "overlap_efficiency_backward",
                                      "predicted_us": "predicted_backward_us"}.items()}})
                 summaries.append(summary(rows, f"{routing}, wire {ratio} of compute"))
+                save(args, fast["device"], summaries, rows)  # after every setting: a run that is cut off keeps what it has
 
-    with open(args.out, "w") as out:
-        json.dump({"benchmark": "overlap", "date": datetime.date.today().isoformat(), "commit": args.commit,
-                   "device": fast["device"] + ", 2 ranks with a core each, emulated link", "driver": platform.platform(),
-                   "model": MODEL, "summary": summaries, "rows": rows}, out, indent=1)
-        out.write("\n")
     autos = [r for r in rows if r["shape"] == "auto" and r["overlap_efficiency"] is not None]
     errors = [abs(predicted / measured - 1) for r in rows
               for predicted, measured in ((r["predicted_us"], r["median_us"]),
@@ -97,6 +93,14 @@ def main():
         print(f"auto: overlap efficiency least {min(r['overlap_efficiency'] for r in autos):.3f}, "
               f"median {statistics.median(r['overlap_efficiency'] for r in autos):.3f}")
     print(f"prediction error: median {100 * statistics.median(errors):.1f}%, largest {100 * max(errors):.1f}%")
+
+
+def save(args, device, summaries, rows):
+    with open(args.out, "w") as out:
+        json.dump({"benchmark": "overlap", "date": datetime.date.today().isoformat(), "commit": args.commit,
+                   "device": device + ", 2 ranks with a core each, emulated link", "driver": platform.platform(),
+                   "model": MODEL, "summary": summaries, "rows": rows}, out, indent=1)
+        out.write("\n")
 
 
 def summary(rows, case):

@@ -280,11 +280,11 @@ PairedRatio paired_ratio(std::span<const double> values, std::span<const double>
   out.median = sample_of(ratio).median_us;
   // The median is below the k-th smallest of n with the probability that fewer than k of n fair coins show heads.
   const auto n = static_cast<double>(ratio.size());
-  double below = 0;
+  double below = 0, log_heads = -n * std::log(2.0);  // of the probability of k heads
   std::size_t k = 0;
   while (k < ratio.size() && below < 0.95) {
-    below += std::exp(std::lgamma(n + 1) - std::lgamma(double(k) + 1) - std::lgamma(n - double(k) + 1) -
-                      n * std::log(2.0));
+    below += std::exp(log_heads);
+    log_heads += std::log((n - static_cast<double>(k)) / static_cast<double>(k + 1));
     ++k;
   }
   out.upper95 = below >= 0.95 ? ratio[k - 1] : std::nan("");
