@@ -91,6 +91,26 @@ std::int64_t total(Runtime& runtime, std::int64_t mine) {
   return sum;
 }
 
+// How long each resource of this rank was busy, a pass at a time: a floor is compared with medians over passes, and one
+// pass that something disturbed would lift a mean above them.
+struct BusyTimes {
+  std::vector<double> compute_us, in_node_us, across_nodes_us;
+  // Takes what the recorder has added since the last call.
+  void add(const SpanRecorder& recorder) {
+    const auto totals = recorder.totals();
+    const auto add_one = [&](std::vector<double>& us, std::string_view resource, std::int64_t& before) {
+      const std::int64_t now = busy_ns(totals, resource);
+      us.push_back(static_cast<double>(now - std::exchange(before, now)) / 1000);
+    };
+    add_one(compute_us, "compute", compute_ns);
+    add_one(in_node_us, "in-node link", in_node_ns);
+    add_one(across_nodes_us, "across-nodes link", across_nodes_ns);
+  }
+
+ private:
+  std::int64_t compute_ns = 0, in_node_ns = 0, across_nodes_ns = 0;
+};
+
 // A schedule under measurement.
 struct Arm {
   Arm(Runtime& runtime, const Placement& placement, const MoeLayerOptions& options)
@@ -99,6 +119,7 @@ struct Arm {
   std::shared_ptr<const Plan> plan;
   std::vector<double> forward_us, backward_us, plan_us;
   SpanRecorder forward_spans, backward_spans;
+  BusyTimes forward_busy, backward_busy;
 };
 
 // The rows of one pass at this rank by level: what leaves, and what comes.
@@ -126,19 +147,20 @@ LinkBytes link_bytes(const Plan& plan, const Topology& topology, const MoeLayerO
   return {sent * row + received * sum_row, received * row + sent * sum_row};
 }
 
-Floor measure_floor(Runtime& runtime, const SpanRecorder& recorder, const Plan& plan,
-                    const MoeLayerOptions& options, std::int64_t passes) {
-  const auto totals = recorder.totals();
-  const auto busy = [&](std::string_view resource) {
-    return static_cast<double>(busy_ns(totals, resource)) / 1000 / static_cast<double>(passes);
-  };
+// The slowest rank's of every pass, the median over passes; a link of declared speed by its bytes.
+Floor measure_floor(Runtime& runtime, const BusyTimes& busy, const Plan& plan,
+                    const MoeLayerOptions& options) {
   const Topology& topology = runtime.topology();
-  const auto link = [&](const LinkSpeed& speed, bool across, std::string_view resource) {
-    return speed.bytes_per_s > 0 ? link_bytes(plan, topology, options, across).time_us(speed)
-                                 : busy(resource);
+  const auto typical = [&](const std::vector<double>& us) {
+    return sample_of(slowest(runtime, us)).median_us;
   };
-  return {largest(runtime, busy("compute")), largest(runtime, link(topology.in_node, false, "in-node link")),
-          largest(runtime, link(topology.across_nodes, true, "across-nodes link"))};
+  const auto link = [&](const LinkSpeed& speed, bool across, const std::vector<double>& us) {
+    return speed.bytes_per_s > 0
+               ? largest(runtime, link_bytes(plan, topology, options, across).time_us(speed))
+               : typical(us);
+  };
+  return {typical(busy.compute_us), link(topology.in_node, false, busy.in_node_us),
+          link(topology.across_nodes, true, busy.across_nodes_us)};
 }
 
 constexpr int kDenseRuns = 5;
@@ -335,24 +357,25 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
     const bool measured = round >= config.bench.warmup;
     for (std::size_t i = 0; i < arms.size(); ++i) {
       Arm& arm = *arms[(static_cast<std::size_t>(round) + i) % arms.size()];
-      const auto timed = [&](std::vector<double>& us, SpanRecorder* spans, auto&& call) {
+      const auto timed = [&](std::vector<double>& us, SpanRecorder* spans, BusyTimes* busy, auto&& call) {
         runtime.barrier("bench");
         runtime.set_recorder(measured ? spans : nullptr);
         const auto begin = Clock::now();
         call();
         if (measured) us.push_back(elapsed_us(begin));
         runtime.set_recorder(nullptr);
+        if (measured && busy != nullptr) busy->add(*spans);
       };
-      timed(arm.plan_us, nullptr, [&] {
+      timed(arm.plan_us, nullptr, nullptr, [&] {
         arm.plan.reset();
         arm.plan = arm.layer.plan(in.routing);
       });
       std::memset(in.y.data(), 0xff, in.y.size());
       std::memset(in.dx.data(), 0xff, in.dx.size());
       Context context;
-      timed(arm.forward_us, &arm.forward_spans,
+      timed(arm.forward_us, &arm.forward_spans, &arm.forward_busy,
             [&] { context = arm.layer.forward(arm.plan, view(in.x), view(in.y)); });
-      timed(arm.backward_us, &arm.backward_spans,
+      timed(arm.backward_us, &arm.backward_spans, &arm.backward_busy,
             [&] { arm.layer.backward(context, view(in.dy), view(in.dx), in.dw); });
       if (first_y.empty()) {
         first_y = in.y;
@@ -408,8 +431,8 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
     out.backward.scheduled = sample_of(backward);
     out.backward.sequential = sample_of(baseline_backward);
     out.backward.to_sequential = paired_ratio(backward, baseline_backward);
-    out.forward.floor = measure_floor(runtime, arm.forward_spans, plan, o, config.bench.iterations);
-    out.backward.floor = measure_floor(runtime, arm.backward_spans, plan, o, config.bench.iterations);
+    out.forward.floor = measure_floor(runtime, arm.forward_busy, plan, o);
+    out.backward.floor = measure_floor(runtime, arm.backward_busy, plan, o);
     std::tie(out.forward.dense_gemm_us, out.backward.dense_gemm_us) = dense;
     if (predictor) {
       out.forward.predicted_us = predictor->run(schedule, PassKind::kForward).step_us;

@@ -24,12 +24,14 @@ namespace sluice {
 namespace {
 
 using Samples = std::vector<double>;
+using Points = std::vector<Curve::Point>;
 
 constexpr std::int64_t kLargestMessage = 8 << 20;
 constexpr std::int64_t kSmallestMessage = 4 << 10;
 constexpr std::int64_t kColdTimes = 4;  // so many times the most bytes of a point are rotated through
 constexpr double kEnoughUs = 15000;     // of repeats a point
 constexpr int kFewestRepeats = 5;
+constexpr int kSweeps = 5;  // over all GEMMs: a machine shared with others has slow seconds
 constexpr int kMostRepeats = 200;
 constexpr std::int64_t kMostRows = 2048;             // of one group
 constexpr std::int64_t kMostWeightBytes = 64 << 20;  // held at once
@@ -40,6 +42,17 @@ double typical(Samples v) {
   const auto mid = v.begin() + static_cast<std::ptrdiff_t>(v.size() / 4);
   std::nth_element(v.begin(), mid, v.end());
   return *mid;
+}
+// The sweeps have the same amounts in the same order.
+Points median_of(const std::vector<Points>& sweeps) {
+  Points out = sweeps.front();
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    Samples us;
+    for (const Points& points : sweeps) us.push_back(points[i].us);
+    std::nth_element(us.begin(), us.begin() + static_cast<std::ptrdiff_t>(us.size() / 2), us.end());
+    out[i].us = us[us.size() / 2];
+  }
+  return out;
 }
 double us_since(Clock::time_point begin) {
   return to_us(Clock::now() - begin);
@@ -59,13 +72,14 @@ void say(const Runtime& runtime, const std::string& text) {
 }
 
 // Repeats until enough; the mean over ranks of each one's typical time. All ranks begin together. Collective.
-double timed(Runtime& runtime, const std::function<void()>& work) {
+double timed(Runtime& runtime, const std::function<void()>& work, int fewest = kFewestRepeats,
+             double enough_us = kEnoughUs) {
   work();
   runtime.barrier("probe");
   Samples us;
   double total = 0;
-  while (static_cast<int>(us.size()) < kFewestRepeats ||
-         (total < kEnoughUs && static_cast<int>(us.size()) < kMostRepeats)) {
+  while (static_cast<int>(us.size()) < fewest ||
+         (total < enough_us && static_cast<int>(us.size()) < kMostRepeats)) {
     const auto begin = Clock::now();
     work();
     us.push_back(us_since(begin));
@@ -113,16 +127,27 @@ class ComputeProbe {
         std::clamp<std::int64_t>(kMostWeightBytes / std::max<std::int64_t>(1, weight_bytes), 1, slots);
   }
 
+  // Every point is measured once a sweep and its median over sweeps is taken: what slows the machine for a second then
+  // touches one sweep of several points, not all that is known of one shape.
   void gemms(MachineProfile& profile) {
+    struct Curves {
+      GemmShape shape;
+      bool first;
+      std::vector<Points> sweeps;
+    };
+    std::vector<Curves> wanted;
     for (const GemmKind kind : {GemmKind::kForward, GemmKind::kDgrad, GemmKind::kWgrad})
       for (const bool first : {true, false}) {
         const GemmShape shape = first ? layer_.gemm1(kind) : layer_.gemm2(kind);
-        const auto known = std::find_if(profile.gemms.begin(), profile.gemms.end(),
-                                        [&](const GemmProfile& g) { return g.shape == shape; });
-        if (known != profile.gemms.end()) continue;
-        say(runtime_, describe(shape));
-        profile.gemms.push_back({shape, gemm_curve(shape, first)});
+        if (std::none_of(wanted.begin(), wanted.end(), [&](const Curves& c) { return c.shape == shape; }))
+          wanted.push_back({shape, first, {}});
       }
+    for (int sweep = 0; sweep < kSweeps; ++sweep)
+      for (Curves& c : wanted) {
+        say(runtime_, str(describe(c.shape), ", ", sweep + 1, " of ", kSweeps));
+        c.sweeps.push_back(gemm_points(c.shape, c.first));
+      }
+    for (const Curves& c : wanted) profile.gemms.push_back({c.shape, fit_curve(median_of(c.sweeps))});
     profile.gemm_call_us = 0;  // part of the curves: they are of calls with several groups
   }
 
@@ -202,8 +227,8 @@ class ComputeProbe {
     Rows a, w, h;
   };
 
-  Curve gemm_curve(const GemmShape& shape, bool first) {
-    std::vector<Curve::Point> points;
+  Points gemm_points(const GemmShape& shape, bool first) {
+    Points points;
     const std::int64_t in = shape.in_cols, out = shape.out_cols;
     std::vector<Rows> weights;
     for (std::int64_t g = 0; g < most_groups_ && shape.kind != GemmKind::kWgrad; ++g)
@@ -233,35 +258,38 @@ class ComputeProbe {
       }
       const kernels::Groups with{ptr, w};
       // The calls of moe_layer.cpp: what comes from peers is read through an index.
-      const double us = timed(runtime_, [&] {
-        switch (shape.kind) {
-          case GemmKind::kForward:
-            if (first) {
-              kernels_.grouped_gemm_forward(with, a.view, index, shape.dtype, out, activation_,
-                                            options_.save == Save::kActivations ? c.view : MatrixView{},
-                                            act.view);
-            } else {
-              kernels_.grouped_gemm_forward(with, a.view, {}, shape.dtype, out, activation_, c.view, {});
+      const double us = timed(
+          runtime_,
+          [&] {
+            switch (shape.kind) {
+              case GemmKind::kForward:
+                if (first) {
+                  kernels_.grouped_gemm_forward(with, a.view, index, shape.dtype, out, activation_,
+                                                options_.save == Save::kActivations ? c.view : MatrixView{},
+                                                act.view);
+                } else {
+                  kernels_.grouped_gemm_forward(with, a.view, {}, shape.dtype, out, activation_, c.view, {});
+                }
+                break;
+              case GemmKind::kDgrad: {
+                Rows& da = scratch(total, in);
+                kernels_.grouped_gemm_dgrad(with, c.view, first ? std::span<const std::int32_t>{} : index,
+                                            shape.dtype, da.view);
+                break;
+              }
+              case GemmKind::kWgrad:
+                if (first) {
+                  kernels_.grouped_gemm_wgrad(ptr, c.view, {}, a.view, index, g32);
+                } else {
+                  kernels_.grouped_gemm_wgrad(ptr, c.view, index, a.view, {}, g32);
+                }
+                break;
             }
-            break;
-          case GemmKind::kDgrad: {
-            Rows& da = scratch(total, in);
-            kernels_.grouped_gemm_dgrad(with, c.view, first ? std::span<const std::int32_t>{} : index,
-                                        shape.dtype, da.view);
-            break;
-          }
-          case GemmKind::kWgrad:
-            if (first) {
-              kernels_.grouped_gemm_wgrad(ptr, c.view, {}, a.view, index, g32);
-            } else {
-              kernels_.grouped_gemm_wgrad(ptr, c.view, index, a.view, {}, g32);
-            }
-            break;
-        }
-      });
+          },
+          3, kEnoughUs / kSweeps);
       points.push_back({static_cast<double>(rows), us / static_cast<double>(groups)});
     }
-    return fit_curve(std::move(points));
+    return points;
   }
 
   Rows& scratch(std::int64_t rows, std::int64_t cols) {
