@@ -30,16 +30,19 @@ std::uintptr_t last_edge = 0;
 
 }  // namespace
 
-// Called by instrumented code at every edge.
-extern "C" [[gnu::no_sanitize_coverage]] void __sanitizer_cov_trace_pc();
+// Called by instrumented code at every edge, so it is not itself instrumented.
+extern "C" [[gnu::no_sanitize_coverage, gnu::no_sanitize_address, gnu::no_sanitize_undefined]] void
+__sanitizer_cov_trace_pc();
 extern "C" void __sanitizer_cov_trace_pc() {
   // Relative to this function, so that runs with one seed do not differ by where the program lies in memory.
   const std::uintptr_t pc = reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)) -
                             reinterpret_cast<std::uintptr_t>(&__sanitizer_cov_trace_pc);
   unsigned char& seen = edges[((pc >> 1) * 0x9e3779b97f4a7c15ull ^ last_edge) % kMapSize];
-  new_edge = new_edge || seen == 0;
-  seen = 1;
   last_edge = pc >> 2;
+  if (seen != 0) [[likely]]
+    return;
+  seen = 1;
+  new_edge = true;
 }
 
 namespace sluice::fuzz {

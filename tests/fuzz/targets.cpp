@@ -74,7 +74,27 @@ Target shard_target() {
 
 // ---- files of the user -----------------------------------------------------------------------------------------------
 
+// One text a section: a whole configuration is longer than an input may be.
+std::vector<std::string> sections_of(const std::string& text) {
+  std::vector<std::string> out;
+  std::size_t begin = 0;
+  while (begin < text.size()) {
+    const std::size_t next = text.find("\n[", begin);
+    const std::size_t end = next == std::string::npos ? text.size() : next + 1;
+    out.push_back(text.substr(begin, end - begin));
+    begin = end;
+  }
+  return out;
+}
+
 Target config_target() {
+  std::vector<std::string> seeds = sections_of(effective_text(LoadedConfig()));
+  seeds.push_back(
+      "[topology]\nnodes = [[0,1],[2]]\n[placement]\nslots_per_rank = [4, 0, "
+      "12]\n[train]\nlearning_rate = 1e-3\n");
+  seeds.push_back(
+      "[comm]\nwire_dtype = \"bf16\"\ntimeout_ms = 5_000\n[routing]\npolicy = \"softmax_topk\"\nz_loss "
+      "= 0.1\n");
   return {"config",
           [](const std::string& input) {
             const LoadedConfig loaded = parse_config(input, "fuzz");
@@ -82,11 +102,7 @@ Target config_target() {
             Require(semantic_values(parse_config(text, "again").config) == semantic_values(loaded.config),
                     ErrorCode::kInternal, "a configuration does not survive being written");
           },
-          {effective_text(LoadedConfig()),
-           "[topology]\nnodes = [[0,1],[2]]\n[placement]\nslots_per_rank = [4, 0, "
-           "12]\n[train]\nlearning_rate = 1e-3\n",
-           "[comm]\nwire_dtype = \"bf16\"\ntimeout_ms = 5_000\n[routing]\npolicy = \"softmax_topk\"\nz_loss "
-           "= 0.1\n"},
+          std::move(seeds),
           {}};
 }
 
