@@ -211,7 +211,7 @@ AbortRecord deadline_record(const FailedWait& wait, std::span<const RankState> s
         text += str("; ", who, " waits for nobody and gave no sign of life for ", seconds(state.last_sign));
       else
         text += str("; ", who, " never arrived");
-      text += str("; see what ", who, " does, or raise comm.timeout (now ", seconds(wait.timeout),
+      text += str("; see what ", who, " does, or raise comm.timeout_ms (now ", seconds(wait.timeout),
                   ") if it is only slow");
       break;
     case RankState::Kind::kWaiting:

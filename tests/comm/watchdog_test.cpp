@@ -102,7 +102,7 @@ TEST(DeadlineRecord, SaysEverything) {
       record.status.message,
       "rank 0 waited 6.012 s in phase dispatch, chunk 2, for signal 7 of channel 5: expected 8, seen 6, "
       "missing from rank 1; rank 1 is late, not dead: it waits for nobody and gave a sign of life 0.120 s "
-      "ago; see what rank 1 does, or raise comm.timeout (now 5.000 s) if it is only slow");
+      "ago; see what rank 1 does, or raise comm.timeout_ms (now 5.000 s) if it is only slow");
 }
 
 TEST(DeadlineRecord, NamesTheKindOfSilence) {

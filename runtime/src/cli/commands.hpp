@@ -39,5 +39,7 @@ void add_launch(CLI::App& app, Run& run);
 
 // Writes a document to standard output. Throws kIo if that fails (a full disk, a closed pipe).
 void print_document(const std::string& text);
+// The same to a file, which it replaces. Throws kIo naming it.
+void write_document(const std::string& path, const std::string& text);
 
 }  // namespace sluice::cli

@@ -1,6 +1,9 @@
 // sluice: the command line. Exit codes: 0 done, 1 failed with one line on standard error, 2 the command line is wrong.
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <iostream>
 
 #include "sluice/base/log.hpp"
@@ -31,6 +34,14 @@ void print_document(const std::string& text) {
   if (text.empty() || text.back() != '\n') std::cout << '\n';
   std::cout.flush();
   Require(static_cast<bool>(std::cout), ErrorCode::kIo, "cannot write the result to standard output");
+}
+
+void write_document(const std::string& path, const std::string& text) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out << text;
+  if (text.empty() || text.back() != '\n') out << '\n';
+  out.flush();
+  Require(static_cast<bool>(out), ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
 }
 
 }  // namespace sluice::cli

@@ -1,6 +1,5 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
-#include <fstream>
 
 #include "sluice/base/log.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
@@ -79,12 +78,6 @@ SourceAssignment assignment_of(const std::string& word, std::span<const RoutingS
   return SourceAssignment::kRecorded;
 }
 
-void write_file(const std::string& path, const std::string& text) {
-  std::ofstream out(path, std::ios::binary);
-  out << text << std::flush;
-  Require(static_cast<bool>(out), ErrorCode::kIo, "cannot write ", path);
-}
-
 int run_place(const PlaceOptions& o) {
   std::vector<std::string> sets = o.config.sets;
   if (o.config.file.empty()) sets.insert(sets.begin(), kDefaultMachine.begin(), kDefaultMachine.end());
@@ -159,12 +152,12 @@ int run_place(const PlaceOptions& o) {
       }
       file.layers.push_back(std::move(layer));
     }
-    write_file(o.out, file.to_json() + "\n");
+    write_document(o.out, file.to_json());
   }
   if (!o.svg.empty()) {
     const PlannerResult before =
         run_planners(problem, {"contiguous"}, fit, eval ? &*eval : nullptr, true).planners.front();
-    write_file(o.svg, report.to_svg(before, chosen));
+    write_document(o.svg, report.to_svg(before, chosen));
   }
   print_document(o.json ? report.to_json() : report.to_text());
   return 0;

@@ -5,6 +5,7 @@
 #include "sluice/runtime/src/rank_group.hpp"
 #include "sluice/runtime/src/train/check.hpp"
 #include "sluice/runtime/src/train/trainer.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice::cli {
 
@@ -52,11 +53,15 @@ void add_train(CLI::App& app, Run& run) {
       GroupOptions group;
       group.default_ranks = 4;
       const auto work = [&](Runtime& runtime, const LoadedConfig& agreed, std::span<const GroupLoss> losses) {
+        const std::string& file = agreed.config.train.report;
+        // Before the work, of which nothing would be left.
+        if (prints_results(runtime) && !file.empty()) require_writable(file);
         const train::Text text = train::load_text(runtime, agreed.config);
         if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
         if (o->check) {
           const train::CheckReport report = train::check(runtime, agreed, text);
           if (!prints_results(runtime)) return;
+          if (!file.empty()) write_document(file, train::to_json(report));
           print_document(o->json ? train::to_json(report) : train::to_text(report));
           return;
         }
@@ -69,6 +74,7 @@ void add_train(CLI::App& app, Run& run) {
                losses[i].num_ranks, i + 1 < losses.size() ? losses[i + 1].num_ranks : runtime.num_ranks()});
         const train::TrainReport report = train::train(runtime, agreed, text, options);
         if (!prints_results(runtime)) return;
+        if (!file.empty()) write_document(file, train::to_json(report));
         print_document(o->json ? train::to_json(report) : train::to_text(report));
       };
       group.body = [&](Runtime& runtime, const LoadedConfig& agreed) { work(runtime, agreed, {}); };

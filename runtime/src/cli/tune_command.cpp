@@ -1,8 +1,5 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "sluice/base/log.hpp"
@@ -81,13 +78,6 @@ std::vector<ScheduleOptions> to_confirm(const ScheduleChoice& choice, const Sche
   for (std::size_t i = 0; i < choice.ranked.size() && i < static_cast<std::size_t>(most); ++i)
     add(choice.ranked[i].schedule);
   return out;
-}
-
-void write_text(const std::string& path, const std::string& text) {
-  std::ofstream out(path, std::ios::binary | std::ios::trunc);
-  out << text;
-  out.flush();
-  Require(static_cast<bool>(out), ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
 }
 
 int run_tune(const TuneOptions& o) {
@@ -176,7 +166,7 @@ int run_tune(const TuneOptions& o) {
     tuned.set("schedule.profile", used_profile,
               {ConfigSource::Kind::kCommandLine, "sluice tune: measured here"});
     validate(tuned);
-    write_text(o.output, head + effective_text(tuned));
+    write_document(o.output, head + effective_text(tuned));
 
     if (o.json) {
       nlohmann::json out{{"profile", used_profile}, {"output", o.output}};
