@@ -65,7 +65,8 @@ class DataPath {
  public:
   virtual ~DataPath() = default;
   virtual std::string_view name() const = 0;
-  virtual bool one_sided() const { return false; }
+  // As Transport::put_memory().
+  virtual std::shared_ptr<PutMemory> put_memory() { return nullptr; }
 
   // What peers need to know; may be binary, at most 16 KiB.
   virtual std::string card() = 0;

@@ -42,7 +42,8 @@ using std::chrono::nanoseconds;
 
 constexpr std::int64_t kPieceBytes = std::int64_t{1} << 30;  // an MPI count is an int
 constexpr nanoseconds kYieldSpan = microseconds(100);        // a waiter yields this long before it sleeps
-constexpr nanoseconds kSleep = microseconds(10);             // the kernel's timer slack makes it about 60
+constexpr nanoseconds kMaxYieldSpan = milliseconds(5);  // likewise, while a large message may be on its way
+constexpr nanoseconds kSleep = microseconds(10);        // the kernel's timer slack makes it about 60
 constexpr nanoseconds kServicePeriod = milliseconds(10);
 constexpr nanoseconds kWaitingIsFresh = milliseconds(250);  // idle() repeats far more often than that
 constexpr nanoseconds kFarewellGrace = milliseconds(200);   // a farewell may overtake the data sent before it
@@ -439,8 +440,10 @@ class MpiTransport final : public Transport {
         return abort_record().status;
       }
     }
-    // MPI moves the bytes of own puts inside our calls: a rank that sends is not idle.
-    if (patience_.elapsed(now) < kYieldSpan || outstanding_bytes_ > 0)
+    // MPI moves bytes inside our calls: a rank that sends is not idle, nor is one that receives, for as long as what it
+    // expects would take at 1 GB/s.
+    const nanoseconds due = std::clamp(nanoseconds(expected_bytes_), kYieldSpan, kMaxYieldSpan);
+    if (patience_.elapsed(now) < due || outstanding_bytes_ > 0)
       sched_yield();
     else
       std::this_thread::sleep_for(kSleep);
@@ -531,6 +534,7 @@ class MpiTransport final : public Transport {
       spare_.pop_back();
     }
     operation.bytes = bytes;
+    if (!operation.is_send) expected_bytes_ += bytes;
     operation.num_pieces_left =
         static_cast<std::int32_t>(std::max<std::int64_t>(1, (bytes + kPieceBytes - 1) / kPieceBytes));
     operations_[slot] = operation;
@@ -606,6 +610,7 @@ class MpiTransport final : public Transport {
       --outstanding_to_[static_cast<std::size_t>(operation.peer)];
     } else {
       Signal& signal = channel.signals[operation.signal];
+      expected_bytes_ -= operation.bytes;
       ++signal.landed[static_cast<std::size_t>(operation.peer)];
       ++signal.total;
     }
@@ -962,6 +967,7 @@ class MpiTransport final : public Transport {
   std::mutex mutex_;
   std::uint64_t num_outstanding_ = 0;  // own puts
   std::int64_t outstanding_bytes_ = 0;
+  std::int64_t expected_bytes_ = 0;           // of receives that have not landed
   std::vector<std::int64_t> outstanding_to_;  // [num_ranks]
   std::vector<Operation> operations_;
   std::vector<std::size_t> spare_;

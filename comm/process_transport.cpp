@@ -3,7 +3,6 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/eventfd.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +12,6 @@
 #include <condition_variable>
 #include <cstring>
 #include <exception>
-#include <fstream>
 #include <future>
 #include <map>
 #include <mutex>
@@ -22,8 +20,10 @@
 #include <utility>
 
 #include "sluice/base/hash.hpp"
+#include "sluice/base/log.hpp"
 #include "sluice/comm/data_path.hpp"
 #include "sluice/comm/group_watch.hpp"
+#include "sluice/comm/host.hpp"
 #include "sluice/comm/launch_environment.hpp"
 #include "sluice/comm/rendezvous.hpp"
 #include "sluice/comm/transport_module.hpp"
@@ -42,28 +42,14 @@ constexpr nanoseconds kFlush = milliseconds(200);  // to hand a verdict or a far
 constexpr nanoseconds kRereadMeeting = milliseconds(10);
 constexpr std::size_t kMaxEarlySignals = 1 << 16;  // different ones that came before their channel was opened
 
-// ---- who this process is
-
-std::string host_name() {
-  char name[256] = "";
-  return ::gethostname(name, sizeof name - 1) == 0 ? name : "unknown";
-}
-
-std::string link_target(const char* path) {
-  char text[256] = "";
-  const ssize_t n = ::readlink(path, text, sizeof text - 1);
-  return n > 0 ? std::string(text, static_cast<std::size_t>(n)) : std::string();
-}
-
-// Equal for processes that reach each other over loopback and can map the same shared memory: one running kernel, one
-// name, one network, one /dev/shm. So namespaces that pretend to be hosts are hosts.
-std::string host_identity() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  struct stat shm {};
-  const bool has_shm = ::stat("/dev/shm", &shm) == 0;
-  return str(boot, " ", host_name(), " ", link_target("/proc/self/ns/net"), " ",
-             link_target("/proc/self/ns/ipc"), " ", has_shm ? static_cast<std::int64_t>(shm.st_dev) : -1);
+// Where on its host this process may run, for people.
+std::string own_place() {
+  try {
+    const HostDescription host = describe_host();
+    return str("threads ", host.own_threads, " of ", host.threads, ", NUMA node ", host.own_numa_nodes);
+  } catch (const Error& e) {
+    return e.message();  // ranks meet without it
+  }
 }
 
 // ---- what outlives a group: survivors go on with it
@@ -415,6 +401,12 @@ class ProcessTransport final : public Transport, private Landing {
       if (DataPath* path = path_of_[e.peer.index()]) path->expect(e, to);
     }
     changed();
+  }
+
+  std::shared_ptr<PutMemory> put_memory() override {
+    for (const auto& path : paths_)
+      if (auto memory = path->put_memory()) return memory;
+    return nullptr;
   }
 
   void put(const Put& put) override {
@@ -890,6 +882,7 @@ std::unique_ptr<Transport> join_group(std::string_view name, const Topology* top
   card.host = host_name();
   card.host_id = host_identity();
   card.pid = ::getpid();
+  card.place = own_place();
   card.address = rendezvous->own_address();
   card.port = process->listen(card.address);
   rendezvous->put(str("card/", info.rank), encode(card), deadline);
@@ -903,6 +896,8 @@ std::unique_ptr<Transport> join_group(std::string_view name, const Topology* top
     Require(parsed.has_value(), ErrorCode::kTransport, "rank ", parts.cards.size(),
             " introduces itself with nonsense; it runs another version of Sluice");
     parts.cards.push_back(*parsed);
+    if (info.rank == 0)
+      log_debug(peer_name(static_cast<std::int32_t>(parts.cards.size()) - 1, *parsed), ": ", parsed->place);
   }
   if (info.serves && !info.meeting_file.empty()) {
     std::error_code ignored;

@@ -2,11 +2,13 @@
 // ring of records that the peer alone writes and the rank alone reads.
 //
 //   small puts   travel in the ring, copied in by the sender and out by the receiver
-//   large puts   are announced in the ring and cut into pieces that both sides claim from one counter: the receiver
-//                reads a piece straight from the sender's memory (process_vm_readv: one copy, and the sender may
-//                compute), the sender copies a piece into the ring when it has nothing else to do. So an idle pair of
-//                cores shares the work and a busy sender does none of it. Where the system does not allow the first,
-//                which is tried when the group forms, all pieces go through the ring.
+//   large puts   are announced in the ring. From put_memory(), which lies behind the inboxes in the segment, the receiver
+//                copies them where they belong: one copy, by memcpy, and the sender may compute.
+//                From other memory they are cut into pieces that both sides claim from one counter: the receiver reads
+//                a piece through the system (process_vm_readv: one copy at less than half of memcpy's speed), the sender
+//                copies a piece into the ring when it has nothing else to do. So an idle pair of cores shares the work
+//                and a busy sender does none of it. Where the system does not allow the first, which is tried when the
+//                group forms, all pieces go through the ring.
 //
 // Only the rank itself ever writes into its windows. So a peer that is killed, or stopped in the middle of anything, can
 // damage nothing, and memory that was taken back is not written any more. What peers wrote into shared memory is copied
@@ -23,6 +25,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -35,14 +38,17 @@
 #include <charconv>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <mutex>
 #include <utility>
 
+#include "sluice/base/log.hpp"
 #include "sluice/comm/data_path.hpp"
 
 namespace sluice::comm {
 namespace {
 
-constexpr std::uint64_t kMagic = 0x3130'6d68'7331'6c73ull;
+constexpr std::uint64_t kMagic = 0x3230'6d68'7331'6c73ull;
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kMaxRingBytes = 1 << 20;
 constexpr std::size_t kMinRingBytes = 64 << 10;
@@ -50,6 +56,12 @@ constexpr std::size_t kHostBytes =
     256 << 20;  // of all rings of a host together, while that leaves them large enough
 constexpr std::size_t kMaxPieceBytes = 128 << 10;
 constexpr std::size_t kMaxSmallBytes = 8 << 10;
+constexpr std::uint32_t kMappedPieces = 8;   // claimed at once where the source is mapped
+constexpr std::size_t kPullBytes = 1 << 20;  // read from one peer before something else is looked at
+constexpr std::size_t kPage = 4096;
+// Of the put memory of all ranks of a host together, in the addresses of each: a part of what a process can have.
+constexpr std::size_t kHostPutAddresses = std::size_t{1} << 45;
+constexpr std::uint64_t kNotThere = ~std::uint64_t{0};
 constexpr std::uint64_t kMaxLarge = 64;        // announced and not landed, of one peer
 constexpr std::int64_t kBurstBytes = 4 << 20;  // of one peer before the others have their turn
 
@@ -64,6 +76,7 @@ struct Inbox {
   alignas(kLine) std::atomic<std::uint64_t> tail;  // by the peer: bytes written, ever
   alignas(kLine) std::atomic<std::uint64_t> head;  // by the owner: bytes read, ever
   std::atomic<std::uint64_t> num_large_landed;     // by the owner
+  std::atomic<std::uint32_t> is_mapped;            // by the owner: it has the peer's put memory mapped
   alignas(kLine) std::atomic<
       std::uint32_t> next_piece[kMaxLarge];  // of large put n, at n % kMaxLarge: the next to claim
 };
@@ -88,6 +101,7 @@ struct alignas(kLine) Record {
   std::int64_t bytes;
   std::uint64_t address;  // of a large put's source, in the sender
   std::uint64_t number;   // of the large put
+  std::uint64_t place;    // of a large put's source in the sender's put memory; or kNotThere
 };
 static_assert(sizeof(Record) == kLine);
 
@@ -113,8 +127,10 @@ std::size_t piece_bytes_for(std::size_t ring_bytes) {
 class Mapping {
  public:
   Mapping() = default;
-  Mapping(int fd, std::size_t bytes, const std::string& name) : bytes_(bytes) {
-    memory_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  Mapping(int fd, std::size_t bytes, const std::string& name, std::size_t offset = 0,
+          int protection = PROT_READ | PROT_WRITE)
+      : bytes_(bytes) {
+    memory_ = ::mmap(nullptr, bytes, protection, MAP_SHARED | MAP_NORESERVE, fd, static_cast<off_t>(offset));
     Require(memory_ != MAP_FAILED, ErrorCode::kTransport, "cannot map shared memory ", name, ": ",
             std::strerror(errno));
   }
@@ -128,6 +144,9 @@ class Mapping {
     std::swap(bytes_, other.bytes_);
     return *this;
   }
+  bool valid() const { return memory_ != MAP_FAILED; }
+  std::byte* data() const { return static_cast<std::byte*>(memory_); }
+  std::size_t size() const { return bytes_; }
   Segment& segment() const { return *static_cast<Segment*>(memory_); }
   Inbox& inbox(std::size_t index, std::size_t ring_bytes) const {
     return *reinterpret_cast<Inbox*>(static_cast<std::byte*>(memory_) + inbox_offset(index, ring_bytes));
@@ -139,6 +158,89 @@ class Mapping {
  private:
   void* memory_ = MAP_FAILED;
   std::size_t bytes_ = 0;
+};
+
+// The put memory of a rank: behind the inboxes in its segment, as many addresses as the machine has memory, of which only
+// what is allocated exists.
+class MappedPutMemory final : public PutMemory {
+ public:
+  // fd: of the segment; begin: where in it.
+  MappedPutMemory(net::Fd fd, std::size_t begin, Mapping mapping)
+      : fd_(std::move(fd)), begin_(begin), mapping_(std::move(mapping)), free_{{0, mapping_.size()}} {}
+
+  void* allocate(std::size_t bytes) noexcept override {
+    try {
+      const std::lock_guard lock(mutex_);
+      bytes = to_pages(bytes);
+      // The rings of the next group have to find room as well.
+      struct statvfs system {};
+      if (::fstatvfs(fd_.get(), &system) != 0 || bytes / system.f_frsize > system.f_bavail / 2)
+        return nullptr;
+      const auto found =
+          std::find_if(free_.begin(), free_.end(), [&](const auto& f) { return f.second >= bytes; });
+      if (found == free_.end()) return nullptr;
+      const std::size_t at = found->first;
+      // Reserved, for memory that is not there when it is written to kills the process.
+      if (::posix_fallocate(fd_.get(), static_cast<off_t>(begin_ + at), static_cast<off_t>(bytes)) != 0) {
+        punch(at, bytes);
+        return nullptr;
+      }
+      const std::size_t left = found->second - bytes;
+      free_.erase(found);
+      if (left > 0) free_.emplace(at + bytes, left);
+      return mapping_.data() + at;
+    } catch (...) {
+      return nullptr;
+    }
+  }
+  void deallocate(void* memory, std::size_t bytes) noexcept override {
+    try {
+      const std::lock_guard lock(mutex_);
+      std::size_t at = static_cast<std::size_t>(static_cast<std::byte*>(memory) - mapping_.data());
+      bytes = to_pages(bytes);
+      punch(at, bytes);
+      const auto next = free_.lower_bound(at);
+      if (next != free_.end() && next->first == at + bytes) {
+        bytes += next->second;
+        free_.erase(next);
+      }
+      const auto after = free_.lower_bound(at);
+      if (after != free_.begin()) {
+        const auto before = std::prev(after);
+        if (before->first + before->second == at) {
+          before->second += bytes;
+          return;
+        }
+      }
+      free_.emplace(at, bytes);
+    } catch (...) {
+      // No memory for the list: these addresses are not used again.
+    }
+  }
+  // Where a source lies in it, or kNotThere.
+  std::uint64_t place_of(std::span<const std::byte> source) const {
+    const auto from = reinterpret_cast<std::uintptr_t>(source.data());
+    const auto base = reinterpret_cast<std::uintptr_t>(mapping_.data());
+    return from >= base && from - base <= mapping_.size() && source.size() <= mapping_.size() - (from - base)
+               ? from - base
+               : kNotThere;
+  }
+  std::size_t size() const { return mapping_.size(); }
+
+ private:
+  static std::size_t to_pages(std::size_t bytes) {
+    return (std::max<std::size_t>(bytes, 1) + kPage - 1) / kPage * kPage;
+  }
+  void punch(std::size_t at, std::size_t bytes) noexcept {
+    (void)::fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(begin_ + at),
+                      static_cast<off_t>(bytes));
+  }
+
+  const net::Fd fd_;
+  const std::size_t begin_;
+  const Mapping mapping_;
+  std::mutex mutex_;
+  std::map<std::size_t, std::size_t> free_;  // offset, bytes; neighbours are joined
 };
 
 // ---- names
@@ -168,7 +270,8 @@ void sweep() {
 struct CardData {
   std::uint64_t magic = kMagic;
   std::int64_t pid = 0;
-  std::uint64_t segment_bytes = 0;
+  std::uint64_t segment_bytes = 0;  // of the inboxes
+  std::uint64_t put_bytes = 0;      // of the put memory behind them
   std::uint64_t probe_address = 0;  // of 16 bytes that a peer tries to read
   std::array<std::byte, 16> probe{};
   std::uint32_t doorbell_bytes = 0;
@@ -180,6 +283,7 @@ struct CardData {
 
 struct LargeOut {
   std::span<const std::byte> source;
+  bool in_put_memory = false;
   std::uint32_t channel = 0;
   std::uint32_t num_pieces = 0;
   std::uint64_t number = 0;
@@ -190,6 +294,7 @@ struct Open {
   Arrival arrival;
   std::byte* to = nullptr;  // null: thrown away, its window was taken back
   std::uint64_t address = 0;
+  const std::byte* mapped = nullptr;  // the source, where it can be seen from here
   std::uint64_t number = 0;
   std::uint32_t num_pieces = 0;  // 0: small
   std::uint32_t num_left = 0;
@@ -199,6 +304,7 @@ struct Link {
   std::int32_t peer = -1;
   bool broken = false;
   Mapping theirs;
+  Mapping their_put_memory;  // not valid: it cannot be mapped
   sockaddr_un doorbell{};
   socklen_t doorbell_bytes = 0;
   pid_t pid = 0;
@@ -244,11 +350,13 @@ class ShmPath final : public DataPath {
   }
 
   std::string_view name() const override { return "shm"; }
+  std::shared_ptr<PutMemory> put_memory() override { return put_memory_; }
 
   std::string card() override {
     CardData card;
     card.pid = ::getpid();
     card.segment_bytes = segment_bytes();
+    card.put_bytes = put_memory_ ? put_memory_->size() : 0;
     card.probe_address = reinterpret_cast<std::uintptr_t>(probe_.data());
     card.probe = probe_;
     card.doorbell_bytes = own_doorbell_bytes_;
@@ -285,15 +393,25 @@ class ShmPath final : public DataPath {
       Require(fd.valid() && ::fstat(fd.get(), &info) == 0, ErrorCode::kTransport,
               "cannot open the shared memory ", name, " of rank ", r, ": ", std::strerror(errno),
               "; do all ranks of the host see one /dev/shm?");
-      Require(info.st_uid == ::geteuid() && static_cast<std::uint64_t>(info.st_size) == card.segment_bytes,
+      Require(info.st_uid == ::geteuid() && card.put_bytes <= kHostPutAddresses &&
+                  static_cast<std::uint64_t>(info.st_size) == card.segment_bytes + card.put_bytes,
               ErrorCode::kTransport, "the shared memory ", name, " of rank ", r, " has ", info.st_size,
-              " bytes of user ", info.st_uid, ", expected ", card.segment_bytes, " of user ", ::geteuid());
+              " bytes of user ", info.st_uid, ", expected ", card.segment_bytes + card.put_bytes, " of user ",
+              ::geteuid());
       link.theirs = Mapping(fd.get(), card.segment_bytes, name);
       const auto me = static_cast<std::size_t>(context_.rank);
       link.out = &link.theirs.inbox(me, ring_bytes_);
       link.out_ring = link.theirs.ring(me, ring_bytes_);
       link.in = &own_.inbox(static_cast<std::size_t>(r), ring_bytes_);
       link.in_ring = own_.ring(static_cast<std::size_t>(r), ring_bytes_);
+      if (card.put_bytes > 0) {
+        try {
+          link.their_put_memory = Mapping(fd.get(), card.put_bytes, name, card.segment_bytes, PROT_READ);
+          link.in->is_mapped.store(1, std::memory_order_release);
+        } catch (const Error& e) {
+          log_debug("put memory of rank ", r, " is not used: ", e.message());
+        }
+      }
       std::array<std::byte, 16> seen{};
       link.may_read =
           read_peer(link, seen.data(), card.probe_address, seen.size()) == 0 && seen == card.probe;
@@ -369,7 +487,8 @@ class ShmPath final : public DataPath {
  private:
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   std::size_t segment_bytes() const {
-    return inbox_offset(static_cast<std::size_t>(context_.num_ranks), ring_bytes_);
+    const std::size_t bytes = inbox_offset(static_cast<std::size_t>(context_.num_ranks), ring_bytes_);
+    return (bytes + kPage - 1) / kPage * kPage;
   }
 
   void make_segment() {
@@ -377,7 +496,7 @@ class ShmPath final : public DataPath {
     const Nonce nonce = random_nonce();
     std::memcpy(&number, nonce.data(), sizeof number);
     name_ = str("/sluice-", pid_namespace(), "-", ::getpid(), "-", number % 1000000000);
-    const net::Fd fd(::shm_open(name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    net::Fd fd(::shm_open(name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
     Require(fd.valid(), ErrorCode::kTransport, "cannot make the shared memory ", name_, ": ",
             std::strerror(errno));
     named_ = true;
@@ -395,6 +514,18 @@ class ShmPath final : public DataPath {
     s.magic = kMagic;
     s.ring_bytes = ring_bytes_;
     s.num_inboxes = static_cast<std::uint64_t>(context_.num_ranks);
+    // Without it puts go as well: a limit on addresses (ulimit -v) is the one reason known.
+    const auto memory = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)) * kPage;
+    const std::size_t put_bytes =
+        std::min(memory, kHostPutAddresses / static_cast<std::size_t>(context_.num_ranks)) / kPage * kPage;
+    try {
+      Mapping mapping(fd.get(), put_bytes, name_, segment_bytes());
+      Require(::ftruncate(fd.get(), static_cast<off_t>(segment_bytes() + put_bytes)) == 0,
+              ErrorCode::kTransport, "it cannot be made longer: ", std::strerror(errno));
+      put_memory_ = std::make_shared<MappedPutMemory>(std::move(fd), segment_bytes(), std::move(mapping));
+    } catch (const Error& e) {
+      log_debug("no put memory: ", e.message());
+    }
   }
   void unlink() noexcept {
     if (named_) ::shm_unlink(name_.c_str());
@@ -506,9 +637,11 @@ class ShmPath final : public DataPath {
       record.bytes = static_cast<std::int64_t>(put.source.size());
       if (!small) {
         record.address = reinterpret_cast<std::uintptr_t>(put.source.data());
+        record.place = put_memory_ ? put_memory_->place_of(put.source) : kNotThere;
         record.number = link.num_large;
         link.out->next_piece[link.num_large % kMaxLarge].store(0, std::memory_order_relaxed);
         link.large.push_back({.source = put.source,
+                              .in_put_memory = record.place != kNotThere,
                               .channel = put.channel,
                               .num_pieces = num_pieces(record.bytes),
                               .number = link.num_large++});
@@ -522,6 +655,10 @@ class ShmPath final : public DataPath {
     }
     while (link.staging < link.large.size() && !link.broken) {
       const LargeOut& out = link.large[link.staging];
+      if (out.in_put_memory && link.out->is_mapped.load(std::memory_order_relaxed) != 0) {
+        ++link.staging;  // the peer copies all of it
+        continue;
+      }
       std::byte* at = reserve(link, piece_bytes_);
       if (at == nullptr) break;
       std::atomic<std::uint32_t>& next = link.out->next_piece[out.number % kMaxLarge];
@@ -551,7 +688,7 @@ class ShmPath final : public DataPath {
 
   bool has_work(const Link& link) const {
     if (!link.stalled && link.in->tail.load(std::memory_order_seq_cst) != link.in_head) return true;
-    if (link.may_read && claimable(link) < link.open.size()) return true;
+    if (claimable(link) < link.open.size()) return true;
     if (link.large.empty() && link.queue.empty()) return false;
     if (link.out->num_large_landed.load(std::memory_order_seq_cst) > link.num_large - link.large.size())
       return true;
@@ -561,11 +698,12 @@ class ShmPath final : public DataPath {
                                  2 * (sizeof(Record) + std::max(piece_bytes_, kMaxSmallBytes));
   }
 
-  // The first arrival that has a piece nobody has claimed; one past the end: none.
+  // The first arrival that this side can read and that has a piece nobody has claimed; one past the end: none.
   static std::size_t claimable(const Link& link) {
     std::size_t i = 0;
-    while (i < link.open.size() && link.in->next_piece[link.open[i].number % kMaxLarge].load(
-                                       std::memory_order_relaxed) >= link.open[i].num_pieces)
+    while (i < link.open.size() && ((!link.may_read && link.open[i].mapped == nullptr) ||
+                                    link.in->next_piece[link.open[i].number % kMaxLarge].load(
+                                        std::memory_order_relaxed) >= link.open[i].num_pieces))
       ++i;
     return i;
   }
@@ -592,7 +730,7 @@ class ShmPath final : public DataPath {
       link.in->head.store(link.in_head, std::memory_order_release);
       moved = true;
     }
-    if (moved || link.broken || !link.may_read || stopped()) return moved;
+    if (moved || link.broken || stopped()) return moved;
     return pull(link);
   }
 
@@ -608,7 +746,10 @@ class ShmPath final : public DataPath {
             (small && record.bytes != record.payload_bytes) ||
             (!small &&
              (record.bytes == 0 || record.payload_bytes != 0 || record.number != link.num_large_in ||
-              link.num_large_in - link.num_large_landed >= kMaxLarge)) ||
+              link.num_large_in - link.num_large_landed >= kMaxLarge ||
+              (record.place != kNotThere && link.their_put_memory.valid() &&
+               (record.place > link.their_put_memory.size() ||
+                static_cast<std::uint64_t>(record.bytes) > link.their_put_memory.size() - record.place)))) ||
             record.channel >= wire::kMaxChannels || record.signal >= wire::kMaxSignals) {
           break_off(link, "announced a put in shared memory that makes no sense");
           return false;
@@ -629,6 +770,8 @@ class ShmPath final : public DataPath {
           if (record.payload_bytes > 0) std::memcpy(open.to, payload, record.payload_bytes);
         } else {
           open.address = record.address;
+          if (record.place != kNotThere && link.their_put_memory.valid())
+            open.mapped = link.their_put_memory.data() + record.place;
           open.number = link.num_large_in++;
           open.num_pieces = open.num_left = num_pieces(record.bytes);
         }
@@ -657,30 +800,48 @@ class ShmPath final : public DataPath {
     }
   }
 
-  // Reads one piece straight from the sender.
+  // Copies pieces straight from the sender.
   bool pull(Link& link) {
-    const std::size_t found = claimable(link);
-    if (found == link.open.size()) return false;
-    Open& open = link.open[found];
-    const std::uint32_t piece =
-        link.in->next_piece[open.number % kMaxLarge].fetch_add(1, std::memory_order_relaxed);
-    if (piece >= open.num_pieces) return true;
-    const std::size_t bytes = bytes_of_piece(open.arrival.bytes, piece);
-    if (open.to != nullptr) {
-      const int error =
-          read_peer(link, open.to + piece * piece_bytes_, open.address + piece * piece_bytes_, bytes);
-      // A source may be freed once its owner has stopped: what was read then is nothing.
-      const bool stopped = link.theirs.segment().stopped.load(std::memory_order_seq_cst) != 0;
-      if (error != 0 || stopped) {
-        link.broken = true;
-        landing_.lost(link.peer,
-                      stopped ? "it has left the group" : str("its memory: ", std::strerror(error)));
-        return false;
+    bool moved = false;
+    for (std::size_t cost = 0; cost < kPullBytes && !link.broken && !stopped();) {
+      const std::size_t found = claimable(link);
+      if (found == link.open.size()) break;
+      moved = true;
+      Open& open = link.open[found];
+      const bool is_mapped = open.mapped != nullptr;
+      const std::uint32_t most = is_mapped ? kMappedPieces : 1;
+      const std::uint32_t piece =
+          link.in->next_piece[open.number % kMaxLarge].fetch_add(most, std::memory_order_relaxed);
+      if (piece >= open.num_pieces) continue;
+      const std::uint32_t pieces = std::min(most, open.num_pieces - piece);
+      if (pieces > open.num_left) {
+        break_off(link, "has pieces of a put in shared memory claimed twice");
+        break;
       }
+      const std::size_t begin = piece * piece_bytes_;
+      const std::size_t bytes =
+          (pieces - 1) * piece_bytes_ + bytes_of_piece(open.arrival.bytes, piece + pieces - 1);
+      // What the sender may be staging is looked for sooner.
+      cost += is_mapped ? bytes : bytes * kMappedPieces;
+      if (open.to != nullptr) {
+        int error = 0;
+        if (is_mapped)
+          std::memcpy(open.to + begin, open.mapped + begin, bytes);
+        else
+          error = read_peer(link, open.to + begin, open.address + begin, bytes);
+        // A source may be freed once its owner has stopped: what was read then is nothing.
+        const bool has_stopped = link.theirs.segment().stopped.load(std::memory_order_seq_cst) != 0;
+        if (error != 0 || has_stopped) {
+          link.broken = true;
+          landing_.lost(link.peer,
+                        has_stopped ? "it has left the group" : str("its memory: ", std::strerror(error)));
+          break;
+        }
+      }
+      open.num_left -= pieces;
+      finish(link);
     }
-    --open.num_left;
-    finish(link);
-    return true;
+    return moved;
   }
 
   // Tells of arrivals in the order in which they were put.
@@ -703,6 +864,7 @@ class ShmPath final : public DataPath {
   std::string name_;
   bool named_ = false;
   Mapping own_;
+  std::shared_ptr<MappedPutMemory> put_memory_;  // null: there is none
   net::Fd bell_;
   sockaddr_un own_doorbell_{};
   socklen_t own_doorbell_bytes_ = 0;

@@ -105,6 +105,17 @@ struct LinkTime {
   Clock::time_point begin, end;
 };
 
+// Memory of this process that its peers can read where it lies, so that a large put from it is a single copy.
+// Thread-safety: any thread. May outlive the transport.
+class PutMemory {
+ public:
+  virtual ~PutMemory() = default;
+  // Zeroed, aligned to a page. Null when there is no room: puts from ordinary memory go as well.
+  virtual void* allocate(std::size_t bytes) noexcept = 0;
+  // bytes: as allocated. No put from it may be under way.
+  virtual void deallocate(void* memory, std::size_t bytes) noexcept = 0;
+};
+
 class Transport;
 // A group after a loss.
 struct Survivors {
@@ -133,6 +144,8 @@ class Transport {
   // expected. Throws kInvalidArgument if one lies outside its window.
   virtual void expect(std::span<const Expect> expects) = 0;
   virtual void put(const Put& put) = 0;
+  // Where put sources best lie; null: no memory is better than other.
+  virtual std::shared_ptr<PutMemory> put_memory() { return nullptr; }
   // Of the last put, for timelines; none where the backend cannot tell.
   virtual std::optional<LinkTime> last_link_time() const { return {}; }
   // Moves things along without blocking. True if anything happened.

@@ -2,6 +2,10 @@
 // window, a put is a send with the same tag, which names the sender, the channel and the signal; UCP matches those of one
 // tag in the order in which they were posted. So rows go from where they lie to where they belong by whatever way UCP has.
 //
+// To ranks of other hosts endpoints handle errors themselves. UCP 1.13 that is asked for it has only loopback TCP to ranks of
+// the same host; so for those it is not asked, and takes shared memory and reads from process to process. That one of them
+// died is what its control connection says (group_watch.hpp).
+//
 // A module that is loaded on demand, like the MPI transport.
 #include <ucp/api/ucp.h>
 
@@ -13,7 +17,9 @@
 #include <thread>
 #include <unordered_map>
 
+#include "sluice/base/hash.hpp"
 #include "sluice/comm/data_path.hpp"
+#include "sluice/comm/host.hpp"
 
 namespace sluice::comm {
 namespace {
@@ -30,7 +36,8 @@ class UcxPath final : public DataPath {
   explicit UcxPath(const PathContext& context)
       : context_(context),
         landing_(*context.landing),
-        endpoints_(static_cast<std::size_t>(context.num_ranks), nullptr) {
+        endpoints_(static_cast<std::size_t>(context.num_ranks), nullptr),
+        handles_errors_(static_cast<std::size_t>(context.num_ranks), true) {
     ucp_params_t params{};
     params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
     params.features = UCP_FEATURE_TAG | UCP_FEATURE_WAKEUP;
@@ -61,7 +68,9 @@ class UcxPath final : public DataPath {
     ucp_address_t* address = nullptr;
     std::size_t bytes = 0;
     check(ucp_worker_get_address(worker_, &address, &bytes), "ucp_worker_get_address");
-    std::string out(reinterpret_cast<const char*>(address), bytes);
+    const std::uint64_t host = own_host();
+    std::string out(reinterpret_cast<const char*>(&host), sizeof host);
+    out.append(reinterpret_cast<const char*>(address), bytes);
     ucp_worker_release_address(worker_, address);
     return out;
   }
@@ -72,12 +81,16 @@ class UcxPath final : public DataPath {
     for (const std::int32_t r : peers) {
       peers_.push_back({this, r});
       const std::string& card = cards[static_cast<std::size_t>(r)];
-      Require(!card.empty(), ErrorCode::kTransport, "rank ", r, " gave no address of UCX");
+      std::uint64_t host = 0;
+      Require(card.size() > sizeof host, ErrorCode::kTransport, "rank ", r, " gave no address of UCX");
+      std::memcpy(&host, card.data(), sizeof host);
+      const bool handles_errors = host != own_host();
+      handles_errors_[static_cast<std::size_t>(r)] = handles_errors;
       ucp_ep_params_t params{};
       params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                           UCP_EP_PARAM_FIELD_ERR_HANDLER;
-      params.address = reinterpret_cast<const ucp_address_t*>(card.data());
-      params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+      params.address = reinterpret_cast<const ucp_address_t*>(card.data() + sizeof host);
+      params.err_mode = handles_errors ? UCP_ERR_HANDLING_MODE_PEER : UCP_ERR_HANDLING_MODE_NONE;
       params.err_handler.cb = [](void* arg, ucp_ep_h, ucs_status_t status) {
         const auto& peer = *static_cast<const Peer*>(arg);
         peer.path->landing_.lost(peer.rank, ucs_status_string(status));
@@ -138,10 +151,11 @@ class UcxPath final : public DataPath {
 
   bool progress() override {
     if (stopped()) return false;
+    // A part of a put that moved counts: who waits for the rest does not sleep between parts.
     const std::uint64_t before = num_done_;
-    for (int i = 0; i < 64 && ucp_worker_progress(worker_) != 0 && !stopped(); ++i) {
-    }
-    return num_done_ != before;
+    int moved = 0;
+    while (moved < 64 && ucp_worker_progress(worker_) != 0 && !stopped()) ++moved;
+    return moved > 0 || num_done_ != before;
   }
 
   void forget(std::span<std::byte>) override {
@@ -182,6 +196,10 @@ class UcxPath final : public DataPath {
   static std::uint64_t tag(std::int32_t from, std::uint32_t channel, std::uint32_t signal) {
     return static_cast<std::uint64_t>(from) << (kChannelBits + kSignalBits) |
            static_cast<std::uint64_t>(channel) << kSignalBits | signal;
+  }
+  static std::uint64_t own_host() {
+    static const std::uint64_t host = Hasher().add_text(host_identity()).value();
+    return host;
   }
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   Operation* take() {
@@ -256,8 +274,10 @@ class UcxPath final : public DataPath {
       if (operation->busy && operation->request != nullptr && !operation->is_send)
         ucp_request_cancel(worker_, operation->request);
     std::vector<void*> closing;
-    for (ucp_ep_h& ep : endpoints_) {
-      if (ep == nullptr) continue;
+    for (std::size_t r = 0; r < endpoints_.size(); ++r) {
+      ucp_ep_h& ep = endpoints_[r];
+      // One without errors cannot be closed by force; it goes with the worker.
+      if (ep == nullptr || !handles_errors_[r]) continue;
       ucp_request_param_t param{};
       param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
       param.flags = UCP_EP_CLOSE_FLAG_FORCE;
@@ -287,7 +307,8 @@ class UcxPath final : public DataPath {
   ucp_worker_h worker_ = nullptr;
   int event_fd_ = -1;
   std::vector<Peer> peers_;
-  std::vector<ucp_ep_h> endpoints_;  // [num_ranks]
+  std::vector<ucp_ep_h> endpoints_;   // [num_ranks]
+  std::vector<bool> handles_errors_;  // [num_ranks]
   std::vector<std::unique_ptr<Operation>> pool_;
   std::vector<Operation*> spare_;
   std::unordered_map<std::uint64_t, std::deque<Operation*>> incoming_;  // by tag, in the order of the puts

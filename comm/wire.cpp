@@ -10,7 +10,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "messages are written as they lie in memory");
 
 // The last digits are the version of everything in wire.hpp.
-constexpr std::uint64_t kMagic = 0x3130'3145'4349'554cull;  // "LUICE101"
+constexpr std::uint64_t kMagic = 0x3230'3145'4349'554cull;  // "LUICE102"
 constexpr std::uint32_t kDataMagic = 0x31304453;            // "SD01"
 
 class Writer {
@@ -208,6 +208,7 @@ std::string encode(const Card& m) {
                         .add_text(m.host, 256)
                         .add_text(m.host_id, 1024)
                         .add(m.pid)
+                        .add_text(m.place, 256)
                         .add_text(m.address, 256)
                         .add(m.port)
                         .add_text(m.path, kMaxValueBytes / 2)
@@ -220,6 +221,7 @@ std::optional<Card> parse_card(std::string_view bytes) {
   m.host = r.get_text(256);
   m.host_id = r.get_text(1024);
   m.pid = r.get<std::int64_t>();
+  m.place = r.get_text(256);
   m.address = r.get_text(256);
   m.port = r.get<std::uint16_t>();
   m.path = r.get_text(kMaxValueBytes / 2);

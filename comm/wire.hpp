@@ -112,6 +112,7 @@ struct Card {
   std::string host;     // name, for people
   std::string host_id;  // equal where processes can share memory and reach each other over loopback
   std::int64_t pid = 0;
+  std::string place;    // where on its host it may run, for people: "cores 0-3, NUMA node 0"
   std::string address;  // of its listener
   std::uint16_t port = 0;
   std::string path;  // of its data paths, for their peers

@@ -7,8 +7,10 @@ packages=(
   g++ cmake ninja-build make git ca-certificates    # build
   libtomlplusplus-dev libcli11-dev nlohmann-json3-dev  # configuration, command line, JSON
   libboost1.81-dev libssl-dev                       # transport tcp, rendezvous
+  libhwloc-dev                                      # what hosts have
   libopenmpi-dev openmpi-bin                        # transport mpi
   libucx-dev                                        # transport ucx
+  ucx-utils                                         # baseline of the link benchmark
   libgtest-dev python3 python3-numpy                # tests
   libopenblas-dev libdnnl-dev                       # baselines of the benchmarks
 )

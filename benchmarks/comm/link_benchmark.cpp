@@ -1,38 +1,42 @@
-// What a link does through a transport, beside the raw way of the same run: latency of 8 B and bandwidth from 4 KiB to
-// 64 MiB between ranks 0 and 1, medians over interleaved repetitions.
+// What a transport does, beside the raw way over the same wire in the same run: latency of 8 B and bandwidth from 4 KiB to
+// 64 MiB between ranks 0 and 1; then what signals, small puts and collectives cost over all ranks.
 //
-//   link_benchmark local                                   ranks are threads
-//   sluice launch -n 2 -- link_benchmark shm|tcp [--json]
-//   mpirun -n 2 link_benchmark mpi [--json]
+//   link_benchmark local [RANKS]                                          ranks are threads
+//   sluice launch -n 2 -- link_benchmark shm|tcp|ucx|shm+tcp|shm+ucx
+//   mpirun -n 2 link_benchmark mpi
+//     --json             one document
+//     --repetitions N    15; after one that is not counted
 //
-// Raw: for local and shm one thread's memcpy between buffers as large as the transport's; for all others a plain blocking
-// socket over loopback (TCP_NODELAY, one write and one read loop), made by the ranks themselves.
-#include <arpa/inet.h>
-#include <netinet/tcp.h>
-#include <sys/socket.h>
+// Raw: for local and what goes through shared memory one thread's memcpy between buffers of the same sizes; a plain
+// blocking socket for tcp; ucx_perftest for ucx; MPI's own calls for mpi. A repetition measures every size, the transport
+// and the raw way in turn; figures are medians over repetitions, a ratio is the median of the repetitions' ratios. Messages
+// follow each other through buffers of 64 MiB, but beside ucx_perftest, which sends one buffer again and again. Sources lie
+// in the transport's put memory where it has such. What arrives is checked at its last byte once a repetition.
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "raw_link.hpp"
+#include "sluice/base/grow_array.hpp"
 #include "sluice/comm/collectives.hpp"
 #include "sluice/comm/transport.hpp"
 
+namespace sluice::bench {
 namespace {
 
-using namespace sluice;
 using namespace sluice::comm;
 
 constexpr std::uint32_t kChannel = 1;
-constexpr std::size_t kWindowBytes = std::size_t{64} << 20;
-constexpr std::size_t kBytesARepetition = std::size_t{64} << 20;  // at most; small messages fewer
+constexpr std::size_t kBufferBytes = std::size_t{64} << 20;
+constexpr std::size_t kBytesARepetition = std::size_t{64} << 20;  // of a size; small messages fewer
 constexpr std::size_t kMaxMessages = 2048;
-constexpr int kRepetitions = 15;
 constexpr int kPings = 500;
 
 struct Spread {
@@ -44,154 +48,83 @@ Spread spread_of(std::vector<double> values) {
     return v[v.size() / 2];
   };
   Spread out;
+  if (values.empty()) return out;
   out.median = median(values);
   for (double& v : values) v = std::fabs(v - out.median);
   out.mad = median(values);
   return out;
 }
 
-void check(bool ok, const char* what) {
-  Require(ok, ErrorCode::kTransport, what, " failed: ", std::strerror(errno));
-}
-
-// A plain connection between ranks 0 and 1.
-class Socket {
+// Source and window of a rank, over one life of its transport.
+class Endpoint {
  public:
-  Socket(Collectives& collectives, std::int32_t me) {
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    int listener = -1;
-    std::int64_t port = 0;
-    if (me == 1) {
-      listener = ::socket(AF_INET, SOCK_STREAM, 0);
-      check(::bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 && ::listen(listener, 1) == 0,
-            "listen");
-      check(::getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size) == 0, "getsockname");
-      port = ntohs(address.sin_port);
-    }
-    std::vector<std::int64_t> ports(static_cast<std::size_t>(collectives.transport().num_ranks()));
-    collectives.all_gather({&port, 1}, ports, "port").throw_if_error();
-    if (me == 1) {
-      fd_ = ::accept(listener, nullptr, nullptr);
-      ::close(listener);
-      check(fd_ >= 0, "accept");
-    } else if (me == 0) {
-      address.sin_port = htons(static_cast<std::uint16_t>(ports[1]));
-      fd_ = ::socket(AF_INET, SOCK_STREAM, 0);
-      check(::connect(fd_, reinterpret_cast<sockaddr*>(&address), size) == 0, "connect");
-    }
-    const int on = 1;
-    if (fd_ >= 0) setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  }
-  ~Socket() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  Socket(const Socket&) = delete;
-  Socket& operator=(const Socket&) = delete;
-  void write(const std::byte* data, std::size_t bytes) {
-    while (bytes > 0) {
-      const ssize_t n = ::send(fd_, data, bytes, MSG_NOSIGNAL);
-      check(n > 0, "send");
-      data += n;
-      bytes -= static_cast<std::size_t>(n);
-    }
-  }
-  void read(std::byte* data, std::size_t bytes) {
-    while (bytes > 0) {
-      const ssize_t n = ::recv(fd_, data, bytes, 0);
-      check(n > 0, "recv");
-      data += n;
-      bytes -= static_cast<std::size_t>(n);
-    }
-  }
-
- private:
-  int fd_ = -1;
-};
-
-class Bench {
- public:
-  explicit Bench(Transport& transport)
-      : t_(transport),
-        collectives_(transport),
-        me_(t_.rank().value),
-        window_(kWindowBytes),
-        source_(kWindowBytes) {
+  explicit Endpoint(std::unique_ptr<Transport> transport)
+      : transport_(std::move(transport)), t_(*transport_), collectives_(t_), me_(t_.rank().value) {
+    window_.assign(kBufferBytes, std::byte{0});
+    ordinary_.assign(kBufferBytes, std::byte{1});
+    Require(t_.num_ranks() >= 2, ErrorCode::kInvalidConfig, "run at least two ranks");
     t_.set_timeout(std::chrono::seconds(60));
     t_.open_channel(kChannel, 1, 1);
     t_.set_window(kChannel, 0, window_);
+    put_memory_ = t_.put_memory();
+    void* memory = put_memory_ ? put_memory_->allocate(kBufferBytes) : nullptr;
+    in_put_memory_ = memory != nullptr;
+    source_ = in_put_memory_ ? std::span(static_cast<std::byte*>(memory), kBufferBytes)
+                             : std::span<std::byte>(ordinary_);
     std::memset(source_.data(), 1, source_.size());
-    raw_is_memcpy_ = t_.name() == "local" || t_.name() == "shm";
-    if (!raw_is_memcpy_) socket_ = std::make_unique<Socket>(collectives_, me_);
   }
-  ~Bench() { t_.set_window(kChannel, 0, {}); }
-
-  void run(bool json) {
-    std::string rows;
-    if (me_ == 0 && !json)
-      std::printf("%s beside %s\n%12s %14s %10s %14s %10s %8s\n", std::string(t_.name()).c_str(), raw_name(),
-                  "bytes", "transport", "mad", "raw", "mad", "ratio");
-    // Latency, microseconds one way. Memory has none to compare with.
-    {
-      std::vector<double> ours, raw;
-      for (int i = 0; i < kRepetitions + 2; ++i) {
-        const double a = timed([&] { ping(); }) / (2 * kPings);
-        const double b = raw_is_memcpy_ ? 0 : timed([&] { raw_ping(); }) / (2 * kPings);
-        if (i < 2) continue;
-        ours.push_back(a);
-        raw.push_back(b);
-      }
-      report(rows, json, "latency_us", 8, spread_of(ours), spread_of(raw));
-    }
-    for (std::size_t bytes = 4096; bytes <= kWindowBytes; bytes *= 4) {
-      const std::size_t count = std::clamp<std::size_t>(kBytesARepetition / bytes, 1, kMaxMessages);
-      const double total = static_cast<double>(bytes * count);
-      std::vector<double> ours, raw;
-      for (int i = 0; i < kRepetitions + 2; ++i) {
-        const double a = total / timed([&] { stream(bytes, count); });
-        const double b = total / timed([&] { raw_stream(bytes, count); });
-        if (i < 2) continue;
-        ours.push_back(a / 1e3);  // GB/s
-        raw.push_back(b / 1e3);
-      }
-      report(rows, json, "gb_per_s", bytes, spread_of(ours), spread_of(raw));
-    }
-    if (me_ == 0 && json)
-      std::printf("{\"transport\": \"%s\", \"raw\": \"%s\", \"rows\": [%s]}\n",
-                  std::string(t_.name()).c_str(), raw_name(), rows.c_str());
+  ~Endpoint() {
+    t_.set_window(kChannel, 0, {});
+    if (in_put_memory_) put_memory_->deallocate(source_.data(), source_.size());
   }
+  Endpoint(const Endpoint&) = delete;
+  Endpoint& operator=(const Endpoint&) = delete;
 
- private:
-  const char* raw_name() const { return raw_is_memcpy_ ? "memcpy of one thread" : "a plain socket"; }
+  Transport& transport() { return t_; }
+  Collectives& collectives() { return collectives_; }
+  bool in_put_memory() const { return in_put_memory_; }
+  RawBuffers buffers() { return {.source = ordinary_, .sink = window_}; }
 
-  // Microseconds at rank 0.
-  template <typename Body>
-  double timed(Body body) {
+  // Microseconds at this rank.
+  double timed(const std::function<void()>& body) {
     collectives_.barrier("start").throw_if_error();
     const auto begin = Clock::now();
     body();
     return to_us(Clock::now() - begin);
   }
 
-  void report(std::string& rows, bool json, const char* what, std::size_t bytes, Spread ours, Spread raw) {
-    if (me_ != 0) return;
-    const bool is_latency = std::strcmp(what, "latency_us") == 0;
-    const double ratio = raw.median == 0 ? 0
-                         : is_latency    ? raw.median / ours.median
-                                         : ours.median / raw.median;
-    if (json)
-      rows += str(rows.empty() ? "" : ", ", "{\"what\": \"", what, "\", \"bytes\": ", bytes,
-                  ", \"median\": ", ours.median, ", \"mad\": ", ours.mad, ", \"raw\": ", raw.median,
-                  ", \"raw_mad\": ", raw.mad, ", \"ratio\": ", ratio, "}");
-    else
-      std::printf("%12zu %10.3f %s %10.3f %9.3f %s %10.3f %7.2fx\n", bytes, ours.median,
-                  is_latency ? "us  " : "GB/s", ours.mad, raw.median, is_latency ? "us  " : "GB/s", raw.mad,
-                  ratio);
-    std::fflush(stdout);
+  // There and back.
+  void ping(int pings, std::size_t bytes) {
+    for (int i = 0; i < pings && me_ <= 1; ++i) {
+      expect(1 - me_, 0, bytes);
+      if (me_ == 0) put(1, 0, bytes);
+      wait(1);
+      if (me_ == 1) put(0, 0, bytes);
+    }
   }
 
+  // Rank 0 puts to rank 1, which says when all is there.
+  void stream(std::size_t bytes, std::size_t count, bool one_place) {
+    const auto at = [&](std::size_t i) { return one_place ? 0 : i * bytes % kBufferBytes; };
+    const std::size_t last = at(count - 1) + bytes - 1;
+    if (me_ == 1) {
+      window_[last] = std::byte{0};
+      for (std::size_t i = 0; i < count; ++i) expect(0, at(i), bytes);
+      put(0, 0, 0);
+      wait(count);
+      Require(window_[last] == std::byte{1}, ErrorCode::kInternal, "wrong bytes of ", bytes);
+      put(0, 0, 0);
+    } else if (me_ == 0) {
+      expect(1, 0, 0);
+      expect(1, 0, 0);
+      wait(1);
+      for (std::size_t i = 0; i < count; ++i) put(1, at(i), bytes);
+      wait(1);
+      t_.wait_for_puts(kChannel, num_puts_).throw_if_error();
+    }
+  }
+
+ private:
   void expect(std::int32_t from, std::size_t offset, std::size_t bytes) {
     const Expect e{.peer = RankId(from),
                    .channel = kChannel,
@@ -206,7 +139,7 @@ class Bench {
             .channel = kChannel,
             .window = 0,
             .offset_bytes = static_cast<std::int64_t>(offset),
-            .source = std::span(source_).subspan(offset, bytes),
+            .source = source_.subspan(offset, bytes),
             .signal = 0});
     ++num_puts_;
   }
@@ -215,95 +148,221 @@ class Bench {
     t_.wait({.channel = kChannel, .signal = 0, .value = num_signals_, .phase = "bench"}).throw_if_error();
   }
 
-  void ping() {
-    if (me_ > 1) return;
-    for (int i = 0; i < kPings; ++i) {
-      expect(1 - me_, 0, 8);
-      if (me_ == 0) put(1, 0, 8);
-      wait(1);
-      if (me_ == 1) put(0, 0, 8);
-    }
-  }
-  void raw_ping() {
-    if (me_ > 1) return;
-    for (int i = 0; i < kPings; ++i) {
-      if (me_ == 0) socket_->write(source_.data(), 8);
-      socket_->read(window_.data(), 8);
-      if (me_ == 1) socket_->write(source_.data(), 8);
-    }
-  }
-
-  // Rank 0 sends, rank 1 says when all is there.
-  void stream(std::size_t bytes, std::size_t count) {
-    if (me_ > 1) return;
-    if (me_ == 1) {
-      for (std::size_t i = 0; i < count; ++i) expect(0, i * bytes % kWindowBytes, bytes);
-      put(0, 0, 0);
-      wait(count);
-      Require(window_[(count - 1) * bytes % kWindowBytes] == std::byte{1}, ErrorCode::kInternal,
-              "wrong bytes");
-      put(0, 0, 0);
-    } else {
-      expect(1, 0, 0);
-      expect(1, 0, 0);
-      wait(1);
-      for (std::size_t i = 0; i < count; ++i) put(1, i * bytes % kWindowBytes, bytes);
-      wait(1);
-      t_.wait_for_puts(kChannel, num_puts_).throw_if_error();
-    }
-  }
-  void raw_stream(std::size_t bytes, std::size_t count) {
-    if (me_ > 1) return;
-    if (raw_is_memcpy_) {
-      // Rank 1 is at rest, as the one thread of the baseline wants it.
-      if (me_ == 0)
-        for (std::size_t i = 0; i < count; ++i)
-          std::memcpy(window_.data() + i * bytes % kWindowBytes, source_.data() + i * bytes % kWindowBytes,
-                      bytes);
-      return;
-    }
-    for (std::size_t i = 0; i < count; ++i) {
-      if (me_ == 0) socket_->write(source_.data() + i * bytes % kWindowBytes, bytes);
-      if (me_ == 1) socket_->read(window_.data() + i * bytes % kWindowBytes, bytes);
-    }
-    if (me_ == 1) socket_->write(source_.data(), 1);
-    if (me_ == 0) socket_->read(window_.data(), 1);
-  }
-
+  std::unique_ptr<Transport> transport_;
   Transport& t_;
   Collectives collectives_;
   std::int32_t me_;
-  std::vector<std::byte> window_, source_;
-  std::unique_ptr<Socket> socket_;
-  bool raw_is_memcpy_ = false;
+  GrowArray<std::byte> window_, ordinary_;
+  std::shared_ptr<PutMemory> put_memory_;
+  bool in_put_memory_ = false;
+  std::span<std::byte> source_;
   std::uint64_t num_signals_ = 0, num_puts_ = 0;
 };
 
-}  // namespace
+std::unique_ptr<RawLink> make_raw(const std::string& name, Endpoint& endpoint) {
+  if (name == "tcp") return make_raw_socket(endpoint.collectives(), endpoint.buffers());
+  if (name == "ucx") return make_raw_ucx_perftest(endpoint.collectives());
+  if (name == "mpi") {
+    auto raw = make_raw_mpi(endpoint.buffers());
+    Require(raw != nullptr, ErrorCode::kNotSupported, "this benchmark was built without MPI");
+    return raw;
+  }
+  return make_raw_memcpy(endpoint.collectives(), endpoint.buffers());
+}
 
-int main(int argc, char** argv) {
-  const std::string name = argc > 1 ? argv[1] : "";
-  const bool json = argc > 2 && std::string(argv[2]) == "--json";
-  if (name.empty() || argc > 3 || (argc == 3 && !json)) {
+struct Options {
+  std::string name;
+  bool json = false;
+  int repetitions = 15;
+  int threads = 2;  // of local
+};
+
+// One size: the transport's and the raw way's figures of each repetition; latencies in microseconds, the rest in GB/s.
+struct Line {
+  std::size_t bytes = 0;
+  bool is_latency = false;
+  std::vector<double> ours, raw, ratios;
+};
+// Costs without a raw way, microseconds.
+struct Cost {
+  std::string what;
+  double scale = 1;
+  std::function<void(Endpoint&)> body;
+  std::vector<double> us;
+};
+
+std::vector<Cost> make_costs() {
+  std::vector<Cost> out;
+  out.push_back({"an empty put, one way", 1.0 / 200, [](Endpoint& e) { e.ping(100, 0); }, {}});
+  out.push_back(
+      {"a put of 64 B, one of 1000", 1.0 / 1000, [](Endpoint& e) { e.stream(64, 1000, false); }, {}});
+  out.push_back({"barrier",
+                 1.0 / 50,
+                 [](Endpoint& e) {
+                   for (int i = 0; i < 50; ++i) e.collectives().barrier("barrier").throw_if_error();
+                 },
+                 {}});
+  out.push_back({"all_gather of 64 int64",
+                 1.0 / 50,
+                 [](Endpoint& e) {
+                   const auto n = static_cast<std::size_t>(e.transport().num_ranks());
+                   const std::vector<std::int64_t> mine(64, e.transport().rank().value);
+                   std::vector<std::int64_t> all(64 * n, -1);
+                   for (int i = 0; i < 50; ++i)
+                     e.collectives().all_gather(mine, all, "gather").throw_if_error();
+                   Require(all[64 * n - 1] == static_cast<std::int64_t>(n) - 1, ErrorCode::kInternal,
+                           "gathered ", all[64 * n - 1]);
+                 },
+                 {}});
+  out.push_back({"all_reduce_sum of 1 Mi f32",
+                 1,
+                 [](Endpoint& e) {
+                   std::vector<float> sum(1 << 20, 1.0f);
+                   e.collectives().all_reduce_sum(std::span(sum), "sum").throw_if_error();
+                   Require(sum[12345] == static_cast<float>(e.transport().num_ranks()), ErrorCode::kInternal,
+                           "wrong sum ", sum[12345]);
+                 },
+                 {}});
+  return out;
+}
+
+void print(const Options& o, const std::string& raw_name, bool one_place, bool in_put_memory, int num_ranks,
+           const std::vector<Line>& lines, const std::vector<Cost>& costs) {
+  std::string rows, others;
+  if (!o.json)
+    std::printf("%s beside %s, %d ranks%s%s\n%12s %14s %9s %14s %9s %8s\n", o.name.c_str(), raw_name.c_str(),
+                num_ranks, one_place ? ", one buffer again and again" : "",
+                in_put_memory ? ", sources in put memory" : "", "bytes", "transport", "mad", "raw", "mad",
+                "ratio");
+  for (const Line& line : lines) {
+    const Spread ours = spread_of(line.ours), raw = spread_of(line.raw), ratio = spread_of(line.ratios);
+    const char* unit = line.is_latency ? "us" : "GB/s";
+    if (o.json)
+      rows += str(rows.empty() ? "" : ", ", "{\"what\": \"", line.is_latency ? "latency_us" : "gb_per_s",
+                  "\", \"bytes\": ", line.bytes, ", \"median\": ", ours.median, ", \"mad\": ", ours.mad,
+                  ", \"raw\": ", raw.median, ", \"raw_mad\": ", raw.mad, ", \"ratio\": ", ratio.median,
+                  ", \"ratio_mad\": ", ratio.mad, "}");
+    else if (line.raw.empty())
+      std::printf("%12zu %9.3f %-4s %9.3f %14s %9s %8s\n", line.bytes, ours.median, unit, ours.mad, "-", "-",
+                  "-");
+    else
+      std::printf("%12zu %9.3f %-4s %9.3f %9.3f %-4s %9.3f %7.2fx\n", line.bytes, ours.median, unit, ours.mad,
+                  raw.median, unit, raw.mad, ratio.median);
+  }
+  for (const Cost& cost : costs) {
+    const Spread us = spread_of(cost.us);
+    if (o.json)
+      others += str(others.empty() ? "" : ", ", "{\"what\": \"", cost.what, "\", \"us\": ", us.median,
+                    ", \"mad\": ", us.mad, "}");
+    else
+      std::printf("%-32s %9.3f us   %9.3f\n", cost.what.c_str(), us.median, us.mad);
+  }
+  if (o.json)
+    std::printf(
+        "{\"transport\": \"%s\", \"raw\": \"%s\", \"ranks\": %d, \"one_place\": %s, \"put_memory\": %s, "
+        "\"repetitions\": %d, \"rows\": [%s], \"costs\": [%s]}\n",
+        o.name.c_str(), raw_name.c_str(), num_ranks, one_place ? "true" : "false",
+        in_put_memory ? "true" : "false", o.repetitions, rows.c_str(), others.c_str());
+  std::fflush(stdout);
+}
+
+// make: the transport of this rank, as often as wanted.
+void run_rank(const Options& o, const std::function<std::unique_ptr<Transport>()>& make) {
+  auto endpoint = std::make_unique<Endpoint>(make());
+  std::unique_ptr<RawLink> raw = make_raw(o.name, *endpoint);
+  // Of a raw link that may not run beside a transport: buffers of its own, as large.
+  GrowArray<std::byte> source, sink;
+  if (raw->needs_all()) {
+    source.assign(kBufferBytes, std::byte{1});
+    sink.assign(kBufferBytes, std::byte{0});
+    raw = make_raw_mpi({source, sink});
+  }
+  const std::string raw_name = raw->name();
+  const bool one_place = raw->one_place(), in_put_memory = endpoint->in_put_memory();
+  const int num_ranks = endpoint->transport().num_ranks();
+  const bool measures = endpoint->transport().rank().value == 0;
+
+  std::vector<Line> lines = {{8, true, {}, {}, {}}};
+  for (std::size_t bytes = 4096; bytes <= kBufferBytes; bytes *= 4)
+    lines.push_back({bytes, false, {}, {}, {}});
+  std::vector<Cost> costs = make_costs();
+  const auto count_of = [](const Line& line) {
+    return std::clamp<std::size_t>(kBytesARepetition / line.bytes, 1, kMaxMessages);
+  };
+  const auto figure = [&](const Line& line, double us) {
+    return line.is_latency ? us : static_cast<double>(line.bytes * count_of(line)) / us / 1e3;
+  };
+  for (int repetition = -1; repetition < o.repetitions; ++repetition) {
+    const bool counts = repetition >= 0;
+    const auto measure_raw = [&](Line& line) {
+      const double us = line.is_latency ? raw->ping_us(kPings) : raw->stream_us(line.bytes, count_of(line));
+      if (counts && us > 0) line.raw.push_back(figure(line, us));
+    };
+    for (Line& line : lines) {
+      const double us =
+          line.is_latency ? endpoint->timed([&] { endpoint->ping(kPings, line.bytes); }) / (2 * kPings)
+                          : endpoint->timed([&] { endpoint->stream(line.bytes, count_of(line), one_place); });
+      if (counts) line.ours.push_back(figure(line, us));
+      if (!raw->needs_all()) measure_raw(line);
+    }
+    for (Cost& cost : costs) {
+      const double us = endpoint->timed([&] { cost.body(*endpoint); }) * cost.scale;
+      if (counts) cost.us.push_back(us);
+    }
+    if (raw->needs_all()) {
+      endpoint.reset();
+      for (Line& line : lines) measure_raw(line);
+      if (repetition + 1 < o.repetitions) endpoint = std::make_unique<Endpoint>(make());
+    }
+  }
+  for (Line& line : lines)
+    for (std::size_t i = 0; i < line.raw.size(); ++i)
+      line.ratios.push_back(line.is_latency ? line.raw[i] / line.ours[i] : line.ours[i] / line.raw[i]);
+  if (measures) print(o, raw_name, one_place, in_put_memory, num_ranks, lines, costs);
+}
+
+int run(int argc, char** argv) {
+  Options o;
+  bool ok = argc > 1;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--json")
+      o.json = true;
+    else if (word == "--repetitions" && i + 1 < argc)
+      o.repetitions = std::atoi(argv[++i]);
+    else if (o.name.empty() && word[0] != '-')
+      o.name = word;
+    else if (o.name == "local" && std::atoi(argv[i]) > 0)
+      o.threads = std::atoi(argv[i]);
+    else
+      ok = false;
+  }
+  if (!ok || o.name.empty() || o.repetitions < 1 || o.threads < 2) {
     std::fprintf(stderr,
-                 "usage: link_benchmark local [--json]\n"
-                 "       sluice launch -n 2 -- link_benchmark shm|tcp [--json]\n"
-                 "       mpirun -n 2 link_benchmark mpi [--json]\n");
+                 "usage: link_benchmark local [RANKS] [--json] [--repetitions N]\n"
+                 "       sluice launch -n 2 -- link_benchmark shm|tcp|ucx|shm+tcp|shm+ucx ...\n"
+                 "       mpirun -n 2 link_benchmark mpi ...\n");
     return 2;
   }
   try {
-    if (name == "local") {
-      auto transports = make_local_group(Topology::uniform(2, 1));
-      std::vector<std::thread> threads;
-      for (auto& t : transports) threads.emplace_back([&t, json] { Bench(*t).run(json); });
-      for (auto& thread : threads) thread.join();
-    } else {
-      const auto transport = load_transport(name, nullptr);
-      Require(transport->num_ranks() >= 2, ErrorCode::kInvalidConfig, "run two ranks");
-      Bench(*transport).run(json);
+    if (o.name != "local") {
+      run_rank(o, [&] { return load_transport(o.name, nullptr); });
+      return 0;
     }
+    auto transports = make_local_group(Topology::uniform(o.threads, 1));
+    std::vector<std::thread> threads;
+    for (auto& t : transports) threads.emplace_back([&o, &t] { run_rank(o, [&t] { return std::move(t); }); });
+    for (auto& thread : threads) thread.join();
   } catch (const Error& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;
   }
+  return 0;
+}
+
+}  // namespace
+}  // namespace sluice::bench
+
+int main(int argc, char** argv) {
+  return sluice::bench::run(argc, argv);
 }

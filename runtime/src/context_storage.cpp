@@ -18,8 +18,14 @@ void RowBuffer::resize(std::int64_t rows, std::int64_t cols, DType dtype) {
   if (bytes > capacity_bytes_) {
     const std::size_t capacity = std::max(bytes, capacity_bytes_ + capacity_bytes_ / 2);
     release();
-    void* memory = allocator_.allocate ? allocator_.allocate(capacity, kAlignment, allocator_.user)
-                                       : ::operator new(capacity, std::align_val_t(kAlignment), std::nothrow);
+    void* memory = nullptr;
+    if (allocator_.allocate)
+      memory = allocator_.allocate(capacity, kAlignment, allocator_.user);
+    else if (put_memory_)
+      memory = put_memory_->allocate(capacity);
+    in_put_memory_ = !allocator_.allocate && memory != nullptr;
+    if (!allocator_.allocate && memory == nullptr)
+      memory = ::operator new(capacity, std::align_val_t(kAlignment), std::nothrow);
     Require(memory != nullptr, ErrorCode::kOutOfMemory, "context buffer of ", capacity, " bytes");
     data_ = static_cast<std::byte*>(memory);
     capacity_bytes_ = capacity;
@@ -33,6 +39,8 @@ void RowBuffer::release() {
   if (!data_) return;
   if (allocator_.allocate) {
     if (allocator_.deallocate) allocator_.deallocate(data_, capacity_bytes_, kAlignment, allocator_.user);
+  } else if (in_put_memory_) {
+    put_memory_->deallocate(data_, capacity_bytes_);
   } else {
     ::operator delete(data_, std::align_val_t(kAlignment));
   }
@@ -43,10 +51,13 @@ void RowBuffer::release() {
 ContextStorage::ContextStorage() : pass(std::make_unique<PassSlot>()) {}
 ContextStorage::~ContextStorage() = default;
 
-void ContextStorage::set_allocator(const Allocator& allocator) {
+void ContextStorage::set_memory(const Allocator& allocator,
+                                const std::shared_ptr<comm::PutMemory>& put_memory) {
   for (RowBuffer* b : {&rounded, &send1, &recv1, &send2, &recv2, &recv_dy, &hidden, &activation, &out,
                        &partial, &ret2, &ret1, &home, &expert_rows.rows})
     b->set_allocator(allocator);
+  // What PassRun sends from.
+  for (RowBuffer* b : {&send1, &send2, &partial, &ret1}) b->set_put_memory(put_memory);
 }
 
 std::int64_t ContextStorage::capacity_bytes() const {
@@ -88,7 +99,7 @@ ContextStorage& ContextPool::acquire() {
   if (retired.capacity() < runtime_.state().next_channel) retired.reserve(2 * runtime_.state().next_channel);
   auto storage = std::make_shared<ContextStorage>();
   storage->channel = runtime_.state().next_channel++;
-  storage->set_allocator(runtime_.options().allocator);
+  storage->set_memory(runtime_.options().allocator, runtime_.transport().put_memory());
   storage->signal_base.assign(num_signals_, 0);
   runtime_.transport().open_channel(storage->channel, kNumWindows, num_signals_);
   storage->in_use = true;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "sluice/base/grow_array.hpp"
@@ -15,7 +16,7 @@
 
 namespace sluice {
 
-// Rows in memory of the caller's allocator. Contents are unspecified after resize.
+// Rows in memory of the caller's allocator; without one, where puts are sent from, in the transport's put memory. Contents are unspecified after resize.
 class RowBuffer {
  public:
   RowBuffer() = default;
@@ -24,6 +25,7 @@ class RowBuffer {
   RowBuffer& operator=(const RowBuffer&) = delete;
 
   void set_allocator(const Allocator& allocator) { allocator_ = allocator; }
+  void set_put_memory(std::shared_ptr<comm::PutMemory> memory) { put_memory_ = std::move(memory); }
   void resize(std::int64_t rows, std::int64_t cols, DType dtype);
   MatrixView view() const { return {data_, dtype_, rows_, cols_, cols_}; }
   // Rows [begin, end).
@@ -40,6 +42,8 @@ class RowBuffer {
  private:
   void release();
   Allocator allocator_;
+  std::shared_ptr<comm::PutMemory> put_memory_;
+  bool in_put_memory_ = false;
   std::byte* data_ = nullptr;
   std::size_t capacity_bytes_ = 0;
   DType dtype_ = DType::kF32;
@@ -105,7 +109,8 @@ struct ContextStorage {
   std::unique_ptr<PassSlot> pass;             // never null; its run is there while a pass is in flight
   std::span<std::byte> windows[kNumWindows];  // as last registered
 
-  void set_allocator(const Allocator& allocator);
+  // put_memory: null where the transport has none.
+  void set_memory(const Allocator& allocator, const std::shared_ptr<comm::PutMemory>& put_memory);
   std::int64_t capacity_bytes() const;
 };
 

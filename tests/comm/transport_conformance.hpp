@@ -227,6 +227,68 @@ inline void large(Rank r) {
   for (int pass = 0; pass < 2; ++pass) SLUICE_EXPECT_OK(exchange.run(pass));
 }
 
+// Where a transport has put memory, puts from it and from ordinary memory take turns and mean the same.
+inline void put_memory(Rank r) {
+  Transport& t = r.transport;
+  const std::shared_ptr<PutMemory> memory = t.put_memory();
+  if (!memory) return;
+  EXPECT_EQ(memory->allocate(std::size_t{1} << 62), nullptr);
+  constexpr std::int64_t kSizes[] = {1, 8193, 131072, 200007, (1 << 20) + 1, (3 << 20) + 5};
+  constexpr std::int64_t kWindowBytes = (6 << 20);
+  const std::int32_t to = (r.me() + 1) % r.n(), from = (r.me() + r.n() - 1) % r.n();
+  t.open_channel(r.channel, 1, 1);
+  std::vector<std::byte> window(kWindowBytes);
+  t.set_window(r.channel, 0, window);
+  std::uint64_t num_puts = 0;
+  for (int pass = 0; pass < 3; ++pass) {
+    std::fill(window.begin(), window.end(), kPoison);
+    std::vector<std::pair<std::byte*, std::size_t>> sources;
+    std::vector<std::vector<std::byte>> ordinary;
+    std::vector<Expect> expects;
+    std::int64_t at = pass;
+    for (const std::int64_t bytes : kSizes) {
+      const auto size = static_cast<std::size_t>(bytes);
+      auto* source = static_cast<std::byte*>(memory->allocate(size + 3));
+      ASSERT_NE(source, nullptr);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(source) % 64, 0u);
+      for (std::size_t i = 0; i < size + 3; ++i)
+        ASSERT_EQ(source[i], std::byte{0}) << "at " << i << " of " << size;
+      sources.emplace_back(source, size + 3);
+      ordinary.emplace_back(size);
+      for (std::int64_t i = 0; i < bytes; ++i)
+        source[3 + i] = ordinary.back()[static_cast<std::size_t>(i)] = content(r.me(), to, pass, i);
+      for (int twice = 0; twice < 2 && at + bytes <= kWindowBytes; ++twice, at += bytes)
+        expects.push_back({.peer = RankId(from), .channel = r.channel, .offset_bytes = at, .bytes = bytes});
+    }
+    t.expect(expects);
+    SLUICE_EXPECT_OK(r.collectives.barrier("ready"));
+    for (std::size_t e = 0, k = 0; k < sources.size(); ++k)
+      for (int twice = 0; twice < 2 && e < expects.size() && expects[e].bytes == kSizes[k];
+           ++twice, ++e, ++num_puts)
+        t.put({.peer = RankId(to),
+               .channel = r.channel,
+               .offset_bytes = expects[e].offset_bytes,
+               .source = twice == 0 ? std::span<const std::byte>(sources[k].first + 3, ordinary[k].size())
+                                    : std::span<const std::byte>(ordinary[k])});
+    SLUICE_EXPECT_OK(t.wait({.channel = r.channel, .signal = 0, .value = num_puts, .phase = "data"}));
+    SLUICE_EXPECT_OK(t.wait_for_puts(r.channel, num_puts));
+    std::int64_t end = pass;
+    for (const Expect& e : expects) {
+      end = e.offset_bytes + e.bytes;
+      for (std::int64_t i = 0; i < e.bytes; ++i)
+        ASSERT_EQ(window[static_cast<std::size_t>(e.offset_bytes + i)], content(from, r.me(), pass, i))
+            << "byte " << i << " of " << e.bytes << ", pass " << pass;
+    }
+    EXPECT_TRUE(end == kWindowBytes || window[static_cast<std::size_t>(end)] == kPoison);
+    // Freed in another order than taken: the next pass finds clean memory all the same.
+    for (std::size_t k = 0; k < sources.size(); k += 2)
+      memory->deallocate(sources[k].first, sources[k].second);
+    for (std::size_t k = 1; k < sources.size(); k += 2)
+      memory->deallocate(sources[k].first, sources[k].second);
+  }
+  t.set_window(r.channel, 0, {});
+}
+
 inline void thousands_in_flight(Rank r) {
   constexpr std::int64_t kPuts = 3000, kBytes = 48;
   constexpr std::uint32_t kSignals = 16;
@@ -601,6 +663,7 @@ inline constexpr Case kCases[] = {
     {"own_rank", own_rank},
     {"unaligned", unaligned},
     {"large", large},
+    {"put_memory", put_memory},
     {"thousands_in_flight", thousands_in_flight},
     {"channels_interleaved", channels_interleaved},
     {"put_before_open", put_before_open},

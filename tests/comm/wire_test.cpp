@@ -81,6 +81,7 @@ TEST(Wire, CutMessagesAreRefused) {
   const std::string card = encode(Card{.host = "h",
                                        .host_id = "id",
                                        .pid = 5,
+                                       .place = "threads 0-3 of 8, NUMA node 0",
                                        .address = "127.0.0.1",
                                        .port = 9,
                                        .path = std::string("\0x", 2)});

@@ -50,6 +50,14 @@ class Program(unittest.TestCase):
         self.assertTrue(info["transports"][0]["usable"])
         for key in ("devices", "topology", "version"):
             self.assertIn(key, info)
+        host = info["host"]
+        self.assertGreaterEqual(host["threads"], host["cores"])
+        self.assertGreaterEqual(host["cores"], host["own_cores"])
+        # What hwloc says of this process is what the system says.
+        done = subprocess.run(["taskset", "-c", "0", PROGRAM, "info", "--json"], capture_output=True, text=True, check=False)
+        if 0 in os.sched_getaffinity(0) and done.returncode == 0:
+            bound = json.loads(done.stdout)["host"]
+            self.assertEqual((bound["own_threads"], bound["own_cores"]), ("0", 1))
         self.assertIn("transport local", run("info").stdout)
 
     def test_checkpoints(self):
@@ -59,7 +67,11 @@ class Program(unittest.TestCase):
                "model.ffn=16", "--set", "train.tokens_per_step=64", "--set", "train.steps=6", "--set",
                "train.checkpoint_every=2", "--set", "train.checkpoint_keep=3", "--set",
                f"train.checkpoint_dir={folder}", "--set", "runtime.log_level=error"]
-        whole = self.document(*job)
+        report = os.path.join(self.dir.name, "report.json")
+        whole = self.document(*job, "--set", f"train.report={report}")
+        with open(report, encoding="utf-8") as f:
+            self.assertEqual(json.load(f), whole)
+        self.refused([self.dir.name], *job, "--set", f"train.report={self.dir.name}")
         self.assertEqual(sorted(os.listdir(folder)), [f"step-{step:010}" for step in (2, 4, 6)])
         self.refused(["already holds", "--resume"], *job)
         resumed = self.document(*job, "--resume-step", "2")

@@ -5,6 +5,7 @@
 
 #include "sluice/base/clock.hpp"
 #include "sluice/base/text_table.hpp"
+#include "sluice/comm/host.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
@@ -105,6 +106,16 @@ void add_info(CLI::App& app, Run& run) {
                                                {"isa", kernels::cpu_isa()},
                                                {"cores", std::thread::hardware_concurrency()},
                                                {"memory_bytes", physical_memory_bytes()}}});
+      const comm::HostDescription host = comm::describe_host();
+      out["host"] = {{"name", comm::host_name()},
+                     {"packages", host.packages},
+                     {"cores", host.cores},
+                     {"threads", host.threads},
+                     {"numa_nodes", host.numa_nodes},
+                     {"l3_bytes", host.l3_bytes},
+                     {"own_threads", host.own_threads},
+                     {"own_cores", host.num_own_cores},
+                     {"own_numa_nodes", host.own_numa_nodes}};
       out["transports"] =
           nlohmann::json::array({transport_json(
                                      "local", [] { (void)comm::make_local_group(Topology::uniform(1, 1)); },
@@ -135,6 +146,11 @@ void add_info(CLI::App& app, Run& run) {
       table.add_row({"version", SLUICE_VERSION});
       table.add_row({"cpu", str(cpu_name(), ", ", std::thread::hardware_concurrency(), " cores, kernels ",
                                 kernels::cpu_isa())});
+      table.add_row({"host", str(comm::host_name(), ": ", host.packages, " packages, ", host.cores,
+                                 " cores, ", host.threads, " threads, ", host.numa_nodes, " NUMA nodes, L3 ",
+                                 bytes_text(host.l3_bytes))});
+      table.add_row({"may run on", str("threads ", host.own_threads, " (", host.num_own_cores,
+                                       " cores), NUMA nodes ", host.own_numa_nodes)});
       table.add_row({"memory", bytes_text(physical_memory_bytes())});
       for (const auto& t : out["transports"])
         table.add_row({"transport " + t["name"].get<std::string>(),
