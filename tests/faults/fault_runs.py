@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Randomised fault runs: ranks train, one of them breaks, and what the others say is judged.
 
-usage: fault_runs.py --program build/release/fault_rank [--runs N] [--seed S] [--transports local,tcp,shm,mpi]
-                     [--timeout-ms T] [--json FILE] [--only INDEX]
+usage: fault_runs.py --program build/release/fault_rank [--runs N] [--seed S] [--transports local,tcp,shm,shm+tcp,ucx,mpi]
+                     [--faults stop,slow] [--timeout-ms T] [--json FILE] [--only SEED]
 
 Every run draws transport, fault, place, victim and number of ranks from the seed. Judged, a run at a time:
   hang            the run does not end within its deadline and a wide margin
@@ -33,7 +33,8 @@ THREADS = ["vanish", "late", "throw", "slow", "lie", "garbage", "other"]
 # was started with another configuration.
 OUTSIDE = ["intruder", "secret", "stale"]
 PROCESSES = ["kill", "stop"] + THREADS[1:] + OUTSIDE + ["config"]
-FAULTS = {"local": THREADS, "shm": PROCESSES, "tcp": PROCESSES + ["cut"], "mpi": ["stop"] + THREADS[1:]}
+FAULTS = {"local": THREADS, "shm": PROCESSES, "tcp": PROCESSES + ["cut"], "shm+tcp": PROCESSES + ["cut"],
+          "ucx": PROCESSES + ["cut"], "mpi": ["stop"] + THREADS[1:]}
 HARMLESS = ["slow"] + OUTSIDE  # the job must go on
 STEPS_OF_HARMLESS = {"slow": 8, "intruder": 400, "secret": 400, "stale": 400}
 TAMPERING = ("lie", "garbage", "other")  # of the plan's messages
@@ -59,6 +60,8 @@ def usable_transports(program):
         names = [t["name"] for t in json.loads(done.stdout)["transports"] if t["usable"]]
     except (OSError, ValueError, KeyError, subprocess.TimeoutExpired):
         names = ["local"]
+    if {"shm", "tcp"} <= set(names):
+        names.append("shm+tcp")
     return [name for name in names if name in FAULTS]
 
 
@@ -250,10 +253,10 @@ def judge(case, result, clean_losses):
     return "ok", detection
 
 
-def draw(seed, transports, timeout_ms):
+def draw(seed, transports, faults, timeout_ms):
     rng = random.Random(seed)
     transport = rng.choice(transports)
-    fault = rng.choice(FAULTS[transport])
+    fault = rng.choice([f for f in FAULTS[transport] if not faults or f in faults])
     ranks = rng.randint(2, 4)
     if fault == "other":
         ranks = max(ranks, 3)  # of two ranks that differ nobody can say which is wrong
@@ -273,12 +276,18 @@ def main():
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transports", help="by default all that are usable here")
+    parser.add_argument("--faults", help="only these")
     parser.add_argument("--timeout-ms", type=int, default=1000)
     parser.add_argument("--json")
     parser.add_argument("--only", type=int, help="the run of this seed alone, with what its ranks said")
     args = parser.parse_args()
     program = os.path.abspath(args.program)
     transports = args.transports.split(",") if args.transports else usable_transports(program)
+
+    faults = set(args.faults.split(",")) if args.faults else set()
+    for name in transports:
+        if name not in FAULTS or (faults and not faults & set(FAULTS[name])):
+            sys.exit(f"no such fault over {name}; there are {', '.join(FAULTS.get(name, FAULTS))}")
 
     clean = {}
 
@@ -292,7 +301,7 @@ def main():
         return clean[key]
 
     if args.only is not None:
-        case = draw(args.only, transports, args.timeout_ms)
+        case = draw(args.only, transports, faults, args.timeout_ms)
         result = run(program, case)
         print(json.dumps(case), *(json.dumps(e) for e in result[0]), result[3], sep="\n")
         print(judge(case, result, clean_losses))
@@ -300,7 +309,7 @@ def main():
 
     rows, seed = [], args.seed
     while len(rows) < args.runs:
-        case = draw(seed, transports, args.timeout_ms)
+        case = draw(seed, transports, faults, args.timeout_ms)
         seed += 1
         verdict, detail = judge(case, run(program, case), clean_losses)
         if verdict == "no trigger":

@@ -65,6 +65,7 @@ class FaultyTransport final : public comm::Transport {
   void set_window(std::uint32_t channel, std::uint32_t window, std::span<std::byte> memory) override {
     inner_->set_window(channel, window, memory);
   }
+  std::shared_ptr<comm::PutMemory> put_memory() override { return inner_->put_memory(); }
   void expect(std::span<const comm::Expect> expects) override { inner_->expect(expects); }
 
   void put(const comm::Put& put) override {
