@@ -64,7 +64,7 @@ constexpr ShapeOf kShapes[] = {
 };
 
 struct Arguments {
-  int ranks = 0, iterations = 20, experts = 0;
+  int ranks = 0, iterations = 15, experts = 0;
   std::string shapes = "deepseek-v3,qwen3-235b,qwen3-30b,mixtral,olmoe,decode", routing = "uniform";
   bool sweep = false, json = false;
   std::string commit = "unknown", date = "unknown";
@@ -442,7 +442,7 @@ struct Case {
       report(m.push_sms == 8 ? std::string(kase) + "_8sm" : kase, split(m, local), time(arm), "floor", floor,
              megabytes);
     };
-    std::vector<int> pushes = {8, 16, 32, 64, 128};
+    std::vector<int> pushes = {8, 16, 32, 64, 128, 132};
     if (options.sweep) pushes = {4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 132};
     if (brief) pushes = {8, 32};
     for (const int p : pushes) {
@@ -702,39 +702,19 @@ int run_rank(Rank& rank, const Arguments& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const Options given =
+      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts"}, {"--sweep"});
   Arguments options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 == argc) {
-        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
-        std::exit(2);
-      }
-      return argv[++i];
-    };
-    if (arg == "--ranks") {
-      options.ranks = std::atoi(value().c_str());
-    } else if (arg == "--shapes") {
-      options.shapes = value();
-    } else if (arg == "--routing") {
-      options.routing = value();
-    } else if (arg == "--experts") {
-      options.experts = std::atoi(value().c_str());
-    } else if (arg == "--iterations") {
-      options.iterations = std::max(1, std::atoi(value().c_str()));
-    } else if (arg == "--sweep") {
-      options.sweep = true;
-    } else if (arg == "--json") {
-      options.json = true;
-    } else if (arg == "--commit") {
-      options.commit = value();
-    } else if (arg == "--date") {
-      options.date = value();
-    } else {
-      std::fprintf(stderr, "unknown argument %s; see the head of the source\n", arg.c_str());
-      return 2;
-    }
-  }
+  options.json = given.json;
+  options.sweep = !given.value("--sweep").empty();
+  options.iterations = given.iterations;
+  options.commit = given.commit;
+  options.date = given.date;
+  options.ranks = std::atoi(given.value("--ranks").c_str());
+  options.experts = std::atoi(given.value("--experts").c_str());
+  for (const auto& [name, to] :
+       {std::pair{"--shapes", &options.shapes}, std::pair{"--routing", &options.routing}})
+    if (!given.value(name).empty()) *to = given.value(name);
   if (options.ranks == 0) options.ranks = gpu_ranks::count_devices();
   if (options.ranks < 1) {
     std::fprintf(stderr, "no CUDA device\n");

@@ -1,17 +1,23 @@
 // A whole MoE layer over the GPUs of one host, one process a GPU, forward and backward, overlapped and sequential, against
 // the time of dense cuBLAS products of the same FLOPs (forward: two; backward: dgrad and wgrad of each).
 //
-// usage: multi_gpu_layer_cuda_benchmark [--ranks N] [--shapes A,B] [--routing uniform|zipf] [--experts N] [--iterations N]
-//        [--comm-sms A,B] [--json] [--commit HASH] [--date DATE]
+// usage: multi_gpu_layer_cuda_benchmark [--ranks N] [--shapes A,B] [--routing uniform|zipf|FILE] [--experts N]
+//        [--comm-sms A,B] [--iterations N] [--json] [--commit HASH] [--date DATE]
+//   --comm-sms  processors of the exchange beside GEMMs, 0: by the layer's cost model
 //
 // The plan is ready when the clock starts; `plan` is timed by itself. Times are of the slowest rank (see
-// exchange_benchmark.cu). The overlapped and the sequential way must give the same bits.
-// floor: the larger of the GEMMs' own time (all launched back to back, no exchange) and the exchange's (dispatch and combine
-// alone, sequential); overlap efficiency = (sequential - overlapped) / (sequential - floor); exposed = overlapped - GEMMs.
+// exchange_benchmark.cu); all arms of a shape take turns, each after the dense products, because a card at its power limit
+// has the clock that what ran before has left it. The overlapped and the sequential way must give the same bits.
+// floor: the larger of what this rank's processors must do anyway (`local_work`: rows to experts, GEMMs, reduced rows, sums,
+// back to back, nobody waiting for anybody) and of the exchange alone; overlap efficiency = (sequential - measured) /
+// (sequential - floor), where sequential is above the floor by 5% or more; exposed = measured - local_work. The sequential
+// schedule waits for an exchange before it starts a GEMM, but inside an exchange rows travel while others are expanded or
+// reduced.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -56,9 +62,8 @@ constexpr ShapeOf kShapes[] = {
     {"moe_perf-mixtral", 4096, 4096, 14336, 8, 2, Activation::kGelu},
 };
 struct Arguments {
-  int ranks = 0, iterations = 12, experts = 0;
-  std::string shapes = "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe", routing = "uniform",
-              comm_sms = "16,24,32";
+  int ranks = 0, iterations = 15, experts = 0;
+  std::string shapes = "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe", routing = "uniform", comm_sms = "0";
   bool json = false;
   std::string commit = "unknown", date = "unknown";
 };
@@ -67,6 +72,13 @@ struct Row {
   Timing time;
   double baseline_us, sequential_us, floor_us, efficiency, exposed_us;
 };
+
+std::string efficiency_of(const Row& row, const char* undefined) {
+  if (std::isnan(row.efficiency)) return undefined;
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f", row.efficiency);
+  return text;
+}
 
 __global__ void wait_kernel(std::uint64_t ns) {
   std::uint64_t start, now;
@@ -99,27 +111,36 @@ struct Bench {
     CHECK(cublasCreate(&blas));
     CHECK(cublasSetStream(blas, stream));
   }
-  Timing time(const std::function<void()>& arm) {
+  // Arms take turns, each after `before`.
+  std::vector<Timing> time(const std::vector<std::function<void()>>& arms,
+                           const std::function<void()>& before = {}) {
     std::vector<float> mine;
     for (int i = -2; i < options.iterations; ++i) {
-      CHECK(cudaMemsetAsync(flush.data, i & 0xFF, std::size_t{256} << 20, stream));
-      wait_kernel<<<1, 1, 0, stream>>>(400000);
-      exchange->barrier(stream);
-      CHECK(cudaEventRecord(begin, stream));
-      arm();
-      CHECK(cudaEventRecord(end, stream));
-      CHECK(cudaStreamSynchronize(stream));
-      float ms = 0;
-      CHECK(cudaEventElapsedTime(&ms, begin, end));
-      if (i >= 0) mine.push_back(ms);
+      for (const auto& arm : arms) {
+        if (before) before();
+        CHECK(cudaMemsetAsync(flush.data, i & 0xFF, std::size_t{256} << 20, stream));
+        wait_kernel<<<1, 1, 0, stream>>>(400000);
+        exchange->barrier(stream);
+        CHECK(cudaEventRecord(begin, stream));
+        arm();
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        float ms = 0;
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        if (i >= 0) mine.push_back(ms);
+      }
     }
     exchange->check(0);
     std::vector<float> all(mine.size() * static_cast<std::size_t>(rank.num_ranks));
     rank.all_gather(mine.data(), all.data(), mine.size() * sizeof(float));
-    std::vector<double> slowest(mine.size(), 0);
-    for (std::size_t i = 0; i < all.size(); ++i)
-      slowest[i % mine.size()] = std::max(slowest[i % mine.size()], all[i] * 1e3);
-    return summarize(std::move(slowest));
+    std::vector<std::vector<double>> slowest(arms.size(), std::vector<double>(mine.size() / arms.size(), 0));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      double& us = slowest[i % arms.size()][i % mine.size() / arms.size()];
+      us = std::max(us, all[i] * 1e3);
+    }
+    std::vector<Timing> times;
+    for (auto& us : slowest) times.push_back(summarize(std::move(us)));
+    return times;
   }
   void report(Row row) {
     if (rank.rank != 0) return;
@@ -128,17 +149,19 @@ struct Bench {
     if (row.baseline_us > 0)
       std::fprintf(stderr, "  dense %9.1f x %.3f", row.baseline_us, row.time.median_us / row.baseline_us);
     if (row.sequential_us > 0)
-      std::fprintf(stderr, "  sequential %9.1f floor %9.1f efficiency %.2f exposed %.1f", row.sequential_us,
-                   row.floor_us, row.efficiency, row.exposed_us);
+      std::fprintf(stderr, "  sequential %9.1f floor %9.1f efficiency %s exposed %.1f", row.sequential_us,
+                   row.floor_us, efficiency_of(row, "undefined").c_str(), row.exposed_us);
     std::fprintf(stderr, "\n");
     rows.push_back(std::move(row));
   }
-  // out[m, n] = a[m, k] b[n, k]^T, all bf16.
-  void dense(std::int64_t m, std::int64_t n, std::int64_t k, Bf16& a, Bf16& b, Bf16& c) {
+  // Column-major: c[n, m] = op_b(b)[n, k] op_a(a)[k, m]. wgrad adds to fp32.
+  void dense(cublasOperation_t op_b, cublasOperation_t op_a, std::int64_t n, std::int64_t m, std::int64_t k,
+             const void* b, std::int64_t ldb, const void* a, std::int64_t lda, void* c, std::int64_t ldc,
+             bool wgrad) {
     const float one = 1, zero = 0;
-    CHECK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(n), static_cast<int>(m),
-                       static_cast<int>(k), &one, b.data, CUDA_R_16BF, static_cast<int>(k), a.data,
-                       CUDA_R_16BF, static_cast<int>(k), &zero, c.data, CUDA_R_16BF, static_cast<int>(n),
+    CHECK(cublasGemmEx(blas, op_b, op_a, static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), &one,
+                       b, CUDA_R_16BF, static_cast<int>(ldb), a, CUDA_R_16BF, static_cast<int>(lda),
+                       wgrad ? &one : &zero, c, wgrad ? CUDA_R_32F : CUDA_R_16BF, static_cast<int>(ldc),
                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   }
 
@@ -152,6 +175,13 @@ struct Bench {
       for (int e = 0; e < shape.experts; ++e) weights[static_cast<std::size_t>(e)] = 1.0 / (e + 1);
       std::mt19937 same(7);
       std::shuffle(weights.begin(), weights.end(), same);
+    }
+    if (options.routing != "uniform" && options.routing != "zipf") {
+      std::ifstream file(options.routing);
+      std::vector<double> counts;
+      for (double count; file >> count;) counts.push_back(count);
+      if (counts.empty()) throw Error(ErrorCode::kIo, "no counts in " + options.routing);
+      for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = counts[i % counts.size()] + 1e-3;
     }
     std::discrete_distribution<std::int32_t> pick(weights.begin(), weights.end());
     std::vector<std::int64_t> row_ptr{0};
@@ -202,31 +232,10 @@ struct Bench {
       const auto plan = [&] {
         layer.plan({row_ptr_d.data, expert_d.data, weight_d.data}, shape.tokens, stream);
       };
-      report({shape.name, "plan", time(plan), 0, 0, 0, 0, 0});
+      report({shape.name, "plan", time({plan})[0], 0, 0, 0, 0, 0});
       const auto received = rows_between.host_counts(0, stream).receive_routes;
       std::vector<std::int64_t> all(static_cast<std::size_t>(ranks));
       rank.all_gather(&received, all.data(), sizeof received);
-      const std::int64_t heaviest = *std::max_element(all.begin(), all.end());
-      // The dense products of the heaviest rank's FLOPs.
-      double dense_forward = 0, dense_backward = 0;
-      {
-        Bf16 a(heaviest * std::max(shape.hidden, pre)), c(heaviest * std::max(shape.hidden, pre));
-        fill<<<1024, 256>>>(a.data, heaviest * std::max(shape.hidden, pre), 77, 1.0f);
-        Bf16 big(std::max(pre, shape.hidden) * std::max(shape.hidden, shape.ffn));
-        fill<<<1024, 256>>>(big.data, std::max(pre, shape.hidden) * std::max(shape.hidden, shape.ffn), 78,
-                            0.03f);
-        CHECK(cudaDeviceSynchronize());
-        dense_forward = time([&] {
-                          dense(heaviest, pre, shape.hidden, a, big, c);
-                          dense(heaviest, shape.hidden, shape.ffn, a, big, c);
-                        }).median_us;
-        dense_backward = time([&] {
-                           dense(heaviest, shape.ffn, shape.hidden, a, big, c);
-                           dense(heaviest, shape.hidden, pre, a, big, c);
-                           dense(shape.hidden, shape.ffn, heaviest, a, c, big);
-                           dense(pre, shape.hidden, heaviest, a, c, big);
-                         }).median_us;
-      }
       const GpuExperts experts{w1.data, w2.data};
       const auto forward = [&](const GpuLayerOptions& o) {
         layer.forward(experts, x.data, y.data, o, stream);
@@ -234,50 +243,110 @@ struct Bench {
       const auto backward = [&](const GpuLayerOptions& o) {
         layer.backward(experts, {g1.data, g2.data}, dy.data, dx.data, dweight.data, o, stream);
       };
-      const GpuLayerOptions sequential{GpuSchedule::kSequential, 16};
-      const Timing f0 = time([&] { forward(sequential); });
-      const Timing fb0 = time([&] {
-        forward(sequential);
-        backward(sequential);
-      });
+      const auto options_of = [](GpuSchedule schedule, int sms, bool keep) {
+        GpuLayerOptions o;
+        o.schedule = schedule;
+        o.comm_sms = sms;
+        o.keep = keep;
+        return o;
+      };
+      std::vector<int> wanted;
+      for (const std::string& sms : split(options.comm_sms)) wanted.push_back(std::atoi(sms.c_str()));
+      // The same bits.
       std::vector<std::uint16_t> y0(static_cast<std::size_t>(shape.tokens * shape.hidden)), y1(y0.size()),
           d0(y0.size()), d1(y0.size());
-      const auto fetch = [&](std::vector<std::uint16_t>& yy, std::vector<std::uint16_t>& dd) {
+      const auto pass = [&](const GpuLayerOptions& o, std::vector<std::uint16_t>& yy,
+                            std::vector<std::uint16_t>& dd) {
+        CHECK(cudaMemset(y.data, 0xFF, yy.size() * 2));
+        CHECK(cudaMemset(dx.data, 0xFF, dd.size() * 2));
+        CHECK(cudaDeviceSynchronize());
+        forward(o);
+        backward(o);
         CHECK(cudaStreamSynchronize(stream));
         CHECK(cudaMemcpy(yy.data(), y.data, yy.size() * 2, cudaMemcpyDeviceToHost));
         CHECK(cudaMemcpy(dd.data(), dx.data, dd.size() * 2, cudaMemcpyDeviceToHost));
       };
-      fetch(y0, d0);
-      const double exchange_us =
-          time([&] {
-            layer.exchange_only(x.data, y.data, {GpuSchedule::kSequential, 16}, stream);
-          }).median_us;
-      const double gemm_us = time([&] { layer.gemms_only(experts, stream); }).median_us;
-      const double floor = std::max(gemm_us, exchange_us);
-      report({shape.name, "gemms_alone", {gemm_us, 0}, dense_forward, 0, 0, 0, 0});
-      report({shape.name, "exchange_alone", {exchange_us, 0}, 0, 0, 0, 0, 0});
-      report({shape.name, "layer_forward_sequential", f0, dense_forward, 0, 0, 0, 0});
-      report(
-          {shape.name, "layer_forward_backward_sequential", fb0, dense_forward + dense_backward, 0, 0, 0, 0});
-      for (const std::string& sms : split(options.comm_sms)) {
-        const GpuLayerOptions overlapped{GpuSchedule::kOverlapped, std::atoi(sms.c_str())};
-        const Timing f = time([&] { forward(overlapped); });
-        report({shape.name, "layer_forward, comm " + sms, f, dense_forward, f0.median_us, floor,
-                (f0.median_us - f.median_us) / (f0.median_us - floor), f.median_us - gemm_us});
-        CHECK(cudaMemset(y.data, 0xFF, y0.size() * 2));
-        CHECK(cudaMemset(dx.data, 0xFF, y0.size() * 2));
-        const Timing fb = time([&] {
-          forward(overlapped);
-          backward(overlapped);
-        });
-        report({shape.name, "layer_forward_backward, comm " + sms, fb, dense_forward + dense_backward,
-                fb0.median_us, 0, 0, 0});
-        fetch(y1, d1);
+      pass(options_of(GpuSchedule::kSequential, 0, true), y0, d0);
+      for (const int sms : wanted) {
+        pass(options_of(GpuSchedule::kOverlapped, sms, true), y1, d1);
         if (y0 != y1 || d0 != d1) {
           std::fprintf(stderr, "rank %d %s: overlapped and sequential differ (y %d, dx %d)\n", rank.rank,
                        shape.name, y0 != y1, d0 != d1);
           std::exit(1);
         }
+      }
+      // Dense products of the heaviest rank's FLOPs.
+      const std::int64_t m = *std::max_element(all.begin(), all.end()), hidden = shape.hidden,
+                         ffn = shape.ffn;
+      Bf16 rows_in(m * hidden), rows_h(m * pre), rows_act(m * ffn), big1(pre * hidden), big2(hidden * ffn);
+      Buffer<float> big_g(pre * hidden);
+      for (const auto& [data, count] :
+           {std::pair{&rows_in, m * hidden}, std::pair{&rows_h, m * pre}, std::pair{&rows_act, m * ffn},
+            std::pair{&big1, pre * hidden}, std::pair{&big2, hidden * ffn}})
+        fill<<<1024, 256>>>(data->data, count, 77, 0.03f);
+      CHECK(cudaMemset(big_g.data, 0, static_cast<std::size_t>(pre * hidden) * 4));
+      CHECK(cudaDeviceSynchronize());
+      const auto dense_forward = [&] {
+        dense(CUBLAS_OP_T, CUBLAS_OP_N, pre, m, hidden, big1.data, hidden, rows_in.data, hidden, rows_h.data,
+              pre, false);
+        dense(CUBLAS_OP_T, CUBLAS_OP_N, hidden, m, ffn, big2.data, ffn, rows_act.data, ffn, rows_in.data,
+              hidden, false);
+      };
+      const auto dense_backward = [&] {
+        dense(CUBLAS_OP_N, CUBLAS_OP_N, ffn, m, hidden, big2.data, ffn, rows_in.data, hidden, rows_act.data,
+              ffn, false);
+        dense(CUBLAS_OP_N, CUBLAS_OP_N, hidden, m, pre, big1.data, hidden, rows_h.data, pre, rows_in.data,
+              hidden, false);
+        dense(CUBLAS_OP_N, CUBLAS_OP_T, ffn, hidden, m, rows_act.data, ffn, rows_in.data, hidden, big_g.data,
+              ffn, true);
+        dense(CUBLAS_OP_N, CUBLAS_OP_T, hidden, pre, m, rows_in.data, hidden, rows_h.data, pre, big_g.data,
+              hidden, true);
+      };
+      const GpuLayerOptions sequential = options_of(GpuSchedule::kSequential, 0, false),
+                            sequential_kept = options_of(GpuSchedule::kSequential, 0, true);
+      std::vector<std::function<void()>> arms = {
+          dense_forward,
+          [&] {
+            dense_forward();
+            dense_backward();
+          },
+          [&] { layer.gemms_only(experts, sequential, stream); },
+          [&] { layer.local_only(experts, x.data, y.data, sequential, stream); },
+          [&] { layer.exchange_only(x.data, y.data, sequential, stream); },
+          [&] { forward(sequential); },
+          [&] {
+            forward(sequential_kept);
+            backward(sequential_kept);
+          }};
+      std::vector<std::pair<std::string, GpuLayerOptions>> ways = {
+          {"", options_of(GpuSchedule::kAuto, 0, false)}};
+      for (const int sms : wanted)
+        ways.emplace_back(sms == 0 ? "_overlapped" : "_overlapped, comm " + std::to_string(sms),
+                          options_of(GpuSchedule::kOverlapped, sms, false));
+      for (const auto& [name, way] : ways) {
+        GpuLayerOptions kept = way;
+        kept.keep = true;
+        arms.push_back([&forward, way] { forward(way); });
+        arms.push_back([&forward, &backward, kept] {
+          forward(kept);
+          backward(kept);
+        });
+      }
+      const std::vector<Timing> times = time(arms, dense_forward);
+      const double dense_f = times[0].median_us, dense_fb = times[1].median_us, local_us = times[3].median_us;
+      const double floor = std::max(local_us, times[4].median_us), sequential_us = times[5].median_us;
+      report({shape.name, "gemms_alone", times[2], dense_f, 0, 0, 0, 0});
+      report({shape.name, "local_work", times[3], dense_f, 0, 0, 0, 0});
+      report({shape.name, "exchange_alone", times[4], 0, 0, 0, 0, 0});
+      report({shape.name, "layer_forward_sequential", times[5], dense_f, 0, 0, 0, 0});
+      report({shape.name, "layer_forward_backward_sequential", times[6], dense_fb, 0, 0, 0, 0});
+      for (std::size_t i = 0; i < ways.size(); ++i) {
+        const Timing f = times[7 + 2 * i], fb = times[8 + 2 * i];
+        const bool defined = sequential_us >= 1.05 * floor;
+        report({shape.name, "layer_forward" + ways[i].first, f, dense_f, sequential_us, floor,
+                defined ? (sequential_us - f.median_us) / (sequential_us - floor) : std::nan(""),
+                f.median_us - local_us});
+        report({shape.name, "layer_forward_backward" + ways[i].first, fb, dense_fb, 0, 0, 0, 0});
       }
       rank.barrier();
     }
@@ -313,10 +382,10 @@ int run_rank(Rank& rank, const Arguments& options) {
         "  {\"shape\": \"%s\", \"case\": \"%s\", \"median_us\": %.2f, \"mad_us\": %.2f, \"baseline\": "
         "\"cublas_dense\", \"baseline_us\": %.2f, \"ratio\": %.4f, \"sequential_us\": %.2f, \"floor_us\": "
         "%.2f, "
-        "\"overlap_efficiency\": %.3f, \"exposed_us\": %.1f}%s\n",
+        "\"overlap_efficiency\": %s, \"exposed_us\": %.1f}%s\n",
         r.shape.c_str(), r.kase.c_str(), r.time.median_us, r.time.mad_us, r.baseline_us,
-        r.baseline_us / r.time.median_us, r.sequential_us, r.floor_us, r.efficiency, r.exposed_us,
-        i + 1 < rows.size() ? "," : "");
+        r.baseline_us / r.time.median_us, r.sequential_us, r.floor_us, efficiency_of(r, "null").c_str(),
+        r.exposed_us, i + 1 < rows.size() ? "," : "");
   }
   std::printf("]}\n");
   return 0;
@@ -325,39 +394,19 @@ int run_rank(Rank& rank, const Arguments& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const Options given =
+      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts", "--comm-sms"});
   Arguments options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string arg = argv[i];
-    const auto value = [&]() -> std::string {
-      if (i + 1 == argc) {
-        std::fprintf(stderr, "%s needs a value\n", arg.c_str());
-        std::exit(2);
-      }
-      return argv[++i];
-    };
-    if (arg == "--ranks") {
-      options.ranks = std::atoi(value().c_str());
-    } else if (arg == "--shapes") {
-      options.shapes = value();
-    } else if (arg == "--routing") {
-      options.routing = value();
-    } else if (arg == "--experts") {
-      options.experts = std::atoi(value().c_str());
-    } else if (arg == "--iterations") {
-      options.iterations = std::max(1, std::atoi(value().c_str()));
-    } else if (arg == "--comm-sms") {
-      options.comm_sms = value();
-    } else if (arg == "--json") {
-      options.json = true;
-    } else if (arg == "--commit") {
-      options.commit = value();
-    } else if (arg == "--date") {
-      options.date = value();
-    } else {
-      std::fprintf(stderr, "unknown argument %s; see the head of the source\n", arg.c_str());
-      return 2;
-    }
-  }
+  options.json = given.json;
+  options.iterations = given.iterations;
+  options.commit = given.commit;
+  options.date = given.date;
+  options.ranks = std::atoi(given.value("--ranks").c_str());
+  options.experts = std::atoi(given.value("--experts").c_str());
+  for (const auto& [name, to] :
+       {std::pair{"--shapes", &options.shapes}, std::pair{"--routing", &options.routing},
+        std::pair{"--comm-sms", &options.comm_sms}})
+    if (!given.value(name).empty()) *to = given.value(name);
   if (options.ranks == 0) options.ranks = gpu_ranks::count_devices();
   if (options.ranks < 1) {
     std::fprintf(stderr, "no CUDA device\n");

@@ -48,6 +48,21 @@ __device__ __forceinline__ void store_row(uint4* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
+// Between warps of a block.
+__device__ __forceinline__ std::uint32_t load_shared_acquire(const std::uint32_t* p) {
+  std::uint32_t v;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
+               : "=r"(v)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p)))
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_release(std::uint32_t* p, std::uint32_t v) {
+  asm volatile(
+      "st.release.cta.shared.u32 [%0], %1;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(v)
+      : "memory");
+}
 __device__ __forceinline__ std::uint64_t now_ns() {
   std::uint64_t t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
@@ -378,9 +393,24 @@ __device__ __forceinline__ int turns(const ChannelView& c, const std::int64_t* p
   const int chunks = static_cast<int>((most + c.chunk_rows - 1) / c.chunk_rows);
   return chunks * (c.num_ranks - 1) * c.chunk_rows;
 }
-// A block that stores to peers has one warp that announces what the others have stored: a fence waits until stores are
-// there, and storing goes on meanwhile. Worker w of a block has stored progress[w] of its pieces v = first_piece(w) +
-// k * step, k = 0, 1, ...; announced are chunks all of whose pieces are there. `parts`: pieces of a row.
+// Units (of 16 bytes) of piece `part` of a row.
+struct Span {
+  int begin, end;
+};
+__device__ __forceinline__ Span span_of(const ChannelView& c, int part, int parts) {
+  const int units = c.row_bytes / 16;
+  return {units * part / parts, units * (part + 1) / parts};
+}
+// ---- rows to peers ---------------------------------------------------------------------------------------------------
+// Rows are cut into `parts` pieces, dealt to the workers (warps) of all blocks in turn: worker w of a block has the pieces
+// v = first(w) + k * step, k = 0, 1, ... A chunk gets its flag when all its pieces are there, and a fence waits until a
+// warp's stores are there. So who announces, and how often, is the price of the flags:
+enum class Announce {
+  kAside,  // one warp of each block only fences and announces, the others go on storing: chunks as soon as they are there
+  kLate,   // each warp fences after kLateRows of its rows: fastest, for whoever waits for all rows anyway
+  kNever,  // rows stay here, nobody waits
+};
+constexpr int kLateRows = 16;
 struct Pieces {
   const std::int64_t* ptr;  // rows of each peer, as in turns()
   int all, parts, step, blocks, block;
@@ -389,57 +419,79 @@ struct Pieces {
     return first(worker) < all ? (all - first(worker) + step - 1) / step : 0;
   }
 };
-template <int kWarps>
-__device__ __forceinline__ Pieces pieces_of(const ChannelView& c, const std::int64_t* ptr, int parts,
-                                            int blocks) {
-  return {ptr, turns(c, ptr) * parts, parts, blocks * (kWarps - 1), blocks, static_cast<int>(blockIdx.x)};
-}
-__device__ __forceinline__ void note_progress(std::uint32_t* progress, std::uint32_t pieces, int lane) {
-  __syncwarp();
-  if (lane == 0) {
-    const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(progress));
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(at), "r"(pieces) : "memory");
+// Flags of a kind, and what has left of each chunk.
+struct Flags {
+  std::size_t at;       // in a window
+  std::uint32_t* done;  // of this rank
+  std::uint32_t epoch;
+};
+// One piece more of its chunk is there. kFenced: this thread's fence came after it; else this is one.
+template <bool kFenced>
+__device__ __forceinline__ void count_piece(const ChannelView& c, const Pieces& pieces, int piece,
+                                            const Flags& flags) {
+  const Turn turn = turn_of(c, piece / pieces.parts);
+  const int rows = static_cast<int>(pieces.ptr[turn.peer + 1] - pieces.ptr[turn.peer]);
+  if (turn.row >= rows) return;
+  const int in_chunk = min(c.chunk_rows, rows - turn.chunk * c.chunk_rows) * pieces.parts;
+  std::uint32_t* count = flags.done + turn.peer * c.max_chunks + turn.chunk;
+  std::uint32_t before = 0;
+  if constexpr (kFenced) {
+    before = atomicAdd(count, 1u);
+  } else {
+    asm volatile("atom.add.acq_rel.sys.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
   }
+  if (before + 1 != static_cast<std::uint32_t>(in_chunk)) return;
+  *count = 0;
+  if constexpr (kFenced) __threadfence_system();  // what other blocks stored of this chunk
+  store_release(in_window<std::uint32_t>(c, turn.peer, flags.at) + c.rank * c.max_chunks + turn.chunk,
+                flags.epoch);
 }
-template <int kWarps>
-__device__ __forceinline__ void announce(const ChannelView& c, const Pieces& pieces,
-                                         const std::uint32_t* progress, std::uint32_t* done,
-                                         std::size_t flags, std::uint32_t epoch, int lane) {
-  const bool worker = lane < kWarps - 1;
+// The announcing warp: progress[w] is how many pieces worker w has stored.
+__device__ __forceinline__ void announce(const ChannelView& c, const Pieces& pieces, int workers,
+                                         const std::uint32_t* progress, const Flags& flags, int lane) {
+  const bool worker = lane < workers;
   const std::uint32_t total = worker ? static_cast<std::uint32_t>(pieces.count(lane)) : 0;
-  const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(progress + lane));
   std::uint32_t announced = 0;
   while (__any_sync(kAll, announced < total)) {
-    std::uint32_t stored = 0;
-    if (worker) asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(stored) : "r"(at) : "memory");
+    const std::uint32_t stored = worker ? load_shared_acquire(progress + lane) : 0;
     if (!__any_sync(kAll, stored > announced)) {
       __nanosleep(200);
       continue;
     }
     __threadfence_system();
-    for (; announced < stored; ++announced) {
-      const Turn turn =
-          turn_of(c, (pieces.first(lane) + static_cast<int>(announced) * pieces.step) / pieces.parts);
-      const int rows = static_cast<int>(pieces.ptr[turn.peer + 1] - pieces.ptr[turn.peer]);
-      if (turn.row >= rows) continue;
-      const int in_chunk = min(c.chunk_rows, rows - turn.chunk * c.chunk_rows) * pieces.parts;
-      std::uint32_t* count = done + turn.peer * c.max_chunks + turn.chunk;
-      if (atomicAdd(count, 1u) + 1 != static_cast<std::uint32_t>(in_chunk)) continue;
-      *count = 0;
-      __threadfence_system();  // what other blocks stored of this chunk
-      store_release(in_window<std::uint32_t>(c, turn.peer, flags) + c.rank * c.max_chunks + turn.chunk,
-                    epoch);
-    }
+    for (; announced < stored; ++announced)
+      count_piece<true>(c, pieces, pieces.first(lane) + static_cast<int>(announced) * pieces.step, flags);
     __syncwarp();
   }
 }
-// Units (of 16 bytes) of piece `part` of a row.
-struct Span {
-  int begin, end;
-};
-__device__ __forceinline__ Span span_of(const ChannelView& c, int part, int parts) {
-  const int units = c.row_bytes / 16;
-  return {units * part / parts, units * (part + 1) / parts};
+// All rows to (or from) others; store(turn, part, parts) does a piece, all lanes of a warp.
+template <int kWarps, typename Store>
+__device__ __forceinline__ void push_rows(const ChannelView& c, const std::int64_t* ptr, int parts,
+                                          int blocks, Announce how, std::uint32_t* progress,
+                                          const Flags& flags, const Store& store) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = static_cast<int>(blockIdx.x);
+  const int all = turns(c, ptr) * parts;
+  // Where a warp has a piece or two, nothing is gained by going on meanwhile.
+  const bool few = all <= 2 * blocks * kWarps;
+  const bool aside = how == Announce::kAside && !few;
+  const int workers = aside ? kWarps - 1 : kWarps, batch = few ? 1 : kLateRows;
+  const Pieces pieces{ptr, all, parts, blocks * workers, blocks, block};
+  if (aside && warp == workers) return announce(c, pieces, workers, progress, flags, lane);
+  std::uint32_t stored = 0;
+  int since = 0;
+  for (int v = pieces.first(warp); v < all; v += pieces.step) {
+    const Turn turn = turn_of(c, v / parts);
+    if (turn.row < ptr[turn.peer + 1] - ptr[turn.peer]) store(turn, v % parts, parts);
+    if (how == Announce::kNever) continue;
+    __syncwarp();
+    if (aside) {
+      if (lane == 0) store_shared_release(progress + warp, ++stored);
+    } else if (++since == batch || v + pieces.step >= all) {
+      if (lane < since) count_piece<false>(c, pieces, v - lane * pieces.step, flags);
+      __syncwarp();
+      since = 0;
+    }
+  }
 }
 // All chunks from all peers; threads of one block.
 __device__ __forceinline__ void wait_for_all_rows(const ChannelView& c, const std::int64_t* ptr,
@@ -534,14 +586,9 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
   if (block < call.push_blocks) {
     const bool ok = announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, block == 0);
     if (ok && sendable && ranks > 1) {
-      const Pieces pieces = pieces_of<kWarps>(c, send_ptr, 1, call.push_blocks);
-      if (warp == kWarps - 1) {
-        announce<kWarps>(c, pieces, progress, c.dispatch_done, c.at.dispatch_flags, epoch, lane);
-      } else {
-        std::uint32_t stored = 0;
-        for (int v = pieces.first(warp); v < pieces.all; v += pieces.step) {
-          const Turn turn = turn_of(c, v / pieces.parts);
-          if (turn.row < send_ptr[turn.peer + 1] - send_ptr[turn.peer]) {
+      push_rows<kWarps>(
+          c, send_ptr, 1, call.push_blocks, call.out == nullptr ? Announce::kLate : Announce::kAside,
+          progress, {c.at.dispatch_flags, c.dispatch_done, epoch}, [&](const Turn& turn, int, int) {
             const std::int64_t from = call.send_row[send_ptr[turn.peer] + turn.row];
             const std::int64_t to = push_base[turn.peer] + turn.row;
             const uint4* source = reinterpret_cast<const uint4*>(call.x + from * call.x_stride_bytes);
@@ -550,21 +597,16 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
               quantize_row(source, reinterpret_cast<uint2*>(target),
                            in_window<float>(c, turn.peer, c.at.scale) + to, c.row_bytes / 16, lane);
             } else {
-              const Span span = span_of(c, v % pieces.parts, pieces.parts);
-              copy_row<8>(source + span.begin, reinterpret_cast<uint4*>(target) + span.begin,
-                          span.end - span.begin, lane);
+              copy_row<8>(source, reinterpret_cast<uint4*>(target), c.row_bytes / 16, lane);
             }
-          }
-          note_progress(progress + warp, ++stored, lane);
-        }
-      }
+          });
     }
   }
   if (call.out != nullptr && sendable) {
     // Own rows first, while those of others are on their way.
     const int own = call.own ? static_cast<int>(receive_ptr[me + 1] - receive_ptr[me]) : 0;
     const int parts = c.row_parts, all = own + (call.others ? turns(c, receive_ptr) : 0);
-    std::uint32_t* ticket = call.others ? &s.expand_ticket : &s.own_ticket;
+    std::uint32_t* ticket = call.pass ? &s.expand_ticket : &s.local_ticket;
     const std::int64_t* route_ptr = in_window<std::int64_t>(c, me, c.at.route_ptr);
     const std::uint32_t* flags = in_window<std::uint32_t>(c, me, c.at.dispatch_flags);
     for (;;) {
@@ -595,8 +637,8 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
   } else if (block == 0 && sendable && !call.arrived) {
     wait_for_all_rows(c, receive_ptr, c.at.dispatch_flags, epoch, WaitFor::kDispatchRows);
   }
-  if (!call.others) {
-    if (last_block(&s.own_exits, call.blocks) && threadIdx.x == 0) s.own_ticket = 0;
+  if (!call.pass) {
+    if (last_block(&s.local_exits, call.blocks) && threadIdx.x == 0) s.local_ticket = 0;
     return;
   }
   if (last_block(&s.dispatch_exits, call.blocks) && threadIdx.x == 0) {
@@ -827,38 +869,36 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
     const bool ok = call.staging != nullptr ||
                     announce_and_wait(c, c.at.combine_ready, push_epoch - 1, WaitFor::kCombineReady, false);
     if (ok && sendable && ranks > 1) {
-      const Pieces pieces = pieces_of<kWarps>(c, receive_ptr, kReduce ? c.row_parts : 1, call.push_blocks);
-      if (warp == kWarps - 1 && call.staging == nullptr)
-        announce<kWarps>(c, pieces, progress, c.combine_done, c.at.combine_flags, push_epoch, lane);
-      std::uint32_t stored = 0;
-      for (int v = pieces.first(warp); v < pieces.all && warp < kWarps - 1; v += pieces.step) {
-        const Turn turn = turn_of(c, v / pieces.parts);
-        if (turn.row < receive_ptr[turn.peer + 1] - receive_ptr[turn.peer]) {
-          const std::int64_t row = receive_ptr[turn.peer] + turn.row;
-          uint4* target = reinterpret_cast<uint4*>(call.staging != nullptr
-                                                       ? call.staging + row * c.row_bytes
-                                                       : in_window<std::byte>(c, turn.peer, c.at.home) +
-                                                             (home_base[turn.peer] + turn.row) * c.row_bytes);
-          const Span span = span_of(c, v % pieces.parts, pieces.parts);
-          if constexpr (kReduce) {
-            const std::int64_t begin = route_ptr[row];
-            const int count = max(0, static_cast<int>(route_ptr[row + 1] - begin));
-            if (count <= 32) {
-              Term term{nullptr, 0, false};
-              if (lane < count) term = terms.of_route(begin + lane, lane == count - 1);
-              sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, target, ring, lane);
+      push_rows<kWarps>(
+          c, receive_ptr, kReduce ? c.row_parts : 1, call.push_blocks,
+          call.staging != nullptr ? Announce::kNever
+          : call.sum              ? Announce::kAside
+                                  : Announce::kLate,
+          progress, {c.at.combine_flags, c.combine_done, push_epoch},
+          [&](const Turn& turn, int part, int parts) {
+            const std::int64_t row = receive_ptr[turn.peer] + turn.row;
+            uint4* target = reinterpret_cast<uint4*>(
+                call.staging != nullptr ? call.staging + row * c.row_bytes
+                                        : in_window<std::byte>(c, turn.peer, c.at.home) +
+                                              (home_base[turn.peer] + turn.row) * c.row_bytes);
+            const Span span = span_of(c, part, parts);
+            if constexpr (kReduce) {
+              const std::int64_t begin = route_ptr[row];
+              const int count = max(0, static_cast<int>(route_ptr[row + 1] - begin));
+              if (count <= 32) {
+                Term term{nullptr, 0, false};
+                if (lane < count) term = terms.of_route(begin + lane, lane == count - 1);
+                sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, target, ring, lane);
+              } else {
+                sum_many_terms<T>([&](int i) { return terms.of_route(begin + i, i == count - 1); }, count,
+                                  span, target, lane);
+              }
             } else {
-              sum_many_terms<T>([&](int i) { return terms.of_route(begin + i, i == count - 1); }, count, span,
-                                target, lane);
+              copy_row<8>(
+                  reinterpret_cast<const uint4*>(call.source + row * call.source_stride_bytes) + span.begin,
+                  target + span.begin, span.end - span.begin, lane);
             }
-          } else {
-            copy_row<8>(
-                reinterpret_cast<const uint4*>(call.source + row * call.source_stride_bytes) + span.begin,
-                target + span.begin, span.end - span.begin, lane);
-          }
-        }
-        note_progress(progress + warp, ++stored, lane);
-      }
+          });
     }
   }
   if (call.sum) {
@@ -935,7 +975,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
       for (int d = threadIdx.x; d < ranks; d += kThreads)
         if (d != me) store_release(in_window<std::uint32_t>(c, d, c.at.combine_ready) + me, sum_epoch);
     if (threadIdx.x == 0) {
-      if (call.push) s.push_epoch = push_epoch;
+      if (call.push && call.staging == nullptr) s.push_epoch = push_epoch;
       if (call.sum) s.sum_ticket = 0;
       if (call.sum && call.last) s.sum_epoch = sum_epoch;
     }
@@ -1053,15 +1093,32 @@ __global__ void barrier_kernel(const ChannelView* view, std::uint32_t* epoch, st
   if (threadIdx.x == 0) *epoch = next;
 }
 
+// Kernels that leave processors to others take them in pairs of neighbours: what the others run in clusters of two, the
+// grouped GEMM, would else find single processors that it cannot use.
+template <typename Call>
+cudaError_t run_paired(void (*kernel)(const ChannelView*, Call), int threads, int bytes,
+                       const ChannelView* view, const Call& call, int processors, Stream stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(call.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute pair{};
+  pair.id = cudaLaunchAttributeClusterDimension;
+  pair.val.clusterDim.x = 2;
+  pair.val.clusterDim.y = pair.val.clusterDim.z = 1;
+  config.attrs = &pair;
+  config.numAttrs = call.blocks % 2 == 0 && call.blocks <= processors / 2 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, view, call);
+}
 template <typename T>
-cudaError_t run_combine(const ChannelView* view, const CombineCall& call, Stream stream) {
+cudaError_t run_combine(const ChannelView* view, const CombineCall& call, int processors, Stream stream) {
   const auto run = [&](auto* kernel, int threads, int bytes) {
     // Per device: the attribute is part of its context.
     const cudaError_t result =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (result != cudaSuccess) return result;
-    kernel<<<call.blocks, threads, bytes, stream>>>(view, call);
-    return cudaGetLastError();
+    return run_paired(kernel, threads, bytes, view, call, processors, stream);
   };
   if (call.position_of_route == nullptr)
     return run(combine_kernel<T, false, kCopyThreads>, kCopyThreads, Ring<kCopyThreads>::kBytes);
@@ -1103,17 +1160,15 @@ cudaError_t launch_check_headers(const ChannelView* view, Stream stream) {
   check_headers_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view);
   return cudaGetLastError();
 }
-cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, Stream stream) {
-  if (fp8) {
-    dispatch_kernel<true><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
-  } else {
-    dispatch_kernel<false><<<call.blocks, kCopyThreads, 0, stream>>>(view, call);
-  }
-  return cudaGetLastError();
+cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, int processors,
+                            Stream stream) {
+  return run_paired(fp8 ? dispatch_kernel<true> : dispatch_kernel<false>, kCopyThreads, 0, view, call,
+                    processors, stream);
 }
-cudaError_t launch_combine(const ChannelView* view, const CombineCall& call, DType dtype, Stream stream) {
-  return dtype == DType::kBF16 ? run_combine<Bf16>(view, call, stream)
-                               : run_combine<float>(view, call, stream);
+cudaError_t launch_combine(const ChannelView* view, const CombineCall& call, DType dtype, int processors,
+                           Stream stream) {
+  return dtype == DType::kBF16 ? run_combine<Bf16>(view, call, processors, stream)
+                               : run_combine<float>(view, call, processors, stream);
 }
 cudaError_t launch_scalars(const ChannelView* view, const SendPlan& plan, const float* values,
                            const std::int32_t* position_of_route, float* value_of_route, ExchangePart part,

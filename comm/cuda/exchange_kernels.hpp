@@ -58,7 +58,7 @@ struct WindowLayout {
 struct ChannelState {
   std::uint32_t plan_epoch, dispatch_epoch, push_epoch, sum_epoch, scalar_epoch, barrier_epoch;
   std::uint32_t plan_exits, dispatch_exits, push_exits, sum_exits, scalar_exits, scalar_arrivals;
-  std::uint32_t expand_ticket, sum_ticket, own_ticket, own_exits;
+  std::uint32_t expand_ticket, sum_ticket, local_ticket, local_exits;
   std::uint32_t status;
   std::int64_t receive_ptr[kMaxExchangeRanks + 1];
   std::int64_t push_base[kMaxExchangeRanks];
@@ -99,7 +99,8 @@ struct DispatchCall {
   int tile_rows;
   int push_blocks, blocks;
   bool arrived;      // the rows of others are there already: no flags
-  bool own, others;  // whose rows to expand; own ones alone have no part in the pass
+  bool own, others;  // whose rows to expand
+  bool pass;         // a dispatch; else rows that are here are expanded, at any time
 };
 struct CombineCall {
   const std::byte* source;
@@ -114,8 +115,9 @@ struct CombineCall {
   std::int64_t first_token, end_token;
   bool push, sum, last;  // which parts; `last`: the sums of this pass end with this call
   int push_blocks, blocks;
-  bool arrived;        // the rows of others are there already: no flags
-  std::byte* staging;  // not null: rows go here, at their place in the receive list, and nowhere else
+  bool arrived;  // the rows of others are there already: no flags
+  std::byte*
+      staging;  // not null: rows go here, at their place in the receive list, and nowhere else; no part of the pass
 };
 // Which part of the plan's exchange (or of return_scalars) a kernel does.
 enum class ExchangePart {
@@ -142,8 +144,11 @@ cudaError_t preload_kernels();  // so that none is loaded while another waits
 cudaError_t launch_plan(const ChannelView* view, const SendPlan& plan, ExchangePart part,
                         std::int64_t* staging, Stream stream);
 cudaError_t launch_check_headers(const ChannelView* view, Stream stream);
-cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, Stream stream);
-cudaError_t launch_combine(const ChannelView* view, const CombineCall& call, DType dtype, Stream stream);
+// processors: of the device
+cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, int processors,
+                            Stream stream);
+cudaError_t launch_combine(const ChannelView* view, const CombineCall& call, DType dtype, int processors,
+                           Stream stream);
 cudaError_t launch_scalars(const ChannelView* view, const SendPlan& plan, const float* values,
                            const std::int32_t* position_of_route, float* value_of_route, ExchangePart part,
                            float* staging, Stream stream);

@@ -144,6 +144,21 @@ WindowLayout layout_of(const ExchangeShape& s, int num_ranks, int max_chunks) {
 
 }  // namespace
 
+MoverChoice choose_mover(std::int64_t bytes, int max_sms, bool counts_known, const MoverCosts& costs) {
+  Require(bytes >= 0 && max_sms >= 0, kBad, "choose_mover: ", bytes, " bytes, ", max_sms, " processors");
+  Require(max_sms > 0 || counts_known, kBad,
+          "choose_mover: copy engines need the counts on the host, stores a processor; there is neither");
+  const auto stores = [&](int sms) {
+    return costs.store_start_us +
+           static_cast<double>(bytes) / std::min(sms * costs.store_bytes_us_sm, costs.store_bytes_us);
+  };
+  const double copies = costs.copy_start_us + static_cast<double>(bytes) / costs.copy_bytes_us;
+  if (max_sms == 0 || (counts_known && copies < stores(max_sms))) return {Mover::kCopyEngines, 0, copies};
+  int sms = 1;
+  while (sms < max_sms && stores(sms) > 1.03 * stores(max_sms)) ++sms;
+  return {Mover::kStores, sms, stores(sms)};
+}
+
 struct RowExchange::Impl {
   struct Channel {
     ChannelView view{};  // the host's copy
@@ -468,18 +483,20 @@ struct RowExchange::Impl {
     call.push_blocks = 0;
     call.blocks = processors;
     call.arrived = true;
-    check_cuda(launch_dispatch(c.on_device.get(), call, fp8(), stream), "dispatch: expand");
+    check_cuda(launch_dispatch(c.on_device.get(), call, fp8(), processors, stream), "dispatch: expand");
   }
-  void push_by_nccl(Channel& c, CombineCall call, Stream stream) {
+  // What others get, at its place in the receive list. sms: 0 for all
+  void reduce(Channel& c, CombineCall call, std::byte* rows, int sms, Stream stream) {
+    call.push = true;
+    call.sum = false;
+    call.push_blocks = call.blocks = sms > 0 ? sms : processors;
+    call.staging = rows;
+    check_cuda(launch_combine(c.on_device.get(), call, shape.dtype, processors, stream), "combine: reduce");
+  }
+  void push_by_nccl(Channel& c, const CombineCall& call, Stream stream) {
     if (c.overflow) return;
     const bool reduced = call.position_of_route == nullptr && call.source_stride_bytes == c.view.row_bytes;
-    if (!reduced) {
-      call.push = true;
-      call.sum = false;
-      call.push_blocks = call.blocks = processors;
-      call.staging = c.staging.get();
-      check_cuda(launch_combine(c.on_device.get(), call, shape.dtype, stream), "combine: reduce");
-    }
+    if (!reduced) reduce(c, call, c.staging.get(), 0, stream);
     const std::byte* from = reduced ? call.source : c.staging.get();
     std::vector<NcclTransfer> transfers;
     const auto bytes = static_cast<std::size_t>(c.view.row_bytes);
@@ -531,6 +548,9 @@ int RowExchange::rank() const {
 int RowExchange::num_ranks() const {
   return impl_->num_ranks;
 }
+Link RowExchange::link() const {
+  return impl_->link;
+}
 const ExchangeShape& RowExchange::shape() const {
   return impl_->shape;
 }
@@ -557,7 +577,8 @@ void RowExchange::exchange_plan(int channel, const SendPlan& plan, Stream stream
 ReceiveList RowExchange::receive_list(int channel) const {
   const ChannelView& v = impl_->channel(channel).view;
   const std::byte* own = v.window[impl_->rank];
-  return {v.state->receive_ptr, v.state->receive_route_ptr, reinterpret_cast<const std::int64_t*>(own + v.at.route_ptr),
+  return {v.state->receive_ptr, v.state->receive_route_ptr,
+          reinterpret_cast<const std::int64_t*>(own + v.at.route_ptr),
           reinterpret_cast<const std::int32_t*>(own + v.at.slot),
           reinterpret_cast<const float*>(own + v.at.weight)};
 }
@@ -582,8 +603,7 @@ void RowExchange::dispatch(int channel, const SendPlan& plan, const void* x, std
   call.x_stride_bytes = x_stride * impl_->element();
   call.rank_ptr = plan.rank_ptr;
   call.send_row = plan.send_row;
-  call.own = !expert_rows.others_only;
-  call.others = true;
+  call.own = call.others = call.pass = true;
   call.push_blocks = options.push_sms;
   call.blocks = options.push_sms + (expert_rows.data != nullptr ? options.local_sms : 0);
   if (expert_rows.data != nullptr) {
@@ -605,20 +625,20 @@ void RowExchange::dispatch(int channel, const SendPlan& plan, const void* x, std
   if (impl_->link == Link::kNccl) {
     impl_->dispatch_by_nccl(c, plan, x, x_stride, call, stream);
   } else {
-    check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), stream), "dispatch");
+    check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), impl_->processors, stream), "dispatch");
   }
 }
 
-void RowExchange::expand_own(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
-                             const ExpertRows& expert_rows, const MoverOptions& options, Stream stream) {
+void RowExchange::expand(int channel, const SendPlan& plan, Rows rows, const void* x, std::int64_t x_stride,
+                         const ExpertRows& expert_rows, const MoverOptions& options, Stream stream) {
   Impl::Channel& c = impl_->channel(channel);
-  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr && expert_rows.position_of_route != nullptr, kBad,
-          "expand_own: rank_ptr, send_row and position_of_route must be given");
-  Require(expert_rows.tiles.flags == nullptr, kBad, "expand_own: tile flags belong to dispatch()");
+  Require(plan.rank_ptr != nullptr && plan.send_row != nullptr && expert_rows.position_of_route != nullptr,
+          kBad, "expand: rank_ptr, send_row and position_of_route must be given");
+  Require(expert_rows.tiles.flags == nullptr, kBad, "expand: tile flags belong to dispatch()");
   impl_->check_rows(x, x_stride, "x");
   impl_->check_rows(expert_rows.data, expert_rows.stride, "expert rows");
-  Require(options.local_sms >= 0 && options.local_sms <= impl_->processors, kBad, "expand_own: ", options.local_sms,
-          " processors of ", impl_->processors);
+  Require(options.local_sms >= 0 && options.local_sms <= impl_->processors, kBad,
+          "expand: ", options.local_sms, " processors of ", impl_->processors);
   DispatchCall call{};
   call.x = static_cast<const std::byte*>(x);
   call.x_stride_bytes = x_stride * impl_->element();
@@ -629,8 +649,9 @@ void RowExchange::expand_own(int channel, const SendPlan& plan, const void* x, s
   call.position_of_route = expert_rows.position_of_route;
   call.blocks = options.local_sms > 0 ? options.local_sms : impl_->processors;
   call.arrived = true;
-  call.own = true;
-  check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), stream), "expand_own");
+  call.own = rows == Rows::kOwn;
+  call.others = rows == Rows::kOthers;
+  check_cuda(launch_dispatch(c.on_device.get(), call, impl_->fp8(), impl_->processors, stream), "expand");
 }
 
 void RowExchange::combine(int channel, const SendPlan& plan, const CombineSource& source, void* y,
@@ -651,7 +672,18 @@ void RowExchange::combine(int channel, const SendPlan& plan, const CombineSource
     call.push_blocks = options.push_sms;
     call.blocks = options.push_sms + options.local_sms;
   }
-  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "combine");
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, impl_->processors, stream),
+             "combine");
+}
+void RowExchange::reduce_results(int channel, const CombineSource& source, void* rows,
+                                 const MoverOptions& options, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  Require(source.position_of_route != nullptr, kBad, "reduce_results: the results must be expert outputs");
+  impl_->check_rows(rows, impl_->shape.hidden, "the reduced rows");
+  Require(options.local_sms >= 0 && options.local_sms <= impl_->processors, kBad,
+          "reduce_results: ", options.local_sms, " processors of ", impl_->processors);
+  impl_->reduce(c, impl_->combine_call({}, source, nullptr, 0), static_cast<std::byte*>(rows),
+                options.local_sms, stream);
 }
 void RowExchange::push_results(int channel, const CombineSource& source, const MoverOptions& options,
                                Stream stream) {
@@ -661,7 +693,8 @@ void RowExchange::push_results(int channel, const CombineSource& source, const M
   if (impl_->link == Link::kNccl) return impl_->push_by_nccl(c, call, stream);
   call.push = true;
   call.push_blocks = call.blocks = options.push_sms;
-  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "push_results");
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, impl_->processors, stream),
+             "push_results");
 }
 void RowExchange::sum_at_home(int channel, const SendPlan& plan, const CombineSource& source, void* y,
                               std::int64_t y_stride, std::int64_t first_token, std::int64_t end_token,
@@ -679,7 +712,22 @@ void RowExchange::sum_at_home(int channel, const SendPlan& plan, const CombineSo
   call.last = last;
   call.blocks = options.local_sms > 0 ? options.local_sms : impl_->processors;
   call.arrived = impl_->link == Link::kNccl;
-  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, stream), "sum_at_home");
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, impl_->processors, stream),
+             "sum_at_home");
+}
+
+void RowExchange::sum_again(int channel, const SendPlan& plan, const CombineSource& source, void* y,
+                            std::int64_t y_stride, std::int64_t num_tokens, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->check_home(plan, y, y_stride, num_tokens);
+  CombineCall call = impl_->combine_call(plan, source, y, y_stride);
+  call.sum = true;
+  call.end_token = num_tokens;
+  call.last = false;
+  call.arrived = true;
+  call.blocks = impl_->processors;
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, impl_->processors, stream),
+             "sum_again");
 }
 
 void RowExchange::return_scalars(int channel, const SendPlan& plan, const float* values,
@@ -786,6 +834,24 @@ void RowExchange::dispatch_by_copy(int channel, const SendPlan& plan, const Host
     check_cuda(cudaStreamWaitEvent(stream, impl_->copied[d]->event, 0), "dispatch_by_copy");
   }
   check_cuda(launch_wait_dispatch(c.on_device.get(), stream), "dispatch_by_copy: wait");
+}
+
+MoverChoice RowExchange::dispatch_by_choice(int channel, const SendPlan& plan, const HostCounts* counts,
+                                            const void* x, std::int64_t x_stride, int max_sms, Stream stream,
+                                            const MoverCosts& costs) {
+  const auto me = static_cast<std::size_t>(impl_->rank);
+  // Without counts: as if every token went to every rank, which is when most processors pay.
+  const std::int64_t rows = counts != nullptr
+                                ? counts->send_ptr.back() - (counts->send_ptr[me + 1] - counts->send_ptr[me])
+                                : impl_->shape.max_tokens * (impl_->num_ranks - 1);
+  const MoverChoice choice = choose_mover(rows * impl_->channel(channel).view.wire_row_bytes, max_sms,
+                                          counts != nullptr && impl_->link == Link::kNvlink, costs);
+  if (choice.mover == Mover::kStores) {
+    dispatch(channel, plan, x, x_stride, {}, {choice.sms, 0}, stream);
+  } else {
+    dispatch_by_copy(channel, plan, *counts, x, x_stride, {1, 0}, stream);
+  }
+  return choice;
 }
 
 void RowExchange::combine_by_copy(int channel, const SendPlan& plan, const HostCounts& counts,

@@ -89,9 +89,9 @@ struct SendPlan {
 struct ReceiveList {
   const std::int64_t* source_ptr;        // int64 [num_ranks + 1]: rows of each source
   const std::int64_t* source_route_ptr;  // int64 [num_ranks + 1]: their routes
-  const std::int64_t* route_ptr;   // int64 [max_received + 1]: routes of each row
-  const std::int32_t* slot;        // int32 [routes]: local expert, ascending within a row
-  const float* weight;             // f32 [routes]
+  const std::int64_t* route_ptr;         // int64 [max_received + 1]: routes of each row
+  const std::int32_t* slot;              // int32 [routes]: local expert, ascending within a row
+  const float* weight;                   // f32 [routes]
 };
 
 // Tiles of `rows` rows whose flags are set (to 1) when all rows of the tile are there; the grouped GEMM waits for them.
@@ -107,7 +107,6 @@ struct ExpertRows {
   std::int64_t stride = 0;  // elements
   const std::int32_t* position_of_route = nullptr;  // int32 [routes]: of the receiver's plan
   TileFlags tiles;
-  bool others_only = false;  // own rows are left to expand_own()
 };
 
 struct MoverOptions {
@@ -116,6 +115,23 @@ struct MoverOptions {
       0;  // processors that work on local memory meanwhile: expanding rows, summing at home, packing
   int copy_slices = 3;  // parts of a copy engine's transfer, so that packing, copying and summing overlap
 };
+
+// Which mover takes rows to peers sooner. Costs in microseconds and bytes a microsecond; the defaults were measured on two
+// H200s (docs/benchmarks.md). Stores take processors away from others; copy engines take none but to pack, need counts on
+// the host and cannot be captured.
+enum class Mover : std::uint8_t { kStores, kCopyEngines };
+struct MoverCosts {
+  double store_start_us = 14, store_bytes_us_sm = 42e3, store_bytes_us = 362e3;
+  double copy_start_us = 57, copy_bytes_us = 269e3;  // packing and announcing included
+};
+struct MoverChoice {
+  Mover mover;
+  int sms;  // kStores: the fewest that take at most 3% longer than the best
+  double us;
+};
+// bytes: that leave this rank. max_sms: that stores may have, 0: none. counts_known: copy engines are possible.
+// Errors: kInvalidArgument where neither is possible.
+MoverChoice choose_mover(std::int64_t bytes, int max_sms, bool counts_known, const MoverCosts& costs = {});
 
 // What a rank has for combine(): one row a receive list entry (weights and positions null), or expert outputs.
 struct CombineSource {
@@ -137,6 +153,7 @@ class RowExchange {
 
   int rank() const;
   int num_ranks() const;
+  Link link() const;
   const ExchangeShape& shape() const;
   std::string_view path_name() const;
   std::size_t window_bytes() const;  // device memory of all channels' windows
@@ -150,20 +167,29 @@ class RowExchange {
   // x: dtype [num_tokens, hidden], x_stride elements from row to row
   void dispatch(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
                 const ExpertRows& expert_rows, const MoverOptions& options, Stream stream);
-  // Own rows alone, from x; no part of the pass, so that it may run on another stream than dispatch(), beside it.
-  void expand_own(int channel, const SendPlan& plan, const void* x, std::int64_t x_stride,
-                  const ExpertRows& expert_rows, const MoverOptions& options, Stream stream);
+  // Rows that are here, one a route; no part of the pass: own ones from x at any time, also on another stream than
+  // dispatch(), beside it; those of others after a dispatch() that left them in the receive list. options.local_sms: 0 for all
+  enum class Rows { kOwn, kOthers };
+  void expand(int channel, const SendPlan& plan, Rows rows, const void* x, std::int64_t x_stride,
+              const ExpertRows& expert_rows, const MoverOptions& options, Stream stream);
   // y[t] = sum over the ranks of token t, ascending, of the rank's row, in fp32, rounded once; no rows: zeros. A rank's row
   // of expert outputs is the sum over its routes, ascending, of weight * output in fp32, rounded to dtype whether or
   // not it travels.  y: dtype [num_tokens, hidden]
   void combine(int channel, const SendPlan& plan, const CombineSource& source, void* y, std::int64_t y_stride,
                std::int64_t num_tokens, const MoverOptions& options, Stream stream);
-  // The two halves of combine(), for callers that let others work between them: rows leave; sums at home.
+  // The halves of combine(), for callers that let others work between them. What others get of expert outputs, one row a
+  // receive list entry (own ones are left out), is made ...   rows: dtype [max_received, hidden]
+  void reduce_results(int channel, const CombineSource& source, void* rows, const MoverOptions& options,
+                      Stream stream);
+  // ... rows leave, of `rows` or of expert outputs; sums at home.
   void push_results(int channel, const CombineSource& source, const MoverOptions& options, Stream stream);
   // Tokens first..end-1; the pass ends with the call that has `last`.
   void sum_at_home(int channel, const SendPlan& plan, const CombineSource& source, void* y,
                    std::int64_t y_stride, std::int64_t first_token, std::int64_t end_token, bool last,
                    const MoverOptions& options, Stream stream);
+  // Sums again of what the last pass brought: no part of a pass, for measurements.
+  void sum_again(int channel, const SendPlan& plan, const CombineSource& source, void* y,
+                 std::int64_t y_stride, std::int64_t num_tokens, Stream stream);
   // One value a route back to who sent it: value_of_route[send_route[i]] = values[position_of_route[...]].
   // values: f32 [routes received]; value_of_route: f32 [routes of this rank's tokens]
   void return_scalars(int channel, const SendPlan& plan, const float* values,
@@ -183,6 +209,10 @@ class RowExchange {
   // Rows are packed by options.local_sms processors (0: all) into staging memory and copied by copy engines, in slices.
   void dispatch_by_copy(int channel, const SendPlan& plan, const HostCounts& counts, const void* x,
                         std::int64_t x_stride, const MoverOptions& options, Stream stream);
+  // By the mover that choose_mover() names; counts may be null where stores have processors. Ranks may choose differently.
+  MoverChoice dispatch_by_choice(int channel, const SendPlan& plan, const HostCounts* counts, const void* x,
+                                 std::int64_t x_stride, int max_sms, Stream stream,
+                                 const MoverCosts& costs = {});
   // source must hold one row a receive list entry, without gaps. The sums at home start while copies run if
   // options.local_sms > 0 (on so many processors), else when this rank's copies are done, on all.
   void combine_by_copy(int channel, const SendPlan& plan, const HostCounts& counts,

@@ -60,7 +60,7 @@ struct GemmGroups {
   const std::int64_t* group_ptr =
       nullptr;  // int64 [num_groups + 1], ascending; group g: group_ptr[g]..group_ptr[g+1]-1
   const std::int32_t* order =
-      nullptr;  // int32 [num_groups], a permutation: groups started first; null: 0, 1, ...
+      nullptr;  // int32 [num_groups]: groups started first, each at most once, -1: none; null: 0, 1, ...
   const std::int32_t* weight_index =
       nullptr;                // int32 [num_groups]: which weight a group uses (several may use one: the
                               // segments of one expert's rows by origin); null: its own number

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "sluice/base/error.hpp"
@@ -16,23 +17,33 @@ using comm::cuda::CombineSource;
 using comm::cuda::ExpertRows;
 using comm::cuda::MoverOptions;
 using comm::cuda::ReceiveList;
+using comm::cuda::RowExchange;
 using comm::cuda::SendPlan;
 using comm::cuda::Stream;
 namespace gpu = kernels::cuda;
 
 constexpr auto kBad = ErrorCode::kInvalidArgument;
-// A GEMM beside which the exchange works is cut by experts: 1 / kCutParts of them on the processors that the exchange leaves,
-// the others on all.
-constexpr int kCutParts = 2;
+// The cost model of a push beside a GEMM, measured on an H200 (docs/benchmarks.md): bytes a second that a processor stores to
+// peers, and that the link takes; floating-point operations a second of a processor's part of a GEMM.
+constexpr double kStoreBytes = 42e9, kLinkBytes = 350e9, kGemmFlops = 4.9e12;
+constexpr double kRoutesOfRow = 2;  // a row crosses once for at least so many routes
+constexpr double kMostShare = 0.5;  // of a GEMM that should have a push beside it
+constexpr double kMargin = 1.15;
+constexpr int kFewestSms = 8, kMostSms = 16;
 
-// Routes of others' rows go to slots of their own, behind those of own rows.
+// Every expert has two slots: of own rows, and behind them of others'.
 __global__ void split_slots_kernel(const std::int32_t* slot, const std::int64_t* source_route_ptr, int rank,
-                                   int ranks, int experts, std::int32_t* split) {
+                                   int ranks, std::int32_t* split) {
   const std::int64_t own = source_route_ptr[rank], end = source_route_ptr[rank + 1],
                      all = source_route_ptr[ranks];
   for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < all;
        i += std::int64_t{gridDim.x} * blockDim.x)
-    split[i] = slot[i] + (i >= own && i < end ? 0 : experts);
+    split[i] = 2 * slot[i] + (i >= own && i < end ? 0 : 1);
+}
+
+__global__ void merge_groups_kernel(const std::int64_t* split_ptr, int experts, std::int64_t* group_ptr) {
+  for (int e = static_cast<int>(threadIdx.x); e <= experts; e += static_cast<int>(blockDim.x))
+    group_ptr[e] = split_ptr[2 * e];
 }
 
 template <typename T>
@@ -79,12 +90,16 @@ struct GpuLayer::Impl {
   cudaEvent_t ready = nullptr, arrived = nullptr, computed = nullptr, sent = nullptr;
 
   Device<std::int32_t> rank_of, slot_of, local_rank_of, local_slot_of;
-  Device<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, group_ptr,
-      local_rank_ptr;
+  Device<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, local_rank_ptr;
+  // Expert rows of local expert e: split_ptr[2e] .. split_ptr[2e+1] are own ones, those up to split_ptr[2e+2] others';
+  // group_ptr[e] .. group_ptr[e+1] both.
+  Device<std::int64_t> split_ptr, group_ptr;
+  Device<std::int32_t> only_own, only_others, rest,
+      expert_of_split;  // which groups of split_ptr, and their weights
   Device<std::int32_t> send_row, send_route, send_slot, home_position, split_slot, position;
   Device<float> send_weight, weight_of_position, dweight_of_position;
   Device<unsigned char> scratch;
-  Device<Bf16> expert_rows, act, out, h, gradient_rows, u;
+  Device<Bf16> expert_rows, act, out, h, gradient_rows, u, reduced;
 
   Impl(comm::cuda::RowExchange& e, int channel_, const GpuLayerShape& s)
       : exchange(e),
@@ -127,7 +142,21 @@ struct GpuLayer::Impl {
     rank_route_ptr = Device<std::int64_t>(ranks + 1);
     send_route_ptr = Device<std::int64_t>(send_rows + 1);
     home_ptr = Device<std::int64_t>(rows.max_tokens + 1);
-    group_ptr = Device<std::int64_t>(2 * local + 1);
+    split_ptr = Device<std::int64_t>(2 * local + 1);
+    group_ptr = Device<std::int64_t>(local + 1);
+    std::vector<std::int32_t> own, others, expert;
+    for (int i = 0; i < 2 * local; ++i) {
+      own.push_back(i % 2 == 0 ? i : -1);
+      others.push_back(i % 2 == 1 ? i : -1);
+      expert.push_back(i / 2);
+    }
+    std::vector<std::int32_t> from;  // [local + 1][2 * local]
+    for (int after = 0; after <= local; ++after)
+      for (int i = 0; i < 2 * local; ++i) from.push_back(i % 2 == 1 || i / 2 >= after ? i : -1);
+    rest = Device<std::int32_t>(from);
+    only_own = Device<std::int32_t>(own);
+    only_others = Device<std::int32_t>(others);
+    expert_of_split = Device<std::int32_t>(expert);
     local_rank_ptr = Device<std::int64_t>(2);
     send_row = Device<std::int32_t>(send_rows);
     send_route = Device<std::int32_t>(routes);
@@ -143,6 +172,7 @@ struct GpuLayer::Impl {
     expert_rows = Device<Bf16>(routes * hidden);
     act = Device<Bf16>(routes * ffn);
     out = Device<Bf16>(routes * hidden);
+    reduced = Device<Bf16>(rows.max_received * hidden);
     if (s.training) {
       h = Device<Bf16>(routes * pre);
       u = Device<Bf16>(routes * ffn);
@@ -173,22 +203,37 @@ struct GpuLayer::Impl {
     check_cuda(cudaEventRecord(event, from), "GPU layer");
     check_cuda(cudaStreamWaitEvent(to, event, 0), "GPU layer");
   }
+  bool is_sequential(const GpuLayerOptions& options) const {
+    return options.schedule == GpuSchedule::kSequential ||
+           (options.schedule == GpuSchedule::kAuto && exchange.link() == comm::cuda::Link::kNvlink);
+  }
   void check_options(const GpuLayerOptions& options) const {
-    Require(options.comm_sms >= 2 && options.comm_sms % 2 == 0 && options.comm_sms <= processors / 2, kBad,
-            "GPU layer: comm_sms is ", options.comm_sms, "; an even number in 2..", processors / 2,
-            " is needed");
+    Require(options.comm_sms >= 0 && options.comm_sms % 2 == 0 && options.comm_sms <= processors / 2, kBad,
+            "GPU layer: comm_sms is ", options.comm_sms, "; an even number up to ", processors / 2,
+            " is needed, 0 for the cost model");
   }
 
-  // ---- the GEMMs of some experts' rows: own ones, or those of others ------------------------------------------------
+  // ---- the GEMMs of some experts' rows -------------------------------------------------------------------------------
+  enum class Rows { kOwn, kOthers, kAll, kRest };  // kRest: of others, and own ones of experts from `after`
   struct Part {
-    bool others;
+    Rows rows;
     int first, count;  // experts
     int max_sms;       // 0: all
+    int after = 0;
   };
   gpu::GemmGroups groups(const Part& p) const {
     gpu::GemmGroups g;
-    g.group_ptr = group_ptr.get() + (p.others ? local : 0) + p.first;
-    g.num_groups = p.count;
+    if (p.rows == Rows::kAll) {
+      g.group_ptr = group_ptr.get() + p.first;
+      g.num_groups = p.count;
+    } else {
+      g.group_ptr = split_ptr.get() + 2 * p.first;
+      g.order = p.rows == Rows::kOwn      ? only_own.get()
+                : p.rows == Rows::kOthers ? only_others.get()
+                                          : rest.get() + std::int64_t{p.after} * 2 * local;
+      g.weight_index = expert_of_split.get();
+      g.num_groups = 2 * p.count;
+    }
     g.num_rows = routes;
     g.max_sms = p.max_sms;
     return g;
@@ -209,39 +254,66 @@ struct GpuLayer::Impl {
     }
     return gpu::GemmActivation::kNone;
   }
-  void gemm1(const GpuExperts& e, const Part& p, Stream stream) const {
+  void gemm1(const GpuExperts& e, const Part& p, bool keep, Stream stream) const {
     if (p.count == 0) return;
     gpu::grouped_gemm_forward(groups(p), weights(e.w1, p, pre, hidden), {expert_rows.get(), hidden},
-                              {shape.training ? h.get() : nullptr, pre}, {act.get(), ffn}, gemm_activation(),
-                              stream);
+                              {shape.training && keep ? h.get() : nullptr, pre}, {act.get(), ffn},
+                              gemm_activation(), stream);
   }
   void gemm2(const GpuExperts& e, const Part& p, Stream stream) const {
     if (p.count == 0) return;
     gpu::grouped_gemm_forward(groups(p), weights(e.w2, p, hidden, ffn), {act.get(), ffn}, {out.get(), hidden},
                               {}, gpu::GemmActivation::kNone, stream);
   }
-  // Both parts of `gemm` for own rows: the first few experts beside the exchange, the rest on all processors.
-  template <typename Gemm>
-  void cut(const Gemm& gemm, int comm_sms) const {
-    const int first = (local + kCutParts - 1) / kCutParts;
-    gemm(Part{false, 0, first, (processors - comm_sms) / 2 * 2});
-    gemm(Part{false, first, local - first, 0});
+  // A push of rows beside a GEMM: its processors, and how many experts the GEMM does meanwhile. The push takes time by the
+  // routes of others, the GEMM by own ones, which are 1 / (ranks - 1) of them where experts are chosen evenly, or by all.
+  struct Beside {
+    int sms, experts;
+  };
+  Beside beside(std::int64_t out_cols, std::int64_t in_cols, int wanted, Rows of = Rows::kOwn) const {
+    const double gemm = 2.0 * static_cast<double>(out_cols) * static_cast<double>(in_cols) / kGemmFlops;
+    const auto share = [&](int sms) {
+      const double push =
+          static_cast<double>(hidden) * 2 / kRoutesOfRow / std::min(sms * kStoreBytes, kLinkBytes);
+      return (ranks - 1) * push / (gemm / (processors - sms)) * kMargin / (of == Rows::kAll ? ranks : 1);
+    };
+    int sms = wanted;
+    if (sms == 0)
+      for (sms = kFewestSms; sms < std::min(kMostSms, processors / 2) && share(sms) > kMostShare;) sms += 2;
+    const auto experts = static_cast<int>(std::ceil(std::min(share(sms), 1.0) * local));
+    return {sms, std::clamp(experts, std::min(1, local), local)};
   }
-  Part all_of(bool others) const { return {others, 0, local, 0}; }
-
-  // Rows of `x` to the experts; on return of the overlapped way only own ones are there, `arrived` says when all are.
-  void bring(const void* x, Bf16* to, const GpuLayerOptions& options, Stream stream) const {
-    ExpertRows target{to, hidden, position.get(), {}, false};
-    if (options.schedule == GpuSchedule::kSequential) {
-      exchange.dispatch(channel, send_plan(), x, hidden, target, all_processors(), stream);
-      return;
-    }
+  // Rows of `x` to the experts and `gemm` over them: own rows of the first few experts beside the push that brings the
+  // others', then, when all are there, everything else at once: a GEMM's last tiles leave processors idle, so that few GEMMs
+  // are best.
+  template <typename Gemm>
+  void bring_beside(const Gemm& gemm, const void* x, Bf16* to, const Beside& b, Stream stream) const {
+    const ExpertRows target{to, hidden, position.get(), {}};
     meet(ready, stream, comm);
-    target.others_only = true;
-    exchange.dispatch(channel, send_plan(), x, hidden, target, {options.comm_sms, 0}, comm);
+    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
     check_cuda(cudaEventRecord(arrived, comm), "GPU layer");
-    exchange.expand_own(channel, send_plan(), x, hidden, {to, hidden, position.get(), {}, false},
-                        {1, processors - options.comm_sms}, stream);
+    exchange.expand(channel, send_plan(), RowExchange::Rows::kOwn, x, hidden, target, {1, processors - b.sms},
+                    stream);
+    gemm(Part{Rows::kOwn, 0, b.experts, (processors - b.sms) / 2 * 2});
+    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+    exchange.expand(channel, send_plan(), RowExchange::Rows::kOthers, x, hidden, target, {1, 0}, stream);
+    gemm(Part{Rows::kRest, 0, local, 0, b.experts});
+  }
+  // Results of others leave beside `gemm` over `of`; `sent` says when.
+  template <typename Gemm>
+  void return_beside(const Gemm& gemm, Rows of, bool weighted, const Beside& b, Stream stream) const {
+    exchange.reduce_results(channel, results(weighted), reduced.get(), {1, 0}, stream);
+    meet(computed, stream, comm);
+    exchange.push_results(channel, {reduced.get(), hidden, nullptr, false}, {b.sms, 0}, comm);
+    check_cuda(cudaEventRecord(sent, comm), "GPU layer");
+    gemm(Part{of, 0, b.experts, (processors - b.sms) / 2 * 2});
+    gemm(Part{of, b.experts, local - b.experts, 0});
+  }
+  Part all_of(Rows of) const { return {of, 0, local, 0}; }
+
+  void bring(const void* x, Bf16* to, Stream stream) const {
+    exchange.dispatch(channel, send_plan(), x, hidden, {to, hidden, position.get(), {}}, all_processors(),
+                      stream);
   }
   MoverOptions all_processors() const {
     const int push = std::min(64, processors / 2);
@@ -250,31 +322,25 @@ struct GpuLayer::Impl {
   CombineSource results(bool weighted) const { return {out.get(), hidden, position.get(), weighted}; }
 
   void forward(const GpuExperts& e, const void* x, void* y, const GpuLayerOptions& options, Stream stream) {
-    bring(x, expert_rows.get(), options, stream);
-    const auto first = [&](const Part& p) { gemm1(e, p, stream); };
+    const auto first = [&](const Part& p) { gemm1(e, p, options.keep, stream); };
     const auto second = [&](const Part& p) { gemm2(e, p, stream); };
-    if (options.schedule == GpuSchedule::kSequential) {
-      for (const bool others : {false, true}) first(all_of(others));
-      for (const bool others : {true, false}) second(all_of(others));
+    if (is_sequential(options)) {
+      bring(x, expert_rows.get(), stream);
+      first(all_of(Rows::kAll));
+      second(all_of(Rows::kAll));
       exchange.combine(channel, send_plan(), results(true), y, hidden, num_tokens, all_processors(), stream);
       return;
     }
-    cut(first, options.comm_sms);
-    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
-    first(all_of(true));
-    second(all_of(true));
-    meet(computed, stream, comm);
-    exchange.push_results(channel, results(true), {options.comm_sms, 0}, comm);
-    check_cuda(cudaEventRecord(sent, comm), "GPU layer");
-    cut(second, options.comm_sms);
+    bring_beside(first, x, expert_rows.get(), beside(pre, hidden, options.comm_sms), stream);
+    second(all_of(Rows::kOthers));
+    return_beside(second, Rows::kOwn, true, beside(hidden, ffn, options.comm_sms), stream);
     check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
     exchange.sum_at_home(channel, send_plan(), results(true), y, hidden, 0, num_tokens, true, {1, 0}, stream);
   }
 
   void backward(const GpuExperts& e, const GpuExpertGradients& g, const void* dy, void* dx, float* dweight,
                 const GpuLayerOptions& options, Stream stream) {
-    const bool sequential = options.schedule == GpuSchedule::kSequential;
-    bring(dy, gradient_rows.get(), options, stream);
+    const bool sequential = is_sequential(options);
     const auto to_act = [&](const Part& p) {
       if (p.count > 0)
         gpu::grouped_gemm_dgrad(groups(p), weights(e.w2, p, hidden, ffn), {gradient_rows.get(), hidden},
@@ -286,20 +352,19 @@ struct GpuLayer::Impl {
                                 stream);
     };
     if (sequential) {
-      to_act(all_of(false));
+      bring(dy, gradient_rows.get(), stream);
+      to_act(all_of(Rows::kAll));
     } else {
-      cut(to_act, options.comm_sms);
-      check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+      bring_beside(to_act, dy, gradient_rows.get(), beside(hidden, ffn, options.comm_sms), stream);
     }
-    to_act(all_of(true));
     // In place: h becomes dh, u becomes weight * act.
     const auto view = [](const Bf16* data, std::int64_t n, std::int64_t cols) {
       return MatrixView(reinterpret_cast<std::byte*>(const_cast<Bf16*>(data)), DType::kBF16, n, cols, cols);
     };
     gpu::activation_backward(shape.activation, view(h.get(), routes, pre), view(u.get(), routes, ffn),
                              weight_of_position.get(), dweight_of_position.get(), view(h.get(), routes, pre),
-                             view(u.get(), routes, ffn), 0, routes, group_ptr.get() + 2 * local, stream);
-    for (const bool others : {true, false}) to_rows(all_of(others));
+                             view(u.get(), routes, ffn), 0, routes, group_ptr.get() + local, stream);
+    to_rows(all_of(Rows::kAll));
     const auto wgrads = [&](bool second, const Part& p) {
       if (p.count == 0) return;
       if (second) {
@@ -310,20 +375,25 @@ struct GpuLayer::Impl {
                                 g.w1 + p.first * pre * hidden, pre * hidden, stream);
       }
     };
-    Stream on = stream;
-    if (!sequential) {
-      meet(computed, stream, comm);
-      on = comm;
+    const auto wgrad2 = [&](const Part& p) { wgrads(true, p); };
+    const auto scalars = [&](Stream on) {
+      if (dweight != nullptr)
+        exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
+    };
+    if (sequential) {
+      exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, all_processors(),
+                       stream);
+      scalars(stream);
+      wgrad2(all_of(Rows::kAll));
+      wgrads(false, all_of(Rows::kAll));
+      return;
     }
-    const MoverOptions movers = sequential ? all_processors() : MoverOptions{options.comm_sms, 0};
-    exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, movers, on);
-    if (dweight != nullptr)
-      exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
-    if (!sequential) check_cuda(cudaEventRecord(sent, comm), "GPU layer");
-    const int sms = sequential ? 0 : (processors - options.comm_sms) / 2 * 2;
-    for (const bool others : {false, true}) wgrads(true, {others, 0, local, sms});
-    for (const bool others : {false, true}) wgrads(false, all_of(others));
-    if (!sequential) check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+    return_beside(wgrad2, Rows::kAll, false, beside(hidden, ffn, options.comm_sms, Rows::kAll), stream);
+    wgrads(false, all_of(Rows::kAll));
+    check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+    exchange.sum_at_home(channel, send_plan(), results(false), dx, hidden, 0, num_tokens, true, {1, 0},
+                         stream);
+    scalars(stream);
   }
 };
 
@@ -337,7 +407,7 @@ int GpuLayer::num_local_experts() const {
 std::size_t GpuLayer::buffer_bytes() const {
   const Impl& i = *impl_;
   return i.expert_rows.bytes() + i.act.bytes() + i.out.bytes() + i.h.bytes() + i.u.bytes() +
-         i.gradient_rows.bytes();
+         i.gradient_rows.bytes() + i.reduced.bytes();
 }
 
 void GpuLayer::plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens, Stream stream) {
@@ -363,17 +433,20 @@ void GpuLayer::plan(const kernels::cuda::ConstRouting& routing, std::int64_t num
   i.exchange.exchange_plan(i.channel, i.send_plan(), stream);
   const ReceiveList list = i.exchange.receive_list(i.channel);
   if (i.local == 0) {
+    check_cuda(cudaMemsetAsync(i.split_ptr.get(), 0, i.split_ptr.bytes(), stream), "GPU layer");
     check_cuda(cudaMemsetAsync(i.group_ptr.get(), 0, i.group_ptr.bytes(), stream), "GPU layer");
     return;
   }
   split_slots_kernel<<<64, 256, 0, stream>>>(list.slot, list.source_route_ptr, i.exchange.rank(), i.ranks,
-                                             i.local, i.split_slot.get());
+                                             i.split_slot.get());
   check_cuda(cudaGetLastError(), "GPU layer: plan");
-  const gpu::PlanBuffers receive{i.group_ptr.get(), i.position.get(), nullptr, i.weight_of_position.get(),
+  const gpu::PlanBuffers receive{i.split_ptr.get(), i.position.get(), nullptr, i.weight_of_position.get(),
                                  i.local_rank_ptr.get()};
   gpu::build_plan({list.route_ptr, i.split_slot.get(), list.weight}, i.rows.max_received,
                   {i.local_rank_of.get(), i.local_slot_of.get(), 2 * i.local, 1}, receive, i.scratch.get(),
                   stream);
+  merge_groups_kernel<<<1, 256, 0, stream>>>(i.split_ptr.get(), i.local, i.group_ptr.get());
+  check_cuda(cudaGetLastError(), "GPU layer: plan");
 }
 
 void GpuLayer::forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
@@ -395,15 +468,24 @@ void GpuLayer::backward(const GpuExperts& experts, const GpuExpertGradients& gra
 void GpuLayer::exchange_only(const void* x, void* y, const GpuLayerOptions& options, Stream stream) {
   impl_->check_options(options);
   Impl& i = *impl_;
-  GpuLayerOptions sequential = options;
-  sequential.schedule = GpuSchedule::kSequential;
-  i.bring(x, i.expert_rows.get(), sequential, stream);
+  i.bring(x, i.expert_rows.get(), stream);
   i.exchange.combine(i.channel, i.send_plan(), i.results(true), y, i.hidden, i.num_tokens, i.all_processors(),
                      stream);
 }
-void GpuLayer::gemms_only(const GpuExperts& experts, Stream stream) {
-  for (const bool others : {false, true}) impl_->gemm1(experts, impl_->all_of(others), stream);
-  for (const bool others : {true, false}) impl_->gemm2(experts, impl_->all_of(others), stream);
+void GpuLayer::gemms_only(const GpuExperts& experts, const GpuLayerOptions& options, Stream stream) {
+  impl_->gemm1(experts, impl_->all_of(Impl::Rows::kAll), options.keep, stream);
+  impl_->gemm2(experts, impl_->all_of(Impl::Rows::kAll), stream);
+}
+
+void GpuLayer::local_only(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+                          Stream stream) {
+  Impl& i = *impl_;
+  for (const RowExchange::Rows rows : {RowExchange::Rows::kOwn, RowExchange::Rows::kOthers})
+    i.exchange.expand(i.channel, i.send_plan(), rows, x, i.hidden,
+                      {i.expert_rows.get(), i.hidden, i.position.get(), {}}, {1, 0}, stream);
+  gemms_only(experts, options, stream);
+  i.exchange.reduce_results(i.channel, i.results(true), i.reduced.get(), {1, 0}, stream);
+  i.exchange.sum_again(i.channel, i.send_plan(), i.results(true), y, i.hidden, i.num_tokens, stream);
 }
 
 }  // namespace sluice

@@ -1,17 +1,22 @@
 // One MoE layer over the GPUs of a group, bf16: the exchange of rows (comm/cuda) and the grouped GEMMs (kernels/cuda)
 // put together so that the exchange hides behind the GEMMs.
 //
-// A rank's expert rows are sorted by (own or others', expert, source, token), so that everything about own rows can start
-// before a row of others is here, and everything about others' rows can end before the own ones:
+// A rank's expert rows are sorted by (expert, own or others', source, token), and GEMMs take an expert's own rows, those of
+// others, or both: everything about own rows can start before a row of others is here, everything about others' rows
+// can end before the own ones, and a weight's gradient is read and written once:
 //
-//   forward    compute   own rows to experts | GEMM 1 own          | GEMM 1 others | GEMM 2 others | GEMM 2 own | sums
-//              exchange  rows leave ........ others' to experts ...|                               | results home ...
-//   backward   compute   own rows | dgrad own    | dgrad others | wgrad .................................. |
-//              exchange  rows leave, others' ... |              | gradients home, sums ...
+//   forward    compute   own rows to experts | GEMM 1 some own | others' to experts | GEMM 1 the rest |
+//              exchange  rows leave .........................  |
+//              compute   GEMM 2 others | reduce | GEMM 2 own ...                      | sums
+//              exchange                         | results leave ...|
+//   backward   the same with dgrad 2, then dgrad 1, and with both wgrads in the place of GEMM 2 own
 //
-// While rows travel, `comm_sms` processors belong to the exchange and the GEMM of the moment leaves them alone; it is cut
-// by experts, so that only a part of it runs on fewer processors. kSequential does one thing after the other on all
-// processors, with the same results: forward the same bits; gradients of weights are added up own rows first in both.
+// Only the link is slow enough to hide: while rows travel, the few processors that keep it busy belong to the exchange, and
+// the GEMM of the moment leaves them alone; it is cut by experts, so that only as much of it as the rows take runs on fewer
+// processors. What is bound by memory (one row a route, reduced rows, sums) is done on all of them: beside a GEMM it takes as
+// much from the GEMM as it saves. How many processors, and where the cut is, comes from a cost model (gpu_layer.cu) that
+// knows shapes only, so that ranks need not agree and nothing is read back. kSequential does one thing after the other on
+// all processors, with the same results: forward the same bits; gradients of weights are added up own rows first in both.
 //
 // Ownership: the layer owns its buffers (docs/cuda_dispatch.md has the formula) and a stream for the exchange; weights,
 // gradients, rows belong to the caller. Thread-safety: one thread at a time. Blocking: none, but for Link::kNccl
@@ -35,10 +40,16 @@ struct GpuLayerShape {
   std::vector<std::int32_t> rank_of;  // [num_experts]; a rank's experts are its slots in ascending order
   bool training = false;              // keeps what backward needs
 };
-enum class GpuSchedule { kSequential, kOverlapped };
+enum class GpuSchedule {
+  kSequential,
+  kOverlapped,
+  kAuto,  // over Link::kNvlink kSequential: there dispatch() and combine() hide the link behind the rows' own way through
+  // memory, and GEMMs in one piece gain more than a push beside them (docs/benchmarks.md); else kOverlapped
+};
 struct GpuLayerOptions {
-  GpuSchedule schedule = GpuSchedule::kOverlapped;
-  int comm_sms = 24;  // even; kOverlapped: of the exchange while it runs beside GEMMs
+  GpuSchedule schedule = GpuSchedule::kAuto;
+  int comm_sms = 0;  // even; kOverlapped: of the exchange while it runs beside GEMMs; 0: by the cost model
+  bool keep = true;  // forward() keeps what backward() needs, where the layer is for training
 };
 
 // bf16, row-major. w1: [local experts][preactivation_cols(ffn), hidden], for SwiGLU W1 above W3; w2: [..][hidden, ffn].
@@ -74,7 +85,11 @@ class GpuLayer {
 
   // For measurements: the exchange of forward() alone (expert outputs are what is there), and its GEMMs alone.
   void exchange_only(const void* x, void* y, const GpuLayerOptions& options, comm::cuda::Stream stream);
-  void gemms_only(const GpuExperts& experts, comm::cuda::Stream stream);
+  void gemms_only(const GpuExperts& experts, const GpuLayerOptions& options, comm::cuda::Stream stream);
+  // And with all else that this rank's processors do in forward() wherever rows come from: one row a route, reduced rows,
+  // sums at home, of what the last pass brought.
+  void local_only(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+                  comm::cuda::Stream stream);
 
  private:
   struct Impl;

@@ -188,6 +188,10 @@ class Endpoint {
   void dispatch_by_copy(const RowExchange::HostCounts& counts) {
     exchange_.dispatch_by_copy(channel_, send_plan(), counts, x_.data(), shape_.hidden, {1, 0, 3}, stream);
   }
+  MoverChoice dispatch_by_choice(const RowExchange::HostCounts* counts, int max_sms) {
+    return exchange_.dispatch_by_choice(channel_, send_plan(), counts, x_.data(), shape_.hidden, max_sms,
+                                        stream);
+  }
   CombineSource outputs(bool weighted = true) {
     return {rows_.data(), shape_.hidden, position_.data(), weighted};
   }

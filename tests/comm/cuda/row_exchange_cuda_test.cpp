@@ -202,8 +202,19 @@ TEST(RowExchange, AllMoversGiveTheSameBits) {
         std::vector<std::uint16_t> wiped(static_cast<std::size_t>(stores.shape().max_received * 72), 0x7FFF);
         cudaMemcpy(const_cast<void*>(stores.received(0)), wiped.data(), wiped.size() * 2,
                    cudaMemcpyHostToDevice);
+        cudaStreamSynchronize(cudaStreamLegacy);
         rank.barrier();
         a.dispatch_by_copy(counts);
+        a.sync();
+        a.expect_received(batch);
+        // By choice, and differently: rank 0 has no processors for it.
+        cudaMemcpy(const_cast<void*>(stores.received(0)), wiped.data(), wiped.size() * 2,
+                   cudaMemcpyHostToDevice);
+        cudaStreamSynchronize(cudaStreamLegacy);
+        rank.barrier();
+        const MoverChoice choice =
+            a.dispatch_by_choice(rank.rank == 0 ? &counts : nullptr, rank.rank == 0 ? 0 : 2);
+        EXPECT_EQ(choice.mover, rank.rank == 0 ? Mover::kCopyEngines : Mover::kStores);
         a.sync();
         a.expect_received(batch);
         const auto list = a.expected_list(batch);
@@ -582,6 +593,21 @@ TEST(RowExchange, ScalarsComeBackInTheCallersOrder) {
   });
 }
 
+// Needs no GPU.
+TEST(RowExchange, TheCheaperMoverIsChosen) {
+  const MoverCosts costs;
+  constexpr std::int64_t kRows = 117'200'000;
+  const MoverChoice many = choose_mover(kRows, 132, true, costs);
+  EXPECT_EQ(many.mover, Mover::kStores);
+  EXPECT_GE(many.sms, 8);
+  EXPECT_LE(many.sms, 10);  // more do not help the link
+  EXPECT_EQ(choose_mover(kRows, 2, true, costs).mover, Mover::kCopyEngines);
+  EXPECT_EQ(choose_mover(kRows, 2, false, costs).mover, Mover::kStores);  // nothing else is possible
+  EXPECT_EQ(choose_mover(kRows, 0, true, costs).mover, Mover::kCopyEngines);
+  EXPECT_EQ(choose_mover(0, 4, true, costs).sms, 1);
+  EXPECT_THROW(choose_mover(kRows, 0, false, costs), Error);
+  EXPECT_THROW(choose_mover(-1, 8, true, costs), Error);
+}
 // Needs no GPU: shapes are checked first.
 TEST(RowExchange, RefusesShapes) {
   const Bootstrap bootstrap{

@@ -38,6 +38,8 @@ class DeviceArray {
   T* data() { return data_; }
   void put(const std::vector<T>& values) {
     cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+    // From pageable memory the call may return before the last part is there, and streams that do not block do not wait.
+    cudaStreamSynchronize(cudaStreamLegacy);
   }
   std::vector<T> get() const {
     std::vector<T> values(size_);
