@@ -42,8 +42,8 @@ using std::chrono::nanoseconds;
 
 constexpr std::int64_t kPieceBytes = std::int64_t{1} << 30;  // an MPI count is an int
 constexpr nanoseconds kYieldSpan = microseconds(100);        // a waiter yields this long before it sleeps
-constexpr nanoseconds kMaxYieldSpan = milliseconds(5);  // likewise, while a large message may be on its way
-constexpr nanoseconds kSleep = microseconds(10);        // the kernel's timer slack makes it about 60
+constexpr nanoseconds kMaxYieldSpan = microseconds(500);  // likewise, while a large message may be on its way
+constexpr nanoseconds kSleep = microseconds(10);          // the kernel's timer slack makes it about 60
 constexpr nanoseconds kServicePeriod = milliseconds(10);
 constexpr nanoseconds kWaitingIsFresh = milliseconds(250);  // idle() repeats far more often than that
 constexpr nanoseconds kFarewellGrace = milliseconds(200);   // a farewell may overtake the data sent before it
