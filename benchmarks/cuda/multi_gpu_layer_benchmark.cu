@@ -2,7 +2,9 @@
 // the time of dense cuBLAS products of the same FLOPs (forward: two; backward: dgrad and wgrad of each).
 //
 // usage: multi_gpu_layer_cuda_benchmark [--ranks N] [--shapes A,B] [--routing uniform|zipf|FILE] [--experts N]
-//        [--comm-sms A,B] [--iterations N] [--json] [--commit HASH] [--date DATE]
+//        [--comm-sms A,B] [--link nvlink|nccl|nccl-hosts] [--iterations N] [--json] [--commit HASH] [--date DATE]
+//   --link      nccl: NCCL as it likes; nccl-hosts: NCCL that takes every rank for a host of its own, over sockets of the
+//               loopback interface (emulated: no network card has that speed and its delays)
 //   --comm-sms  processors of the exchange beside GEMMs, 0: by the layer's cost model
 //
 // The plan is ready when the clock starts; `plan` is timed by itself. Times are of the slowest rank (see
@@ -31,6 +33,7 @@
 #include <vector>
 
 #include "../../tests/support/gpu_ranks.hpp"
+#include "sluice/comm/cuda/nccl_library.hpp"
 #include "sluice/comm/cuda/row_exchange.hpp"
 #include "sluice/runtime/src/cuda/gpu_layer.hpp"
 #include "timing.cuh"
@@ -63,7 +66,7 @@ constexpr ShapeOf kShapes[] = {
 };
 struct Arguments {
   int ranks = 0, iterations = 15, experts = 0;
-  std::string shapes = "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe", routing = "uniform", comm_sms = "0";
+  std::string shapes = "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe", routing = "uniform", comm_sms = "0", link = "nvlink";
   bool json = false;
   std::string commit = "unknown", date = "unknown";
 };
@@ -103,6 +106,8 @@ struct Bench {
   Buffer<unsigned char> flush{std::int64_t{256} << 20};
   cublasHandle_t blas{};
   RowExchange* exchange = nullptr;
+  std::unique_ptr<RowExchange> meeting;  // for barriers: over NVLink whatever is measured
+  std::unique_ptr<NcclCommunicator> nccl;
 
   Bench(Rank& r, const Arguments& o, std::vector<Row>& out) : rank(r), options(o), rows(out) {
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -110,6 +115,12 @@ struct Bench {
     CHECK(cudaEventCreate(&end));
     CHECK(cublasCreate(&blas));
     CHECK(cublasSetStream(blas, stream));
+    ExchangeShape small;
+    small.max_tokens = 1;
+    small.hidden = 8;
+    meeting = std::make_unique<RowExchange>(rank.bootstrap(), small);
+    if (options.link != "nvlink")
+      nccl = std::make_unique<NcclCommunicator>(rank.bootstrap(), std::chrono::seconds(60));
   }
   // Arms take turns, each after `before`.
   std::vector<Timing> time(const std::vector<std::function<void()>>& arms,
@@ -120,7 +131,7 @@ struct Bench {
         if (before) before();
         CHECK(cudaMemsetAsync(flush.data, i & 0xFF, std::size_t{256} << 20, stream));
         wait_kernel<<<1, 1, 0, stream>>>(400000);
-        exchange->barrier(stream);
+        meeting->barrier(stream);
         CHECK(cudaEventRecord(begin, stream));
         arm();
         CHECK(cudaEventRecord(end, stream));
@@ -203,7 +214,8 @@ struct Bench {
     e.max_routes = shape.tokens * ranks * shape.top_k;
     if (options.routing == "uniform") e.max_routes = shape.tokens * shape.top_k * 3 / 2;
     e.num_local_slots = local;
-    RowExchange rows_between(rank.bootstrap(), e);
+    RowExchange rows_between(rank.bootstrap(), e, nccl != nullptr ? Link::kNccl : Link::kNvlink,
+                             PeerPath::kBest, nccl.get());
     exchange = &rows_between;
     GpuLayerShape s;
     s.ffn = shape.ffn;
@@ -355,6 +367,16 @@ struct Bench {
 };
 
 int run_rank(Rank& rank, const Arguments& options) {
+  if (options.link == "nccl-hosts") {  // before NCCL is loaded
+    setenv("NCCL_HOSTID", ("pretended-host-" + std::to_string(rank.rank)).c_str(), 1);
+    setenv("NCCL_P2P_DISABLE", "1", 1);
+    setenv("NCCL_SHM_DISABLE", "1", 1);
+    setenv("NCCL_IB_DISABLE", "1", 1);
+    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
+  } else if (options.link != "nvlink" && options.link != "nccl") {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--link is " + options.link + "; nvlink, nccl or nccl-hosts is needed");
+  }
   rank.use_device();
   std::vector<Row> rows;
   Bench bench(rank, options, rows);
@@ -371,11 +393,11 @@ int run_rank(Rank& rank, const Arguments& options) {
   std::string version = "unknown";
   std::ifstream("/sys/module/nvidia/version") >> version;
   std::printf(
-      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%d x %s\", \"driver\": \"%s\", \"routing\": "
-      "\"%s\", "
+      "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%d x %s\", \"driver\": \"%s\", \"link\": \"%s\", "
+      "\"routing\": \"%s\", "
       "\"iterations\": %d,\n \"rows\": [\n",
       options.date.c_str(), options.commit.c_str(), rank.num_ranks, properties.name, version.c_str(),
-      options.routing.c_str(), options.iterations);
+      options.link.c_str(), options.routing.c_str(), options.iterations);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     std::printf(
@@ -395,7 +417,7 @@ int run_rank(Rank& rank, const Arguments& options) {
 
 int main(int argc, char** argv) {
   const Options given =
-      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts", "--comm-sms"});
+      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts", "--comm-sms", "--link"});
   Arguments options;
   options.json = given.json;
   options.iterations = given.iterations;
@@ -405,7 +427,7 @@ int main(int argc, char** argv) {
   options.experts = std::atoi(given.value("--experts").c_str());
   for (const auto& [name, to] :
        {std::pair{"--shapes", &options.shapes}, std::pair{"--routing", &options.routing},
-        std::pair{"--comm-sms", &options.comm_sms}})
+        std::pair{"--comm-sms", &options.comm_sms}, std::pair{"--link", &options.link}})
     if (!given.value(name).empty()) *to = given.value(name);
   if (options.ranks == 0) options.ranks = gpu_ranks::count_devices();
   if (options.ranks < 1) {

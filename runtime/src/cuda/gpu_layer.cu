@@ -24,8 +24,9 @@ namespace gpu = kernels::cuda;
 
 constexpr auto kBad = ErrorCode::kInvalidArgument;
 // The cost model of a push beside a GEMM, measured on an H200 (docs/benchmarks.md): bytes a second that a processor stores to
-// peers, and that the link takes; floating-point operations a second of a processor's part of a GEMM.
-constexpr double kStoreBytes = 42e9, kLinkBytes = 350e9, kGemmFlops = 4.9e12;
+// peers, and that the link takes; floating-point operations a second of a processor's part of a GEMM. What NCCL has
+// between nodes is taken for a fast network card: a slower one only makes all of a GEMM run beside it.
+constexpr double kStoreBytes = 42e9, kLinkBytes = 350e9, kNetworkBytes = 40e9, kGemmFlops = 4.9e12;
 constexpr double kRoutesOfRow = 2;  // a row crosses once for at least so many routes
 constexpr double kMostShare = 0.5;  // of a GEMM that should have a push beside it
 constexpr double kMargin = 1.15;
@@ -273,13 +274,17 @@ struct GpuLayer::Impl {
   Beside beside(std::int64_t out_cols, std::int64_t in_cols, int wanted, Rows of = Rows::kOwn) const {
     const double gemm = 2.0 * static_cast<double>(out_cols) * static_cast<double>(in_cols) / kGemmFlops;
     const auto share = [&](int sms) {
-      const double push =
-          static_cast<double>(hidden) * 2 / kRoutesOfRow / std::min(sms * kStoreBytes, kLinkBytes);
+      const double rate = exchange.link() == comm::cuda::Link::kNvlink
+                              ? std::min(sms * kStoreBytes, kLinkBytes)
+                              : kNetworkBytes;
+      const double push = static_cast<double>(hidden) * 2 / kRoutesOfRow / rate;
       return (ranks - 1) * push / (gemm / (processors - sms)) * kMargin / (of == Rows::kAll ? ranks : 1);
     };
     int sms = wanted;
     if (sms == 0)
-      for (sms = kFewestSms; sms < std::min(kMostSms, processors / 2) && share(sms) > kMostShare;) sms += 2;
+      for (sms = exchange.link() == comm::cuda::Link::kNvlink ? kFewestSms : kMostSms;
+           sms < std::min(kMostSms, processors / 2) && share(sms) > kMostShare;)
+        sms += 2;
     const auto experts = static_cast<int>(std::ceil(std::min(share(sms), 1.0) * local));
     return {sms, std::clamp(experts, std::min(1, local), local)};
   }
