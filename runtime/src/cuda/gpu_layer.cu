@@ -280,11 +280,13 @@ struct GpuLayer::Impl {
       const double push = static_cast<double>(hidden) * 2 / kRoutesOfRow / rate;
       return (ranks - 1) * push / (gemm / (processors - sms)) * kMargin / (of == Rows::kAll ? ranks : 1);
     };
+    const int most = std::min(kMostSms, processors / 4 * 2);
     int sms = wanted;
-    if (sms == 0)
-      for (sms = exchange.link() == comm::cuda::Link::kNvlink ? kFewestSms : kMostSms;
-           sms < std::min(kMostSms, processors / 2) && share(sms) > kMostShare;)
-        sms += 2;
+    if (sms == 0) {
+      sms = most;  // NCCL takes more than it needs
+      if (exchange.link() == comm::cuda::Link::kNvlink)
+        for (sms = std::min(kFewestSms, most); sms < most && share(sms) > kMostShare;) sms += 2;
+    }
     const auto experts = static_cast<int>(std::ceil(std::min(share(sms), 1.0) * local));
     return {sms, std::clamp(experts, std::min(1, local), local)};
   }
