@@ -41,4 +41,6 @@ for n in $ranks; do
   run "layer_${n}_uniform" multi_gpu_layer_cuda_benchmark --ranks "$n"
   run "layer_${n}_zipf" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes deepseek-v3 --routing zipf --iterations 8
   run "layer_${n}_moe_perf" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes moe_perf-deepseek,moe_perf-mixtral
+  run "layer_${n}_nccl" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes deepseek-v3,olmoe --link nccl --iterations 7
+  run "layer_${n}_nccl_hosts" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes olmoe --link nccl-hosts --iterations 3
 done
