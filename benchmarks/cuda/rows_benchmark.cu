@@ -4,15 +4,17 @@
 // usage: rows_cuda_benchmark [--json] [--only SUBSTRING] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Memory-bound calls are compared with copying as many bytes (read + written) at the copy bandwidth measured in the same
-// run; each input byte is counted once, each output byte once. The plan is compared with its target of 40 us; it is
+// run; each input byte is counted once, each output byte once. Gates are timed in graphs of many calls. The plan is compared with its target of 40 us; it is
 // timed in a CUDA graph: one plan with a cold L2, and 20 plans a graph (routing in L2, as it is behind a gate).
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -160,45 +162,129 @@ struct Bench {
     });
   }
 
-  void gates_and_plan() {
-    Buffer<float> logits(kTokens * kExperts), dlogits(kTokens * kExperts), weight(kTokens * kExperts),
-        dweight(kTokens * kExperts);
-    fill_floats<<<1024, 256>>>(logits.data, kTokens * kExperts, 8, 1.0f);
-    fill_floats<<<1024, 256>>>(dweight.data, kTokens * kExperts, 9, 1.0f);
-    Buffer<std::int64_t> row_ptr(kTokens + 1);
-    Buffer<std::int32_t> expert(kTokens * kExperts), of_expert(kExperts), with_active(kExperts + 1);
+  // The `launches` calls f(0), f(1), ... as a graph.
+  static cudaGraphExec_t capture(cudaStream_t stream, int launches, const std::function<void(int)>& f) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < launches; ++i) f(i);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    CHECK(cudaGraphDestroy(graph));
+    return exec;
+  }
+
+  // One set of a gate's arguments.
+  struct GateSet {
+    Buffer<float> logits, dlogits, weight, dweight;
+    Buffer<std::int64_t> row_ptr;
+    Buffer<std::int32_t> expert, of_expert{kExperts}, with_active{kExperts + 1};
+    Buffer<unsigned char> scratch;
+    GateSet(std::int64_t tokens, std::int64_t capacity, std::uint64_t salt)
+        : logits(tokens * kExperts),
+          dlogits(tokens * kExperts),
+          weight(capacity),
+          dweight(capacity),
+          row_ptr(tokens + 1),
+          expert(capacity),
+          scratch(static_cast<std::int64_t>(gate_relu_scratch_bytes(tokens))) {
+      fill_floats<<<1024, 256>>>(logits.data, tokens * kExperts, salt, 1.0f);
+      fill_floats<<<1024, 256>>>(dweight.data, capacity, salt + 1, 1.0f);
+    }
+    GateCounts counts() { return {of_expert.data, with_active.data}; }
+    ConstRouting made() const { return {row_ptr.data, expert.data, weight.data}; }
+  };
+
+  // Gates are too short for events around one call: graphs of many calls, over sets of arguments that together do not fit
+  // into L2 by far. Beside the copy bandwidth: copies of as many bytes in a graph alike.
+  void gates(std::int64_t tokens) {
+    constexpr double kSetBytes = 512e6;
+    const std::string shape = std::to_string(tokens) + "x256";
+    const double t = static_cast<double>(tokens), table = 4.0 * t * kExperts;
+    const double list = 8.0 * kTopK * t, pointers = 8.0 * t;
+    const int sets = static_cast<int>(kSetBytes / (2 * table)) + 2, launches = 2 * sets;
     Buffer<std::uint32_t> status(1);
     CHECK(cudaMemset(status.data, 0, 4));
-    Buffer<unsigned char> scratch(static_cast<std::int64_t>(gate_relu_scratch_bytes(kTokens)));
-    const GateScores scores{logits.data, kExperts, kTokens, kExperts};
-    const RoutingBuffers routing{row_ptr.data, expert.data, weight.data, kTokens * kExperts, status.data};
-    const GateCounts counts{of_expert.data, with_active.data};
-    const ConstRouting made{row_ptr.data, expert.data, weight.data};
-    const double table = 4.0 * kTokens * kExperts, list = 8.0 * kRoutes + 8.0 * kTokens;
-    const std::string shape = "8192x256";
-    memory("gate_relu", shape, table + 8.0 * kTokens * kExperts / 2,
-           [&] { gate_relu(scores, routing, counts, scratch.data, nullptr); });
-    memory("gate_relu_backward", shape, 2 * table + 8.0 * kTokens * kExperts / 2,
-           [&] { gate_relu_backward(scores, made, dweight.data, nullptr, dlogits.data, kExperts, nullptr); });
+    std::vector<std::unique_ptr<GateSet>> of;
+    for (int i = 0; i < sets; ++i)
+      of.push_back(std::make_unique<GateSet>(tokens, tokens * kExperts, 100 + 2 * static_cast<unsigned>(i)));
+    CHECK(cudaDeviceSynchronize());
+    cudaStream_t stream;
+    CHECK(cudaStreamCreate(&stream));
+    Buffer<unsigned char> from(static_cast<std::int64_t>(kSetBytes)),
+        to(static_cast<std::int64_t>(kSetBytes));
+    const auto time = [&](const std::string& kase, double bytes, const std::function<void(GateSet&)>& f) {
+      if (!only.empty() && kase.find(only) == std::string::npos) return;
+      const auto half = static_cast<std::int64_t>(bytes / 2);
+      const std::int64_t places = std::max<std::int64_t>(1, static_cast<std::int64_t>(kSetBytes) / half);
+      f(*of[0]);
+      cudaGraphExec_t exec =
+          capture(stream, launches, [&](int i) { f(*of[static_cast<std::size_t>(i % sets)]); });
+      cudaGraphExec_t copies = capture(stream, launches, [&](int i) {
+        CHECK(cudaMemcpyAsync(to.data + i % places * half, from.data + i % places * half,
+                              static_cast<std::size_t>(half), cudaMemcpyDeviceToDevice, stream));
+      });
+      const auto times = timer.run(
+          {[&] { CHECK(cudaGraphLaunch(exec, nullptr)); }, [&] { CHECK(cudaGraphLaunch(copies, nullptr)); }});
+      const double copy_us = times[1].median_us / launches;
+      const Timing each{times[0].median_us / launches, times[0].mad_us / launches};
+      char more[96];
+      std::snprintf(more, sizeof more, ", \"copy_in_graph_us\": %.2f, \"copy_in_graph_ratio\": %.4f", copy_us,
+                    copy_us / each.median_us);
+      add(kase, shape, each, "copy_bandwidth", bytes / copy_bytes_per_us, more);
+      CHECK(cudaGraphExecDestroy(exec));
+      CHECK(cudaGraphExecDestroy(copies));
+    };
+    const auto scores = [&](const GateSet& s) {
+      return GateScores{s.logits.data, kExperts, tokens, kExperts};
+    };
+    const auto routing = [&](const GateSet& s) {
+      return RoutingBuffers{s.row_ptr.data, s.expert.data, s.weight.data, tokens * kExperts, status.data};
+    };
+    // Half of the scores are above zero. Their backward does not need the scores.
+    const double active = t * kExperts / 2;
+    time("gate_relu", table + 8 * active + pointers,
+         [&](GateSet& s) { gate_relu(scores(s), routing(s), {}, s.scratch.data, stream); });
+    for (const auto& s : of) gate_relu(scores(*s), routing(*s), s->counts(), s->scratch.data, stream);
+    time("gate_relu_backward", table + 8 * active + pointers, [&](GateSet& s) {
+      gate_relu_backward(scores(s), s.made(), s.dweight.data, nullptr, s.dlogits.data, kExperts, stream);
+    });
+    const SoftmaxGate softmax{kTopK, false, 1.0f};
+    time("gate_softmax", table + list + pointers,
+         [&](GateSet& s) { gate_softmax(scores(s), softmax, routing(s), {}, stream); });
+    time("gate_softmax_counts", table + list + pointers,
+         [&](GateSet& s) { gate_softmax(scores(s), softmax, routing(s), s.counts(), stream); });
+    for (const auto& s : of) gate_softmax(scores(*s), softmax, routing(*s), {}, stream);
+    time("gate_softmax_backward", 2 * table + list + pointers, [&](GateSet& s) {
+      gate_softmax_backward(scores(s), softmax, s.made(), s.dweight.data, nullptr, 0, s.dlogits.data,
+                            kExperts, stream);
+    });
     SigmoidGate sigmoid;
     sigmoid.top_k = kTopK;
     sigmoid.num_groups = 8;
     sigmoid.top_groups = 4;
-    memory("gate_sigmoid_8_groups", shape, table + list,
-           [&] { gate_sigmoid(scores, sigmoid, nullptr, routing, counts, nullptr); });
-    memory("gate_sigmoid_backward", shape, 2 * table + list, [&] {
-      gate_sigmoid_backward(scores, sigmoid, made, dweight.data, dlogits.data, kExperts, nullptr);
+    Buffer<float> bias(kExperts);
+    fill_floats<<<8, 32>>>(bias.data, kExperts, 7, 0.05f);
+    time("gate_sigmoid_8_groups", table + list + pointers,
+         [&](GateSet& s) { gate_sigmoid(scores(s), sigmoid, nullptr, routing(s), {}, stream); });
+    time("gate_sigmoid_8_groups_bias", table + list + pointers,
+         [&](GateSet& s) { gate_sigmoid(scores(s), sigmoid, bias.data, routing(s), {}, stream); });
+    // Reads the chosen scores only: a sector of 32 bytes each.
+    for (const auto& s : of) gate_sigmoid(scores(*s), sigmoid, nullptr, routing(*s), {}, stream);
+    time("gate_sigmoid_backward", table + list + pointers + 32.0 * kTopK * t, [&](GateSet& s) {
+      gate_sigmoid_backward(scores(s), sigmoid, s.made(), s.dweight.data, s.dlogits.data, kExperts, stream);
     });
-    const SoftmaxGate softmax{kTopK, false, 1.0f};
-    memory("gate_softmax", shape, table + list,
-           [&] { gate_softmax(scores, softmax, routing, counts, nullptr); });
-    memory("gate_softmax_backward", shape, 2 * table + list, [&] {
-      gate_softmax_backward(scores, softmax, made, dweight.data, nullptr, 0, dlogits.data, kExperts, nullptr);
-    });
+    CHECK(cudaStreamDestroy(stream));
+  }
+
+  void plans() {
     if (!only.empty() && std::string("plan_build").find(only) == std::string::npos) return;
 
-    // The routing of the softmax gate just made.
-    gate_softmax(scores, softmax, routing, counts, nullptr);
+    GateSet set(kTokens, kRoutes, 8);
+    Buffer<std::uint32_t> status(1);
+    CHECK(cudaMemset(status.data, 0, 4));
+    gate_softmax({set.logits.data, kExperts, kTokens, kExperts}, {kTopK, false, 1.0f},
+                 {set.row_ptr.data, set.expert.data, set.weight.data, kRoutes, status.data}, {}, nullptr);
     std::vector<std::int32_t> ranks, slots;
     for (int e = 0; e < kExperts; ++e) {
       ranks.push_back(e / (kExperts / kRanks));
@@ -218,19 +304,11 @@ struct Bench {
         static_cast<std::int64_t>(plan_scratch_bytes(kTokens, kExperts, kRanks)));
     cudaStream_t stream;
     CHECK(cudaStreamCreate(&stream));
-    const auto capture = [&](int times) {
-      cudaGraph_t graph;
-      cudaGraphExec_t exec;
-      CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-      for (int i = 0; i < times; ++i)
-        build_plan(made, kTokens, {rank_of.data, slot_of.data, kExperts, kRanks}, plan, plan_scratch.data,
-                   stream);
-      CHECK(cudaStreamEndCapture(stream, &graph));
-      CHECK(cudaGraphInstantiate(&exec, graph, 0));
-      CHECK(cudaGraphDestroy(graph));
-      return exec;
+    const auto build = [&](int) {
+      build_plan(set.made(), kTokens, {rank_of.data, slot_of.data, kExperts, kRanks}, plan, plan_scratch.data,
+                 stream);
     };
-    cudaGraphExec_t one = capture(1), twenty = capture(20);
+    cudaGraphExec_t one = capture(stream, 1, build), twenty = capture(stream, 20, build);
     const auto times = timer.run(
         {[&] { CHECK(cudaGraphLaunch(one, nullptr)); }, [&] { CHECK(cudaGraphLaunch(twenty, nullptr)); }});
     const std::string size = "8192x8of256on8";
@@ -251,7 +329,8 @@ int main(int argc, char** argv) {
   bench.only = options.value("--only");
   bench.rows();
   bench.optimizer();
-  bench.gates_and_plan();
+  for (const std::int64_t tokens : {kTokens, 8 * kTokens}) bench.gates(tokens);
+  bench.plans();
   if (!options.json) return 0;
   char bandwidth[64];
   std::snprintf(bandwidth, sizeof bandwidth, "\"copy_gb_per_s\": %.0f,", bench.copy_bytes_per_us / 1e3);
@@ -261,9 +340,10 @@ int main(int argc, char** argv) {
     std::printf(
         "  {\"shape\": \"%s\", \"case\": \"%s\", \"median_us\": %.2f, \"mad_us\": %.2f, \"baseline\": "
         "\"%s\", "
-        "\"baseline_us\": %.2f, \"ratio\": %.4f}%s\n",
+        "\"baseline_us\": %.2f, \"ratio\": %.4f%s}%s\n",
         row.shape.c_str(), row.kase.c_str(), row.time.median_us, row.time.mad_us, row.baseline.c_str(),
-        row.baseline_us, row.baseline_us / row.time.median_us, i + 1 < g_rows.size() ? "," : "");
+        row.baseline_us, row.baseline_us / row.time.median_us, row.more.c_str(),
+        i + 1 < g_rows.size() ? "," : "");
   }
   std::printf("]}\n");
 }

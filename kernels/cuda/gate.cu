@@ -1,6 +1,13 @@
-// One warp a token; lane l holds the scores of experts l, l + 32, ...
+// As many blocks as run at a time, each goes over its share of the tokens; scores stay in registers.
+// Forward (softmax, sigmoid): 8 lanes a token (32 with more than 256 experts), so that a warp has 4 tokens under way and
+// its shuffles serve all of them. A lane holds the scores of kItems experts in a row, the lower lane the lower ids; they
+// come through shared memory, so that memory is read in whole lines. The experts chosen are those at or above the top_k-th
+// best key; that is found from each lane's four best. Where that gives more than top_k experts (ties, or five and more in one
+// lane: about one token in a hundred) the worst of them are taken out one by one.
+// Backward: one warp a token, whose row is put together in shared memory, so that it is written in whole lines.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -11,12 +18,24 @@
 namespace sluice::kernels::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kTokens = 8;  // of a block
+constexpr int kWarps = 8;      // of a block
+constexpr int kTopKWarps = 4;  // of a block of the softmax and the sigmoid gate
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kMaxItems = kMaxGateExperts / 32;
+// Blocks a processor is to hold: warps enough to hide the latency of memory, registers enough for the scores. `most`: with
+// few experts.
+constexpr int blocks_a_processor(int items, int most) {
+  return items <= 8 ? most : items <= 16 ? most / 2 : 1;
+}
+constexpr int kReluBlocks = 3, kBackwardBlocks = 8, kSoftmaxBackwardBlocks = 5;
+constexpr int softmax_blocks(int items) {
+  return items <= 16 ? 8 : 5;
+}
+constexpr int sigmoid_blocks(int items) {
+  return items <= 8 ? 8 : items <= 16 ? 5 : 3;
+}
 
-// Keeps the order of floats in unsigned numbers.
+// Keeps the order of floats in unsigned numbers; 0 is below all of them.
 __device__ __forceinline__ std::uint32_t ordered(float x) {
   const std::uint32_t bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -32,302 +51,691 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
   return x;
 }
-__device__ __forceinline__ float sigmoid(float z) {
-  return 1.0f / (1.0f + expf(-z));
+// Sum over the lanes up to this one, of those that work together.
+template <int kLanes>
+__device__ __forceinline__ int prefix(int x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const int below = __shfl_up_sync(kAll, x, distance);
+    if (lane % kLanes >= distance) x += below;
+  }
+  return x;
 }
-__device__ __forceinline__ float log_sigmoid(float z) {
-  return fminf(z, 0.0f) - log1pf(expf(-fabsf(z)));
+// Over kLanes neighbouring lanes.
+template <int kLanes>
+__device__ __forceinline__ float lanes_max(float x) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, distance));
+  return x;
+}
+template <int kLanes, typename T>
+__device__ __forceinline__ T lanes_sum(T x) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  return x;
+}
+template <int kLanes>
+__device__ __forceinline__ unsigned lanes_ballot(bool yes, int lane) {
+  return __ballot_sync(kAll, yes) >> (lane / kLanes * kLanes) & (kAll >> (32 - kLanes));
+}
+
+// The hardware's 2^x after one rounded product: exact to about 2^-22 of the result near 0, where the weights that matter
+// are, and |x| * 2^-24 further down.
+__device__ __forceinline__ float quick_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+__device__ __forceinline__ float sigmoid(float z) {
+  return __fdividef(1.0f, 1.0f + quick_exp(-z));
+}
+// sigmoid(z) / exp(shift) with shift = min(0, the largest z at hand): does not underflow for all of them.
+__device__ __forceinline__ float shifted_sigmoid(float z, float shift) {
+  return __fdividef(quick_exp(fminf(z, 0.0f) - shift), 1.0f + quick_exp(-fabsf(z)));
+}
+
+// ---- rows of scores ----------------------------------------------------------------------------------------------------
+enum class Layout {
+  kQuads,   // four neighbours a lane, then the next 128 experts
+  kSingle,  // one a lane, then the next 32 experts
+};
+template <Layout kLayout, int kItems>
+__device__ __forceinline__ int expert_of(int lane, int i) {
+  constexpr int kVector = kItems < 4 ? kItems : 4;
+  if constexpr (kLayout == Layout::kQuads) return i / kVector * 32 * kVector + lane * kVector + i % kVector;
+  return lane + 32 * i;
 }
 
 // Scores of token t; experts that do not exist, and NaN, are -infinity. Reports what is not finite.
-template <int kItems>
-__device__ __forceinline__ void load_scores(const GateScores& scores, std::int64_t t, int lane,
+template <Layout kLayout, int kItems>
+__device__ __forceinline__ void load_scores(const GateScores& scores, std::int64_t t, int lane, bool vector,
                                             std::uint32_t* status, float (&z)[kItems]) {
-  bool bad = false;
+  const float* const row = scores.logits + t * scores.stride;
+  bool loaded = false;
+  if constexpr (kLayout != Layout::kSingle && kItems >= 4) {
+    if (vector) {
+      loaded = true;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int e = lane + 32 * i;
-    z[i] = -INFINITY;
-    if (e < scores.num_experts) {
-      const float value = scores.logits[t * scores.stride + e];
-      bad = bad || !(fabsf(value) < INFINITY);
-      if (value == value) z[i] = value;
-    }
-  }
-  if (status != nullptr && __any_sync(kAll, bad) && lane == 0) atomicOr(status, kStatusNonFinite);
-}
-
-// Bit i: item i is among the `count` best of the warp by (key, z, lower id), of the items in `allowed`. Each lane keeps
-// its best; only the lane whose best was taken looks for its next.
-template <int kItems>
-__device__ __forceinline__ std::uint32_t choose(const float (&key)[kItems], const float (&z)[kItems],
-                                                std::uint32_t allowed, int count, int lane) {
-  std::uint32_t chosen = 0;
-  std::uint32_t best = 0, best_z = 0, best_id = 0xFFFFFFFFu;  // 0 is below every float's number: nothing left
-  const auto look = [&] {
-    best = best_z = 0;
-    best_id = 0xFFFFFFFFu;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if ((allowed & ~chosen) >> i & 1u) {
-        const std::uint32_t k = ordered(key[i]), kz = ordered(z[i]);
-        if (k > best || (k == best && kz > best_z)) {
-          best = k;
-          best_z = kz;
-          best_id = static_cast<std::uint32_t>(lane + 32 * i);
-        }
+      for (int i = 0; i < kItems; i += 4) {
+        const int e = expert_of<kLayout, kItems>(lane, i);
+        float4 four{0, 0, 0, 0};
+        if (e < scores.num_experts) four = *reinterpret_cast<const float4*>(row + e);
+        z[i] = four.x;
+        z[i + 1] = four.y;
+        z[i + 2] = four.z;
+        z[i + 3] = four.w;
       }
     }
-  };
-  look();
-  for (int n = 0; n < count; ++n) {
-    const std::uint32_t top = __reduce_max_sync(kAll, best);
-    std::uint32_t id = best == top ? best_id : 0xFFFFFFFFu;
-    if (__popc(__ballot_sync(kAll, best == top)) > 1) {
-      const std::uint32_t top_z = __reduce_max_sync(kAll, best == top ? best_z : 0);
-      if (best_z != top_z) id = 0xFFFFFFFFu;
+  }
+  if (!loaded) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int e = expert_of<kLayout, kItems>(lane, i);
+      z[i] = e < scores.num_experts ? row[e] : 0.0f;
     }
-    if (__reduce_min_sync(kAll, id) == id && id != 0xFFFFFFFFu) {
-      chosen |= 1u << (id / 32);
-      look();
+  }
+  float probe = 0;  // NaN if one of them is not finite
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) probe = fmaf(z[i], 0.0f, probe);
+  if (__any_sync(kAll, probe != probe)) {
+    if (status != nullptr && lane == 0) atomicOr(status, kStatusNonFinite);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) z[i] = fmaxf(z[i], -INFINITY);
+  }
+  if (scores.num_experts < kItems * 32) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (expert_of<kLayout, kItems>(lane, i) >= scores.num_experts) z[i] = -INFINITY;
+  }
+}
+__device__ __forceinline__ float clean(float z) {
+  return fmaxf(z, -INFINITY);  // of a NaN and a number, the number
+}
+
+// ---- what all forward kernels do ---------------------------------------------------------------------------------------
+template <int kExperts>
+struct SharedCounts {
+  int of_expert[kExperts];
+  int with_active[kExperts + 1];
+};
+template <int kExperts>
+__device__ __forceinline__ void clear_counts(SharedCounts<kExperts>& shared) {
+  for (int i = threadIdx.x; i <= kExperts; i += blockDim.x) {
+    if (i < kExperts) shared.of_expert[i] = 0;
+    shared.with_active[i] = 0;
+  }
+  __syncthreads();
+}
+template <int kExperts>
+__device__ __forceinline__ void add_counts(const GateCounts& counts, const SharedCounts<kExperts>& shared,
+                                           int num_experts) {
+  __syncthreads();
+  for (int i = threadIdx.x; i <= num_experts; i += blockDim.x) {
+    if (counts.tokens_of_expert != nullptr && i < num_experts && shared.of_expert[i] != 0)
+      atomicAdd(counts.tokens_of_expert + i, shared.of_expert[i]);
+    if (counts.tokens_with_active != nullptr && shared.with_active[i] != 0)
+      atomicAdd(counts.tokens_with_active + i, shared.with_active[i]);
+  }
+}
+
+// ---- choosing ----------------------------------------------------------------------------------------------------------
+constexpr int kBest = 4;  // keys of a lane that are looked at first
+__device__ __forceinline__ void exchange(float& a, float& b) {
+  const float more = fmaxf(a, b);
+  b = fminf(a, b);
+  a = more;
+}
+// The largest of items kFrom..kFrom+kCount-1, descending.
+template <int kFrom, int kCount, int kItems>
+__device__ __forceinline__ void best_of(const float (&key)[kItems], float (&best)[kBest]) {
+  if constexpr (kCount < kBest) {
+#pragma unroll
+    for (int i = 0; i < kBest; ++i) best[i] = i < kCount ? key[kFrom + (i < kCount ? i : 0)] : -INFINITY;
+    if constexpr (kCount == 2) exchange(best[0], best[1]);
+  } else if constexpr (kCount == kBest) {
+#pragma unroll
+    for (int i = 0; i < kBest; ++i) best[i] = key[kFrom + i];
+    exchange(best[0], best[1]);
+    exchange(best[2], best[3]);
+    exchange(best[0], best[2]);
+    exchange(best[1], best[3]);
+    exchange(best[1], best[2]);
+  } else {
+    float other[kBest];
+    best_of<kFrom, kCount / 2>(key, best);
+    best_of<kFrom + kCount / 2, kCount / 2>(key, other);
+    // The larger halves of a descending and an ascending list fall, then rise; two steps put them in order.
+#pragma unroll
+    for (int i = 0; i < kBest; ++i) best[i] = fmaxf(best[i], other[kBest - 1 - i]);
+    exchange(best[0], best[2]);
+    exchange(best[1], best[3]);
+    exchange(best[0], best[1]);
+    exchange(best[2], best[3]);
+  }
+}
+
+template <int kItems, typename Function>
+__device__ __forceinline__ std::uint32_t items_where(const Function& f) {
+  std::uint32_t items = 0;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i)
+    if (f(i)) items |= 1u << i;
+  return items;
+}
+
+// Bit i: item i is among the `count` best of the lanes by (key, z, lower id). best: the lane's best keys; used up.
+template <int kLanes, int kItems>
+__device__ __forceinline__ std::uint32_t choose(const float (&key)[kItems], const float (&z)[kItems],
+                                                int count, int lane, float (&best)[kBest]) {
+  constexpr int kFew = 12;  // more are likely to meet five in a lane
+  // A key that at least `count` items reach: the count-th best, unless a lane had more of them than `best` holds.
+  float least = -INFINITY;
+  if (count <= kFew) {
+#pragma unroll 4
+    for (int n = 0; n < count; ++n) {
+      least = lanes_max<kLanes>(best[0]);
+      const bool mine = best[0] == least;
+#pragma unroll
+      for (int i = 0; i < kBest; ++i)
+        best[i] = mine ? (i + 1 < kBest ? best[(i + 1) % kBest] : -INFINITY) : best[i];
     }
+  } else {
+    // The largest number of a key, bit by bit from above.
+    std::uint32_t number = 0;
+#pragma unroll 1
+    for (int bit = 31; bit >= 0; --bit) {
+      const float middle = from_ordered(number | 1u << bit);  // NaN above infinity: reached by none
+      int reached = 0;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) reached += key[i] >= middle ? 1 : 0;
+      if (lanes_sum<kLanes>(reached) >= count) number |= 1u << bit;
+    }
+    least = number != 0 ? from_ordered(number) : -INFINITY;
+  }
+  std::uint32_t chosen = items_where<kItems>([&](int i) { return key[i] >= least; });
+  int others = lanes_sum<kLanes>(__popc(chosen)) - count;  // too many
+  while (__any_sync(kAll, others > 0)) {
+    // The worst key of those chosen, and who has it.
+    float worst = INFINITY;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (chosen >> i & 1u) worst = fminf(worst, key[i]);
+    worst = -lanes_max<kLanes>(-worst);
+    std::uint32_t tied = items_where<kItems>([&](int i) { return key[i] == worst; }) & chosen;
+    const int ties = lanes_sum<kLanes>(__popc(tied));
+    if (__any_sync(kAll, others > 0 && ties > others)) {
+      // Not all of them go: those with the worst z.
+      float worst_z = INFINITY;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (tied >> i & 1u) worst_z = fminf(worst_z, z[i]);
+      worst_z = -lanes_max<kLanes>(-worst_z);
+      if (ties > others) tied &= items_where<kItems>([&](int i) { return z[i] == worst_z; });
+    }
+    const int mine = __popc(tied);
+    const int upto = prefix<kLanes>(mine, lane);
+    const int all = __shfl_sync(kAll, upto, lane / kLanes * kLanes + kLanes - 1);
+    // If still not all go, the lower ids stay.
+    int stay = max(all - max(others, 0), 0) - (upto - mine);
+    for (; stay > 0 && tied != 0; --stay) tied &= tied - 1;
+    if (others > 0) chosen &= ~tied;
+    others = lanes_sum<kLanes>(__popc(chosen)) - count;
   }
   return chosen;
 }
 
-__device__ __forceinline__ void clear_counts(int* shared, int n) {
-  for (int i = threadIdx.x; i < n; i += kWarps * 32) shared[i] = 0;
-  __syncthreads();
-}
-__device__ __forceinline__ void add_counts(const GateCounts& counts, const int* of_expert,
-                                           const int* with_active, int num_experts) {
-  __syncthreads();
-  for (int i = threadIdx.x; i <= num_experts; i += kWarps * 32) {
-    if (counts.tokens_of_expert != nullptr && i < num_experts && of_expert[i] != 0)
-      atomicAdd(counts.tokens_of_expert + i, of_expert[i]);
-    if (counts.tokens_with_active != nullptr && with_active[i] != 0)
-      atomicAdd(counts.tokens_with_active + i, with_active[i]);
-  }
-}
-
-// Routes of one token from `first`, experts ascending; writes nothing past the capacity.
-template <int kItems, typename Weight>
-__device__ __forceinline__ void emit(const RoutingBuffers& routing, std::int64_t first, std::uint32_t chosen,
-                                     int lane, int* of_expert, const Weight& weight) {
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const bool mine = chosen >> i & 1u;
-    const unsigned votes = __ballot_sync(kAll, mine);
-    const std::int64_t at = first + __popc(votes & ((1u << lane) - 1));
-    if (mine && at < routing.capacity) {
-      routing.expert[at] = lane + 32 * i;
-      routing.weight[at] = weight(i);
-      atomicAdd(of_expert + lane + 32 * i, 1);
-    }
-    first += __popc(votes);
-  }
-}
-
+// ---- tokens of a warp --------------------------------------------------------------------------------------------------
+// A lane's run of scores in shared memory, and 16 bytes, so that lanes of a quarter warp meet different banks.
 template <int kItems>
-__global__ void __launch_bounds__(kWarps * 32, 1)
-    softmax_kernel(GateScores scores, SoftmaxGate gate, RoutingBuffers routing, GateCounts counts) {
-  __shared__ int shared[2 * kItems * 32 + 1];
-  int* const of_expert = shared;
-  int* const with_active = shared + kItems * 32;
-  clear_counts(shared, 2 * kItems * 32 + 1);
+constexpr int kRunStride = kItems < 4 ? kItems : kItems + 4;
+template <int kItems>
+__device__ __forceinline__ int place_of(int expert) {
+  return expert / kItems * kRunStride<kItems> + expert % kItems;
+}
+template <int kLanes, int kItems>
+struct alignas(16) TokenMemory {
+  static constexpr int kTokens = 32 / kLanes;
+  float scores[kTokens][kLanes * kRunStride<kItems>];
+  std::int16_t chosen[kTokens][kLanes * kItems];
+  float group_score[kTokens][32];
+};
+
+// Scores of tokens first.. of the warp's into shared memory; those of experts that do not exist were -infinity before
+// and stay so, of tokens that do not exist they are whatever was there. True for a warp that met what is not finite.
+template <int kLanes, int kItems>
+__device__ __forceinline__ bool bring_scores(const GateScores& scores, std::int64_t first, int lane,
+                                             bool vector, TokenMemory<kLanes, kItems>& memory) {
+  constexpr int kTokens = TokenMemory<kLanes, kItems>::kTokens;
+  constexpr int kExperts = kLanes * kItems;
+  const float* const row = scores.logits + first * scores.stride;
+  const auto tokens = static_cast<int>(min(std::int64_t{kTokens}, scores.num_tokens - first));
+  float probe = 0;  // NaN if one of them is not finite
+  __syncwarp();     // the last tokens' were read
+  if (kItems >= 4 && vector) {
+    constexpr int kEach = (kExperts / 4 + 31) / 32;
+    float4 four[kTokens][kEach];
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int e = 4 * (lane + 32 * i);
+        if (n < tokens && e < scores.num_experts)
+          four[n][i] = *reinterpret_cast<const float4*>(row + n * scores.stride + e);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int e = 4 * (lane + 32 * i);
+        if (n < tokens && e < scores.num_experts) {
+          const float4 v = four[n][i];
+          probe = fmaf(v.x, 0.0f, fmaf(v.y, 0.0f, fmaf(v.z, 0.0f, fmaf(v.w, 0.0f, probe))));
+          *reinterpret_cast<float4*>(&memory.scores[n][place_of<kItems>(e)]) = v;
+        }
+      }
+    }
+  } else {
+    for (int n = 0; n < tokens; ++n) {
+      for (int e = lane; e < scores.num_experts; e += 32) {
+        const float v = row[n * scores.stride + e];
+        probe = fmaf(v, 0.0f, probe);
+        memory.scores[n][place_of<kItems>(e)] = v;
+      }
+    }
+  }
+  __syncwarp();
+  return __any_sync(kAll, probe != probe);
+}
+template <int kItems>
+__device__ __forceinline__ void read_run(const float* run, float (&z)[kItems]) {
+  if constexpr (kItems >= 4) {
+#pragma unroll
+    for (int i = 0; i < kItems; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(run + i);
+      z[i] = v.x;
+      z[i + 1] = v.y;
+      z[i + 2] = v.z;
+      z[i + 3] = v.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) z[i] = run[i];
+  }
+}
+
+// The chosen experts of a token, ascending; this lane's are those at lane, lane + kLanes, ...
+template <int kLanes, int kItems>
+struct Chosen {
+  const std::int16_t* list;
+  const float* scores;
+  int count, lane;
+  int expert = 0;  // at `lane`
+  float z = -INFINITY;
+
+  __device__ __forceinline__ Chosen(TokenMemory<kLanes, kItems>& memory, std::uint32_t chosen, int count,
+                                    int warp_lane)
+      : list(memory.chosen[warp_lane / kLanes]),
+        scores(memory.scores[warp_lane / kLanes]),
+        count(count),
+        lane(warp_lane % kLanes) {
+    std::int16_t* const to = memory.chosen[warp_lane / kLanes];
+    const int mine = __popc(chosen);
+    int at = prefix<kLanes>(mine, warp_lane) - mine;
+    for (std::uint32_t left = chosen; left != 0; left &= left - 1)
+      to[at++] = static_cast<std::int16_t>(lane * kItems + __ffs(static_cast<int>(left)) - 1);
+    __syncwarp();
+    if (lane < count) {
+      expert = list[lane];
+      z = score(expert);
+    }
+  }
+  __device__ __forceinline__ float score(int e) const { return clean(scores[place_of<kItems>(e)]); }
+  // f(position, expert, score)
+  template <typename Function>
+  __device__ __forceinline__ void each(const Function& f) const {
+    if (lane < count) f(lane, expert, z);
+#pragma unroll 1
+    for (int n = lane + kLanes; n < count; n += kLanes) f(n, static_cast<int>(list[n]), score(list[n]));
+  }
+};
+
+// What softmax and sigmoid gates do before and after a warp's tokens.
+template <int kLanes, int kItems>
+__device__ __forceinline__ void prepare(TokenMemory<kLanes, kItems>& memory, int lane) {
+  float* const all = memory.scores[0];
+  for (int i = lane; i < memory.kTokens * kLanes * kRunStride<kItems>; i += 32) all[i] = -INFINITY;
+}
+template <int kExperts>
+__device__ __forceinline__ void finish_token(const RoutingBuffers& routing, SharedCounts<kExperts>& shared,
+                                             std::int64_t t, int top_k) {
+  routing.row_ptr[t + 1] = (t + 1) * top_k;
+  if (t == 0) routing.row_ptr[0] = 0;
+  atomicAdd(shared.with_active + top_k, 1);
+}
+
+template <int kLanes, int kItems>
+__global__ void __launch_bounds__(kTopKWarps * 32, softmax_blocks(kItems))
+    softmax_kernel(GateScores scores, SoftmaxGate gate, RoutingBuffers routing, GateCounts counts,
+                   bool vector) {
+  __shared__ SharedCounts<kLanes * kItems> shared;
+  __shared__ __align__(16) TokenMemory<kLanes, kItems> memories[kTopKWarps];
+  constexpr int kTokens = 32 / kLanes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int n = warp; n < kTokens; n += kWarps) {
-    const std::int64_t t = blockIdx.x * std::int64_t{kTokens} + n;
-    if (t >= scores.num_tokens) break;
-    float z[kItems], p[kItems];
-    load_scores(scores, t, lane, routing.status, z);
-    const std::uint32_t chosen = choose(z, z, 0xFFFFFFFFu, gate.top_k, lane);
-    float top = z[0];
+  TokenMemory<kLanes, kItems>& memory = memories[warp];
+  prepare(memory, lane);
+  clear_counts(shared);
+  const std::int64_t step = std::int64_t{gridDim.x} * kTopKWarps * kTokens;
+  for (std::int64_t begin = (blockIdx.x * std::int64_t{kTopKWarps} + warp) * kTokens;
+       begin < scores.num_tokens; begin += step) {
+    const bool bad = bring_scores(scores, begin, lane, vector, memory);
+    const std::int64_t t = begin + lane / kLanes;
+    const bool real = t < scores.num_tokens;
+    float z[kItems], best[kBest];
+    read_run(memory.scores[lane / kLanes] + lane % kLanes * kRunStride<kItems>, z);
+    if (bad) {
+      if (lane == 0) atomicOr(routing.status, kStatusNonFinite);
 #pragma unroll
-    for (int i = 1; i < kItems; ++i) top = fmaxf(top, z[i]);
-    top = warp_max(top);
+      for (int i = 0; i < kItems; ++i) z[i] = clean(z[i]);
+    }
+    best_of<0, kItems>(z, best);
+    const float top = lanes_max<kLanes>(best[0]);
+    const std::uint32_t bits = choose<kLanes>(z, z, gate.top_k, lane, best);
+    const Chosen<kLanes, kItems> chosen(memory, bits, gate.top_k, lane);
     float sum = 0;
+    if (gate.over_selected) {
+      chosen.each([&](int, int, float score) { sum += quick_exp(score - top); });
+    } else {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      p[i] = expf(z[i] - top);
-      if (!gate.over_selected || (chosen >> i & 1u)) sum += p[i];
+      for (int i = 0; i < kItems; ++i) sum += quick_exp(z[i] - top);
     }
-    sum = warp_sum(sum);
-    emit<kItems>(routing, t * gate.top_k, chosen, lane, of_expert,
-                 [&](int i) { return gate.route_scale * (p[i] / sum); });
-    if (lane == 0) {
-      routing.row_ptr[t + 1] = (t + 1) * gate.top_k;
-      if (t == 0) routing.row_ptr[0] = 0;
-      atomicAdd(with_active + gate.top_k, 1);
-    }
+    const float scale = gate.route_scale / lanes_sum<kLanes>(sum);
+    if (!real) continue;
+    chosen.each([&](int n, int e, float score) {
+      routing.expert[t * gate.top_k + n] = e;
+      routing.weight[t * gate.top_k + n] = quick_exp(score - top) * scale;
+      atomicAdd(shared.of_expert + e, 1);
+    });
+    if (lane % kLanes == 0) finish_token(routing, shared, t, gate.top_k);
   }
-  add_counts(counts, of_expert, with_active, scores.num_experts);
+  add_counts(counts, shared, scores.num_experts);
 }
 
-// Items of the best groups.
-template <int kItems>
-__device__ __forceinline__ std::uint32_t groups_allowed(const float (&key)[kItems], const SigmoidGate& gate,
-                                                        int num_experts, int lane) {
-  const int size = num_experts / gate.num_groups;
-  float mine = -INFINITY;  // score of group `lane`
+// Bit i: item i belongs to one of the best groups, whatever ties there are and wherever groups begin.
+template <int kLanes, int kItems>
+__device__ __forceinline__ std::uint32_t items_of_best_groups(const float (&score)[kItems],
+                                                              const SigmoidGate& gate, int num_experts,
+                                                              int lane, float* group_score) {
+  const int size = num_experts / gate.num_groups, run = lane % kLanes * kItems;
+  __syncwarp();
+#pragma unroll 1
   for (int g = 0; g < gate.num_groups; ++g) {
     float first = -INFINITY, second = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int e = lane + 32 * i;
-      if (e / size == g && e < num_experts) {
-        second = fmaxf(second, fminf(first, key[i]));
-        first = fmaxf(first, key[i]);
+      if (run + i >= g * size && run + i < (g + 1) * size) {
+        second = fmaxf(second, fminf(first, score[i]));
+        first = fmaxf(first, score[i]);
       }
     }
-    const float best = warp_max(first);
-    const unsigned holders = __ballot_sync(kAll, first == best);
-    const float next = warp_max(lane == __ffs(holders) - 1 ? second : first);
-    if (lane == g) mine = size > 1 ? best + next : best;
+    const float best = lanes_max<kLanes>(first);
+    const unsigned holders = lanes_ballot<kLanes>(first == best, lane);
+    const float next =
+        lanes_max<kLanes>(lane % kLanes == __ffs(static_cast<int>(holders)) - 1 ? second : first);
+    if (lane % kLanes == 0) group_score[g] = size > 1 ? best + next : best;
   }
+  __syncwarp();
   unsigned groups = 0;
+#pragma unroll 1
   for (int n = 0; n < gate.top_groups; ++n) {
-    const bool open = lane < gate.num_groups && !(groups >> lane & 1u);
-    const std::uint32_t score = open ? ordered(mine) : 0;
-    const std::uint32_t best = __reduce_max_sync(kAll, score);
-    groups |= 1u << (__ffs(__ballot_sync(kAll, open && score == best)) - 1);
+    int best = -1;
+#pragma unroll 1
+    for (int g = 0; g < gate.num_groups; ++g)
+      if (!(groups >> g & 1u) && (best < 0 || group_score[g] > group_score[best])) best = g;
+    groups |= 1u << best;
   }
   std::uint32_t allowed = 0;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int e = lane + 32 * i;
-    if (e < num_experts && (groups >> (e / size) & 1u)) allowed |= 1u << i;
-  }
+  for (int i = 0; i < kItems; ++i)
+    if (run + i < num_experts && (groups >> ((run + i) / size) & 1u)) allowed |= 1u << i;
   return allowed;
 }
 
-template <int kItems>
-__global__ void __launch_bounds__(kWarps * 32)
+template <int kLanes, int kItems>
+__global__ void __launch_bounds__(kTopKWarps * 32, sigmoid_blocks(kItems))
     sigmoid_kernel(GateScores scores, SigmoidGate gate, const float* bias, RoutingBuffers routing,
-                   GateCounts counts) {
-  __shared__ int shared[2 * kItems * 32 + 1];
-  int* const of_expert = shared;
-  int* const with_active = shared + kItems * 32;
-  clear_counts(shared, 2 * kItems * 32 + 1);
+                   GateCounts counts, bool vector) {
+  __shared__ SharedCounts<kLanes * kItems> shared;
+  __shared__ __align__(16) TokenMemory<kLanes, kItems> memories[kTopKWarps];
+  __shared__ __align__(16) float bias_of[kLanes * kRunStride<kItems>];
+  constexpr int kTokens = 32 / kLanes;
+  constexpr std::uint32_t kAllItems = 0xFFFFFFFFu >> (32 - kItems);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int n = warp; n < kTokens; n += kWarps) {
-    const std::int64_t t = blockIdx.x * std::int64_t{kTokens} + n;
-    if (t >= scores.num_tokens) break;
-    float z[kItems], key[kItems];
-    load_scores(scores, t, lane, routing.status, z);
+  TokenMemory<kLanes, kItems>& memory = memories[warp];
+  prepare(memory, lane);
+  for (int e = threadIdx.x; e < kLanes * kItems; e += kTopKWarps * 32)
+    bias_of[place_of<kItems>(e)] = bias != nullptr && e < scores.num_experts ? bias[e] : -INFINITY;
+  clear_counts(shared);
+  const int size = scores.num_experts / gate.num_groups;
+  // Lanes of a group, where no lane has items of two.
+  const int lanes = size % kItems == 0 ? size / kItems : 0;
+  const bool groups_of_lanes = lanes > 0 && (lanes & (lanes - 1)) == 0;
+  const std::int64_t step = std::int64_t{gridDim.x} * kTopKWarps * kTokens;
+  for (std::int64_t begin = (blockIdx.x * std::int64_t{kTopKWarps} + warp) * kTokens;
+       begin < scores.num_tokens; begin += step) {
+    const bool bad = bring_scores(scores, begin, lane, vector, memory);
+    const std::int64_t t = begin + lane / kLanes;
+    const bool real = t < scores.num_tokens;
+    const int run = lane % kLanes * kRunStride<kItems>;
+    float z[kItems], key[kItems], best[kBest];
+    read_run(memory.scores[lane / kLanes] + run, z);
+    if (bad) {
+      if (lane == 0) atomicOr(routing.status, kStatusNonFinite);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = lane + 32 * i;
-      // Without a bias s grows with z, and z still tells apart what s cannot.
-      key[i] = e >= scores.num_experts ? -INFINITY : sigmoid(z[i]) + (bias != nullptr ? bias[e] : 0.0f);
+      for (int i = 0; i < kItems; ++i) z[i] = clean(z[i]);
     }
-    std::uint32_t allowed = 0xFFFFFFFFu;
-    if (gate.num_groups > 1) allowed = groups_allowed(key, gate, scores.num_experts, lane);
-    const std::uint32_t chosen = choose(key, z, allowed, gate.top_k, lane);
-    if (gate.renormalize) {
-      // From log s, which does not underflow.
-      float top = -INFINITY;
+    // Without a bias the order is that of z, which still tells apart what s cannot.
+    if (bias != nullptr) {
+      read_run(bias_of + run, key);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (chosen >> i & 1u) top = fmaxf(top, key[i] = log_sigmoid(z[i]));
-      top = warp_max(top);
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (chosen >> i & 1u) sum += key[i] = expf(key[i] - top);
-      sum = warp_sum(sum);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) key[i] = key[i] / sum;
+      for (int i = 0; i < kItems; ++i) key[i] += sigmoid(z[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) key[i] = sigmoid(z[i]);
+      for (int i = 0; i < kItems; ++i) key[i] = z[i];
     }
-    emit<kItems>(routing, t * gate.top_k, chosen, lane, of_expert,
-                 [&](int i) { return gate.route_scale * key[i]; });
-    if (lane == 0) {
-      routing.row_ptr[t + 1] = (t + 1) * gate.top_k;
-      if (t == 0) routing.row_ptr[0] = 0;
-      atomicAdd(with_active + gate.top_k, 1);
-    }
-  }
-  add_counts(counts, of_expert, with_active, scores.num_experts);
-}
-
-// ---- ReLU: count, then write behind the tokens before ------------------------------------------------------------------
-template <int kItems>
-__device__ __forceinline__ std::uint32_t active(const float (&z)[kItems]) {
-  std::uint32_t bits = 0;
+    best_of<0, kItems>(key, best);
+    std::uint32_t items = kAllItems;
+    if (gate.num_groups > 1) {
+      bool found = false;
+      if (groups_of_lanes) {
+        float first = best[0], second = best[1];
+#pragma unroll 1
+        for (int distance = 1; distance < lanes; distance *= 2) {
+          const float other = __shfl_xor_sync(kAll, first, distance);
+          const float other_second = __shfl_xor_sync(kAll, second, distance);
+          second = fmaxf(fminf(first, other), fmaxf(second, other_second));
+          first = fmaxf(first, other);
+        }
+        if (bias == nullptr) {
+          first = sigmoid(first);
+          second = sigmoid(second);
+        }
+        float score =
+            lane % kLanes < lanes * gate.num_groups ? (size > 1 ? first + second : first) : -INFINITY;
+        bool open = false;
+#pragma unroll 4
+        for (int n = 0; n < gate.top_groups; ++n) {
+          const float most = lanes_max<kLanes>(score);
+          if (score == most && score != -INFINITY) {
+            open = true;
+            score = -INFINITY;
+          }
+        }
+        items = open ? kAllItems : 0;
+        found = __all_sync(kAll, __popc(lanes_ballot<kLanes>(open, lane)) == gate.top_groups * lanes);
+      }
+      if (!found) {  // groups tie, or begin inside a lane
+        float score[kItems];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) bits |= (z[i] > 0.0f ? 1u : 0u) << i;
-  return bits;
-}
-
-template <int kItems>
-__global__ void __launch_bounds__(kWarps * 32)
-    relu_count_kernel(GateScores scores, std::uint32_t* status, std::int32_t* block_routes) {
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int mine = 0;
-  for (int n = warp; n < kTokens; n += kWarps) {
-    const std::int64_t t = blockIdx.x * std::int64_t{kTokens} + n;
-    if (t >= scores.num_tokens) break;
-    float z[kItems];
-    load_scores(scores, t, lane, status, z);
-    mine += __popc(active(z));
-  }
-  mine = __reduce_add_sync(kAll, mine);
-  if (lane == 0) atomicAdd(&total, mine);
-  __syncthreads();
-  if (threadIdx.x == 0) block_routes[blockIdx.x] = total;
-}
-
-template <int kItems>
-__global__ void __launch_bounds__(kWarps * 32)
-    relu_kernel(GateScores scores, RoutingBuffers routing, GateCounts counts,
-                const std::int32_t* block_routes) {
-  __shared__ int shared[2 * kItems * 32 + 1];
-  __shared__ int count[kTokens];
-  __shared__ long long before[kWarps];
-  int* const of_expert = shared;
-  int* const with_active = shared + kItems * 32;
-  clear_counts(shared, 2 * kItems * 32 + 1);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  long long sum = 0;
-  for (unsigned b = threadIdx.x; b < blockIdx.x; b += kWarps * 32) sum += block_routes[b];
+        for (int i = 0; i < kItems; ++i) score[i] = bias != nullptr ? key[i] : sigmoid(z[i]);
+        items = items_of_best_groups<kLanes>(score, gate, scores.num_experts, lane,
+                                             memory.group_score[lane / kLanes]);
+      }
+    }
+    if (__any_sync(kAll, items != kAllItems)) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAll, sum, distance);
-  if (lane == 0) before[warp] = sum;
-  for (int n = warp; n < kTokens; n += kWarps) {
-    const std::int64_t t = blockIdx.x * std::int64_t{kTokens} + n;
-    int routes = 0;
-    if (t < scores.num_tokens) {
-      float z[kItems];
-      load_scores(scores, t, lane, nullptr, z);
-      routes = __reduce_add_sync(kAll, __popc(active(z)));
-      if (lane == 0) atomicAdd(with_active + routes, 1);
+      for (int i = 0; i < kItems; ++i)
+        if (!(items >> i & 1u)) key[i] = -INFINITY;
+      if (__all_sync(kAll, items == 0 || items == kAllItems)) {
+#pragma unroll
+        for (int i = 0; i < kBest; ++i) best[i] = items != 0 ? best[i] : -INFINITY;
+      } else {
+        best_of<0, kItems>(key, best);
+      }
     }
-    if (lane == 0) count[n] = routes;
-  }
-  __syncthreads();
-  std::int64_t first = 0;
-  for (int w = 0; w < kWarps; ++w) first += before[w];
-  for (int n = warp; n < kTokens; n += kWarps) {
-    const std::int64_t t = blockIdx.x * std::int64_t{kTokens} + n;
-    if (t >= scores.num_tokens) break;
-    const std::int64_t begin = first + __reduce_add_sync(kAll, lane < n ? count[lane] : 0);
-    float z[kItems];
-    load_scores(scores, t, lane, nullptr, z);
-    emit<kItems>(routing, begin, active(z), lane, of_expert, [&](int i) { return z[i]; });
-    if (lane == 0) {
-      const std::int64_t end = begin + count[n];
-      routing.row_ptr[t + 1] = min(end, routing.capacity);
-      if (t == 0) routing.row_ptr[0] = 0;
-      if (end > routing.capacity) atomicOr(routing.status, kStatusOverflow);
+    const std::uint32_t bits = choose<kLanes>(key, z, gate.top_k, lane, best);
+    const Chosen<kLanes, kItems> chosen(memory, bits, gate.top_k, lane);
+    float shift = 0, scale = gate.route_scale;
+    if (gate.renormalize) {
+      float most = -INFINITY, sum = 0;
+      chosen.each([&](int, int, float score) { most = fmaxf(most, score); });
+      shift = fminf(lanes_max<kLanes>(most), 0.0f);
+      chosen.each([&](int, int, float score) { sum += shifted_sigmoid(score, shift); });
+      scale /= lanes_sum<kLanes>(sum);
     }
+    if (!real) continue;
+    chosen.each([&](int n, int e, float score) {
+      routing.expert[t * gate.top_k + n] = e;
+      routing.weight[t * gate.top_k + n] =
+          scale * (gate.renormalize ? shifted_sigmoid(score, shift) : sigmoid(score));
+      atomicAdd(shared.of_expert + e, 1);
+    });
+    if (lane % kLanes == 0) finish_token(routing, shared, t, gate.top_k);
   }
-  add_counts(counts, of_expert, with_active, scores.num_experts);
+  add_counts(counts, shared, scores.num_experts);
+}
+
+// ---- ReLU: one pass; how many routes come before a tile of tokens is asked of the tiles before ---------------------------
+constexpr int kTileTokens = 32, kTokensAWarp = kTileTokens / kWarps;
+// State of a tile: what it is, then a number of routes. Source: Merrill and Garland, "Single-pass parallel prefix scan with
+// decoupled look-back", 2016.
+constexpr std::uint64_t kOwnCount = std::uint64_t{1} << 62, kAllCounts = std::uint64_t{2} << 62;
+constexpr std::uint64_t kCountMask = kOwnCount - 1;
+struct ReluScratch {
+  std::uint64_t next_tile;
+  std::uint64_t state[1];  // of every tile
+};
+
+__device__ __forceinline__ std::uint64_t read_state(const std::uint64_t* state) {
+  return *reinterpret_cast<const volatile std::uint64_t*>(state);
+}
+__device__ __forceinline__ void write_state(std::uint64_t* state, std::uint64_t value) {
+  *reinterpret_cast<volatile std::uint64_t*>(state) = value;
+}
+// Routes before the tile; one warp's. `own`: its own routes. Tiles are handed out in order, so all before are in work.
+__device__ __forceinline__ std::int64_t routes_before(ReluScratch* scratch, std::int64_t tile,
+                                                      std::int64_t own, int lane) {
+  if (lane == 0)
+    write_state(scratch->state + tile,
+                (tile == 0 ? kAllCounts : kOwnCount) | static_cast<std::uint64_t>(own));
+  std::int64_t before = 0;
+  for (std::int64_t last = tile - 1; last >= 0; last -= 32) {
+    const std::int64_t other = last - lane;
+    std::uint64_t seen = kAllCounts;
+    if (other >= 0) {
+      do {
+        seen = read_state(scratch->state + other);
+      } while ((seen & ~kCountMask) == 0);
+    }
+    __syncwarp();
+    const unsigned complete = __ballot_sync(kAll, (seen & ~kCountMask) == kAllCounts);
+    const int until = complete != 0 ? __ffs(static_cast<int>(complete)) - 1 : 31;
+    auto sum = static_cast<long long>(lane <= until ? seen & kCountMask : 0);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAll, sum, distance);
+    before += sum;
+    if (complete != 0) break;
+  }
+  if (lane == 0 && tile > 0)
+    write_state(scratch->state + tile, kAllCounts | static_cast<std::uint64_t>(before + own));
+  return before;
+}
+
+template <int kItems>
+__global__ void __launch_bounds__(kWarps * 32, blocks_a_processor(kItems, kReluBlocks))
+    relu_kernel(GateScores scores, RoutingBuffers routing, GateCounts counts, ReluScratch* scratch,
+                std::int64_t num_tiles) {
+  __shared__ SharedCounts<kItems * 32> shared;
+  __shared__ int routes_of[kTileTokens];
+  __shared__ std::int64_t begin_of[kTileTokens];
+  __shared__ std::int64_t tile_shared;
+  clear_counts(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int seen[kItems] = {};  // of this lane's experts
+  for (;;) {
+    if (threadIdx.x == 0)
+      tile_shared = static_cast<std::int64_t>(
+          atomicAdd(reinterpret_cast<unsigned long long*>(&scratch->next_tile), 1ull));
+    __syncthreads();
+    const std::int64_t tile = tile_shared;
+    if (tile >= num_tiles) break;
+    float z[kTokensAWarp][kItems];
+#pragma unroll
+    for (int n = 0; n < kTokensAWarp; ++n) {
+      const std::int64_t t = tile * kTileTokens + warp * kTokensAWarp + n;
+      int routes = 0;
+      if (t < scores.num_tokens) {
+        load_scores<Layout::kSingle>(scores, t, lane, false, routing.status, z[n]);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) routes += z[n][i] > 0.0f ? 1 : 0;
+        routes = __reduce_add_sync(kAll, routes);
+        if (lane == 0) atomicAdd(shared.with_active + routes, 1);
+      }
+      if (lane == 0) routes_of[warp * kTokensAWarp + n] = routes;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      const int mine = lane < kTileTokens ? routes_of[lane] : 0;
+      const int upto = prefix<32>(mine, lane);
+      const std::int64_t before = routes_before(scratch, tile, __shfl_sync(kAll, upto, 31), lane);
+      if (lane < kTileTokens) begin_of[lane] = before + upto - mine;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kTokensAWarp; ++n) {
+      const std::int64_t t = tile * kTileTokens + warp * kTokensAWarp + n;
+      if (t >= scores.num_tokens) break;
+      const std::int64_t begin = begin_of[warp * kTokensAWarp + n];
+      const auto room =
+          static_cast<int>(max(std::int64_t{0}, min(routing.capacity - begin, std::int64_t{kItems} * 32)));
+      std::int32_t* const experts = routing.expert + begin;
+      float* const weights = routing.weight + begin;
+      int at = 0;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const bool mine = z[n][i] > 0.0f;
+        const unsigned votes = __ballot_sync(kAll, mine);
+        const int place = at + __popc(votes & ((1u << lane) - 1));
+        if (mine && place < room) {
+          experts[place] = lane + 32 * i;
+          weights[place] = z[n][i];
+          ++seen[i];
+        }
+        at += __popc(votes);
+      }
+      if (lane == 0) {
+        routing.row_ptr[t + 1] = min(begin + at, routing.capacity);
+        if (t == 0) routing.row_ptr[0] = 0;
+        if (begin + at > routing.capacity) atomicOr(routing.status, kStatusOverflow);
+      }
+    }
+    // The next tile's number and counts are written behind barriers that all pass after reading this one's.
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i)
+    if (seen[i] != 0) atomicAdd(shared.of_expert + lane + 32 * i, seen[i]);
+  add_counts(counts, shared, scores.num_experts);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------------
@@ -338,96 +746,132 @@ struct BackwardOptions {
   float z_factor;
 };
 
+constexpr int backward_blocks(Gate gate) {
+  return gate == Gate::kSoftmax ? kSoftmaxBackwardBlocks : kBackwardBlocks;
+}
+
 template <Gate kGate, int kItems>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, blocks_a_processor(kItems, backward_blocks(kGate)))
     backward_kernel(GateScores scores, ConstRouting routing, BackwardOptions options, const float* dweight,
-                    const float* expert_gradient, float* dlogits, std::int64_t dlogits_stride) {
-  __shared__ std::int16_t route_of[kWarps][kItems * 32];  // -1: not chosen
+                    const float* expert_gradient, float* dlogits, std::int64_t dlogits_stride, bool vector) {
+  constexpr int kVector = kItems < 4 ? kItems : 4;
+  __shared__ __align__(16) float rows[kWarps][kItems * 32];
+  __shared__ __align__(16) float extra[kItems * 32];
+  for (int e = threadIdx.x; e < kItems * 32; e += kWarps * 32)
+    extra[e] = expert_gradient != nullptr && e < scores.num_experts ? expert_gradient[e] : 0.0f;
+  __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const std::int64_t t = blockIdx.x * std::int64_t{kWarps} + warp;
-  if (t >= scores.num_tokens) return;
+  float* const row = rows[warp];
+  for (std::int64_t t = blockIdx.x * std::int64_t{kWarps} + warp; t < scores.num_tokens;
+       t += std::int64_t{gridDim.x} * kWarps) {
+    const std::int64_t first = routing.row_ptr[t];
+    const int routes = static_cast<int>(routing.row_ptr[t + 1] - first);
+    float z[kItems];
+    if constexpr (kGate == Gate::kSoftmax) load_scores<Layout::kQuads>(scores, t, lane, vector, nullptr, z);
+    __syncwarp();  // the last token's row was read
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) route_of[warp][lane + 32 * i] = -1;
-  __syncwarp();
-  const std::int64_t first = routing.row_ptr[t];
-  const int routes = static_cast<int>(routing.row_ptr[t + 1] - first);
-  for (int j = lane; j < routes; j += 32)
-    route_of[warp][routing.expert[first + j]] = static_cast<std::int16_t>(j);
-  __syncwarp();
-  float z[kItems], a[kItems];
-  std::uint32_t chosen = 0;
-  load_scores(scores, t, lane, nullptr, z);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int j = route_of[warp][lane + 32 * i];
-    a[i] = j >= 0 ? dweight[first + j] * options.route_scale : 0.0f;
-    if (j >= 0) chosen |= 1u << i;
-  }
-  const auto extra = [&](int i) {
-    const int e = lane + 32 * i;
-    return expert_gradient != nullptr && e < scores.num_experts ? expert_gradient[e] : 0.0f;
-  };
-  const auto put = [&](int i, float value) {
-    const int e = lane + 32 * i;
-    if (e < scores.num_experts) dlogits[t * dlogits_stride + e] = value;
-  };
-  if constexpr (kGate == Gate::kRelu) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) put(i, z[i] > 0.0f ? a[i] + extra(i) : 0.0f);
-  } else if constexpr (kGate == Gate::kSigmoid) {
-    float q[kItems];
-    float mean = 0;
-    if (options.normalized) {
-      float top = -INFINITY, sum = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (chosen >> i & 1u) top = fmaxf(top, q[i] = log_sigmoid(z[i]));
-      top = warp_max(top);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) sum += q[i] = chosen >> i & 1u ? expf(q[i] - top) : 0.0f;
-      sum = warp_sum(sum);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) mean += a[i] * (q[i] = q[i] / sum);
-      mean = warp_sum(mean);
+    for (int i = 0; i < kItems; ++i) row[expert_of<Layout::kQuads, kItems>(lane, i)] = 0;
+    __syncwarp();
+    // f(expert, gradient of its weight)
+    const auto each = [&](const auto& f) {
+#pragma unroll 1
+      for (int j = lane; j < routes; j += 32)
+        f(routing.expert[first + j], dweight[first + j] * options.route_scale);
+    };
+    const auto score = [&](int e) { return clean(scores.logits[t * scores.stride + e]); };
+    float top = -INFINITY;
+    if constexpr (kGate == Gate::kRelu) {
+      each([&](int e, float a) { row[e] = a + extra[e]; });
+    } else if constexpr (kGate == Gate::kSigmoid) {
+      float shift = 0, sum = 1, mean = 0;
+      if (options.normalized) {
+        each([&](int e, float) { top = fmaxf(top, score(e)); });
+        shift = fminf(warp_max(top), 0.0f);
+        sum = 0;
+        each([&](int e, float a) {
+          const float s = shifted_sigmoid(score(e), shift);
+          sum += s;
+          mean += s * a;
+        });
+        sum = warp_sum(sum);
+        mean = warp_sum(mean) / sum;
+      }
+      each([&](int e, float a) {
+        const float s_e = score(e);
+        const float q = options.normalized ? shifted_sigmoid(s_e, shift) / sum : sigmoid(s_e);
+        row[e] = q * sigmoid(-s_e) * (a - mean);
+      });
     } else {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) q[i] = sigmoid(z[i]);
+      for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
+      top = warp_max(top);
+      // Through all experts goes what is in `extra`, and a; where weights are normalized over the chosen ones, a goes
+      // through those only.
+      if (options.normalized) {
+        float sum = 0, mean = 0;
+        each([&](int e, float a) {
+          const float p = quick_exp(score(e) - top);
+          sum += p;
+          mean += p * a;
+        });
+        sum = warp_sum(sum);
+        mean = warp_sum(mean) / sum;
+        each([&](int e, float a) { row[e] = quick_exp(score(e) - top) / sum * (a - mean); });
+      } else {
+        each([&](int e, float a) { row[e] = a; });
+      }
     }
+    __syncwarp();
+    float out[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) put(i, chosen >> i & 1u ? q[i] * sigmoid(-z[i]) * (a[i] - mean) : 0.0f);
-  } else {
-    float p[kItems];
-    float top = z[0];
+    for (int i = 0; i < kItems; ++i) out[i] = row[expert_of<Layout::kQuads, kItems>(lane, i)];
+    if constexpr (kGate == Gate::kSoftmax) {
+      float sum = 0, all = 0;
 #pragma unroll
-    for (int i = 1; i < kItems; ++i) top = fmaxf(top, z[i]);
-    top = warp_max(top);
-    float sum = 0, chosen_sum = 0;
+      for (int i = 0; i < kItems; ++i) {
+        const float x = extra[expert_of<Layout::kQuads, kItems>(lane, i)];
+        const float u = x + (options.normalized ? 0.0f : out[i]);
+        z[i] = quick_exp(z[i] - top);
+        sum += z[i];
+        all += z[i] * u;
+      }
+      sum = warp_sum(sum);
+      const float inverse = 1.0f / sum;
+      const float shift = options.z_factor * 2.0f * (top + logf(sum)) - warp_sum(all) * inverse;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      p[i] = expf(z[i] - top);
-      sum += p[i];
-      if (chosen >> i & 1u) chosen_sum += p[i];
+      for (int i = 0; i < kItems; ++i) {
+        const float x = extra[expert_of<Layout::kQuads, kItems>(lane, i)];
+        const float u = x + (options.normalized ? 0.0f : out[i]);
+        out[i] = z[i] * inverse * (u + shift) + (options.normalized ? out[i] : 0.0f);
+      }
     }
-    sum = warp_sum(sum);
-    chosen_sum = warp_sum(chosen_sum);
-    // Through all experts goes u; through the chosen ones, when weights are normalized over them, a.
-    float all = 0, selected = 0;
+    float* const to = dlogits + t * dlogits_stride;
+    if (kVector == 4 && vector) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const float u = extra(i) + (options.normalized ? 0.0f : a[i]);
-      all += p[i] / sum * u;
-      if (options.normalized && (chosen >> i & 1u)) selected += p[i] / chosen_sum * a[i];
-    }
-    all = warp_sum(all);
-    selected = warp_sum(selected);
-    const float lse = top + logf(sum);
+      for (int i = 0; i + 3 < kItems; i += 4) {
+        const int e = expert_of<Layout::kQuads, kItems>(lane, i);
+        if (e < scores.num_experts)
+          *reinterpret_cast<float4*>(to + e) = make_float4(out[i], out[i + 1], out[i + 2], out[i + 3]);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const float u = extra(i) + (options.normalized ? 0.0f : a[i]);
-      float value = p[i] / sum * (u - all + options.z_factor * 2.0f * lse);
-      if (options.normalized && (chosen >> i & 1u)) value += p[i] / chosen_sum * (a[i] - selected);
-      put(i, value);
+      for (int i = 0; i < kItems; ++i) {
+        const int e = expert_of<Layout::kQuads, kItems>(lane, i);
+        if (e < scores.num_experts) to[e] = out[i];
+      }
     }
+  }
+}
+
+// Zeroes what is counted up.
+__global__ void clear_kernel(std::int32_t* first, std::int64_t num_first, std::int32_t* second,
+                             std::int64_t num_second, std::uint64_t* third, std::int64_t num_third) {
+  const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
+       i < max(max(num_first, num_second), num_third); i += step) {
+    if (i < num_first) first[i] = 0;
+    if (i < num_second) second[i] = 0;
+    if (i < num_third) third[i] = 0;
   }
 }
 
@@ -443,6 +887,22 @@ void with_items(int num_experts, const Function& function) {
   if (items <= 8) return function(Items<8>{});
   if (items <= 16) return function(Items<16>{});
   function(Items<kMaxItems>{});
+}
+
+// Lanes of a token and items of a lane.
+template <int kLanes, int kItems>
+struct Lanes {};
+template <typename Function>
+void with_lanes(int num_experts, const Function& function) {
+  const int items = (num_experts + 7) / 8;
+  if (items <= 1) return function(Lanes<8, 1>{});
+  if (items <= 2) return function(Lanes<8, 2>{});
+  if (items <= 4) return function(Lanes<8, 4>{});
+  if (items <= 8) return function(Lanes<8, 8>{});
+  if (items <= 16) return function(Lanes<8, 16>{});
+  if (items <= 32) return function(Lanes<8, 32>{});
+  if (items <= 64) return function(Lanes<32, 16>{});
+  function(Lanes<32, kMaxItems>{});
 }
 
 void check_scores(const GateScores& scores) {
@@ -466,21 +926,38 @@ void check_top_k(int top_k, int num_experts) {
   Require(top_k >= 1 && top_k <= num_experts, ErrorCode::kInvalidConfig, "gate: top_k is ", top_k,
           "; it must be 1..", num_experts);
 }
-// Overwritten results start at zero; without tokens that is all.
+// Overwritten results start at zero, in one launch; without tokens that is all. `state`: more that does.
 bool begin_batch(const GateScores& scores, const RoutingBuffers& routing, const GateCounts& counts,
-                 Stream stream) {
-  if (counts.tokens_of_expert != nullptr)
-    check_cuda(cudaMemsetAsync(counts.tokens_of_expert, 0,
-                               sizeof(std::int32_t) * static_cast<std::size_t>(scores.num_experts), stream),
-               "gate: clearing counts");
-  if (counts.tokens_with_active != nullptr)
-    check_cuda(
-        cudaMemsetAsync(counts.tokens_with_active, 0,
-                        sizeof(std::int32_t) * (static_cast<std::size_t>(scores.num_experts) + 1), stream),
-        "gate: clearing counts");
+                 Stream stream, std::uint64_t* state = nullptr, std::int64_t num_state = 0) {
+  const std::int64_t of_expert = counts.tokens_of_expert != nullptr ? scores.num_experts : 0;
+  const std::int64_t with_active = counts.tokens_with_active != nullptr ? scores.num_experts + 1 : 0;
+  const std::int64_t most = std::max(std::max(of_expert, with_active), num_state);
+  if (most > 0) {
+    constexpr int kThreads = 512;
+    clear_kernel<<<static_cast<unsigned>(std::min<std::int64_t>((most + kThreads - 1) / kThreads, 256)),
+                   kThreads, 0, stream>>>(counts.tokens_of_expert, of_expert, counts.tokens_with_active,
+                                          with_active, state, num_state);
+    check_cuda(cudaGetLastError(), "gate: clearing counts");
+  }
   if (scores.num_tokens > 0) return true;
   check_cuda(cudaMemsetAsync(routing.row_ptr, 0, sizeof(std::int64_t), stream), "gate: an empty routing");
   return false;
+}
+
+// Blocks that all run at a time, `blocks` a processor, with the same number of rounds each.
+unsigned blocks_of_tokens(std::int64_t num_tokens, int tokens_a_block, int blocks) {
+  int device = 0, processors = 0;
+  check_cuda(cudaGetDevice(&device), "gate: cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "gate: cudaDeviceGetAttribute");
+  const std::int64_t needed = (num_tokens + tokens_a_block - 1) / tokens_a_block;
+  const std::int64_t at_a_time = std::int64_t{processors} * blocks;
+  const std::int64_t rounds = (needed + at_a_time - 1) / at_a_time;
+  return static_cast<unsigned>((needed + rounds - 1) / rounds);
+}
+// Rows that can be read or written 16 bytes at a time.
+bool in_vectors(const void* data, std::int64_t stride, int num_experts) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 4 == 0 && num_experts % 4 == 0;
 }
 
 template <Gate kGate>
@@ -493,9 +970,13 @@ void backward(const GateScores& scores, const ConstRouting& routing, const Backw
   if (scores.num_tokens == 0) return;
   Require(routing.row_ptr != nullptr && dlogits != nullptr, ErrorCode::kInvalidArgument,
           "gate: row_ptr or dlogits is null");
+  const bool vector = in_vectors(scores.logits, scores.stride, scores.num_experts) &&
+                      in_vectors(dlogits, dlogits_stride, scores.num_experts);
   with_items(scores.num_experts, [&]<int kItems>(Items<kItems>) {
-    backward_kernel<kGate, kItems><<<blocks_for(scores.num_tokens, kWarps, "gate"), kWarps * 32, 0, stream>>>(
-        scores, routing, options, dweight, expert_gradient, dlogits, dlogits_stride);
+    backward_kernel<kGate, kItems>
+        <<<blocks_of_tokens(scores.num_tokens, kWarps, blocks_a_processor(kItems, backward_blocks(kGate))),
+           kWarps * 32, 0, stream>>>(scores, routing, options, dweight, expert_gradient, dlogits,
+                                     dlogits_stride, vector);
   });
   check_cuda(cudaGetLastError(), "gate backward");
 }
@@ -508,9 +989,11 @@ void gate_softmax(const GateScores& scores, const SoftmaxGate& gate, const Routi
   check_top_k(gate.top_k, scores.num_experts);
   check_routing(routing, scores.num_tokens * gate.top_k);
   if (!begin_batch(scores, routing, counts, stream)) return;
-  with_items(scores.num_experts, [&]<int kItems>(Items<kItems>) {
-    softmax_kernel<kItems><<<blocks_for(scores.num_tokens, kTokens, "gate"), kWarps * 32, 0, stream>>>(
-        scores, gate, routing, counts);
+  with_lanes(scores.num_experts, [&]<int kLanes, int kItems>(Lanes<kLanes, kItems>) {
+    softmax_kernel<kLanes, kItems>
+        <<<blocks_of_tokens(scores.num_tokens, kTopKWarps * 32 / kLanes, softmax_blocks(kItems)),
+           kTopKWarps * 32, 0, stream>>>(scores, gate, routing, counts,
+                                         in_vectors(scores.logits, scores.stride, scores.num_experts));
   });
   check_cuda(cudaGetLastError(), "gate_softmax");
 }
@@ -535,9 +1018,11 @@ void gate_sigmoid(const GateScores& scores, const SigmoidGate& gate, const float
           ErrorCode::kInvalidConfig, "gate: top_groups is ", gate.top_groups, "; of ", gate.num_groups,
           " groups it must leave at least top_k = ", gate.top_k, " experts");
   if (!begin_batch(scores, routing, counts, stream)) return;
-  with_items(scores.num_experts, [&]<int kItems>(Items<kItems>) {
-    sigmoid_kernel<kItems><<<blocks_for(scores.num_tokens, kTokens, "gate"), kWarps * 32, 0, stream>>>(
-        scores, gate, bias, routing, counts);
+  with_lanes(scores.num_experts, [&]<int kLanes, int kItems>(Lanes<kLanes, kItems>) {
+    sigmoid_kernel<kLanes, kItems>
+        <<<blocks_of_tokens(scores.num_tokens, kTopKWarps * 32 / kLanes, sigmoid_blocks(kItems)),
+           kTopKWarps * 32, 0, stream>>>(scores, gate, bias, routing, counts,
+                                         in_vectors(scores.logits, scores.stride, scores.num_experts));
   });
   check_cuda(cudaGetLastError(), "gate_sigmoid");
 }
@@ -549,22 +1034,23 @@ void gate_sigmoid_backward(const GateScores& scores, const SigmoidGate& gate, co
 }
 
 std::size_t gate_relu_scratch_bytes(std::int64_t num_tokens) {
-  return sizeof(std::int32_t) * static_cast<std::size_t>((num_tokens + kTokens - 1) / kTokens + 1);
+  return sizeof(std::uint64_t) * static_cast<std::size_t>((num_tokens + kTileTokens - 1) / kTileTokens + 1);
 }
 
 void gate_relu(const GateScores& scores, const RoutingBuffers& routing, const GateCounts& counts,
                void* scratch, Stream stream) {
   check_scores(scores);
   check_routing(routing, 0);
-  if (!begin_batch(scores, routing, counts, stream)) return;
-  Require(scratch != nullptr, ErrorCode::kInvalidArgument, "gate: scratch is null");
-  const unsigned blocks = blocks_for(scores.num_tokens, kTokens, "gate");
+  const std::int64_t num_tiles = (scores.num_tokens + kTileTokens - 1) / kTileTokens;
+  Require(num_tiles == 0 || (scratch != nullptr && reinterpret_cast<std::uintptr_t>(scratch) % 8 == 0),
+          ErrorCode::kInvalidArgument, "gate: scratch is null or not 8-byte aligned");
+  if (!begin_batch(scores, routing, counts, stream, static_cast<std::uint64_t*>(scratch),
+                   num_tiles == 0 ? 0 : num_tiles + 1))
+    return;
   with_items(scores.num_experts, [&]<int kItems>(Items<kItems>) {
-    relu_count_kernel<kItems>
-        <<<blocks, kWarps * 32, 0, stream>>>(scores, routing.status, static_cast<std::int32_t*>(scratch));
-    check_cuda(cudaGetLastError(), "gate_relu");
-    relu_kernel<kItems><<<blocks, kWarps * 32, 0, stream>>>(scores, routing, counts,
-                                                            static_cast<const std::int32_t*>(scratch));
+    relu_kernel<kItems>
+        <<<blocks_of_tokens(scores.num_tokens, kTileTokens, blocks_a_processor(kItems, kReluBlocks)),
+           kWarps * 32, 0, stream>>>(scores, routing, counts, static_cast<ReluScratch*>(scratch), num_tiles);
   });
   check_cuda(cudaGetLastError(), "gate_relu");
 }

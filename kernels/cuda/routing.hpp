@@ -84,11 +84,12 @@ void gate_sigmoid(const GateScores& scores, const SigmoidGate& gate, const float
 void gate_sigmoid_backward(const GateScores& scores, const SigmoidGate& gate, const ConstRouting& routing,
                            const float* dweight, float* dlogits, std::int64_t dlogits_stride, Stream stream);
 
-// ReLU (ReMoE, arXiv 2412.14711): weight max(z, 0), routed iff z > 0. scratch: gate_relu_scratch_bytes().
+// ReLU (ReMoE, arXiv 2412.14711): weight max(z, 0), routed iff z > 0. scratch: gate_relu_scratch_bytes(), 8-byte aligned.
 std::size_t gate_relu_scratch_bytes(std::int64_t num_tokens);
 void gate_relu(const GateScores& scores, const RoutingBuffers& routing, const GateCounts& counts,
                void* scratch, Stream stream);
-// dz_te = (dweight_te + l1_gradient_e) where z_te > 0, else 0. l1_gradient: f32 [num_experts] (lambda f_e / (L T)) or null.
+// dz_te = dweight_te + l1_gradient_e where the routing has (t, e), which is where z_te > 0, else 0; the scores themselves
+// are not read. l1_gradient: f32 [num_experts] (lambda f_e / (L T)) or null.
 void gate_relu_backward(const GateScores& scores, const ConstRouting& routing, const float* dweight,
                         const float* l1_gradient, float* dlogits, std::int64_t dlogits_stride, Stream stream);
 

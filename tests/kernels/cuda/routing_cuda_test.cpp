@@ -219,6 +219,61 @@ TEST_F(RoutingCuda, SigmoidKeepsApartWhatSaturates) {
   expect_close(deep.weight.get(), {0.26894142f, 0.73105858f}, 1e-6, "weights");
 }
 
+// Scores of few values: ties inside and across the k-th best, and more of the best in a few neighbours than elsewhere.
+TEST_F(RoutingCuda, TiesGoToTheLowerExpert) {
+  for (const Size& size : kSizes) {
+    for (const int pattern : {0, 1, 2}) {
+      auto z = random_scores(size.tokens, size.experts, kSeed + 6);
+      for (std::size_t i = 0; i < z.size(); ++i) {
+        const int e = static_cast<int>(i % static_cast<std::size_t>(size.experts));
+        if (pattern == 0) z[i] = std::round(z[i] * 2) / 2 + 0.0f * z[i];  // -0 beside 0
+        if (pattern == 1) z[i] += e % 64 < 6 ? 4.0f : 0.0f;
+        if (pattern == 2) z[i] = 1.5f;
+      }
+      const std::string what = "ties " + std::to_string(pattern) + ", " + std::to_string(size.tokens) +
+                               " x " + std::to_string(size.experts) + " k " + std::to_string(size.top_k);
+      SoftmaxTopKOptions softmax;
+      softmax.top_k = size.top_k;
+      const PolicyRun want(SoftmaxTopKPolicy(softmax), z, size.tokens, size.experts, {});
+      GateRun run(z, size.tokens, size.experts, size.tokens * size.top_k);
+      gate_softmax(run.scores(), {size.top_k, softmax.renormalize, static_cast<float>(softmax.route_scale)},
+                   run.buffers(), run.counts(), nullptr);
+      CUDA_OK(cudaDeviceSynchronize());
+      expect_routing(run, want.state.routing, what);
+      // The same choice by sigmoid, from rows that are not aligned for 16-byte accesses.
+      const auto stride = static_cast<std::int64_t>(size.experts) + 1;
+      std::vector<float> wide(static_cast<std::size_t>(size.tokens * stride), 100.0f);
+      for (std::int64_t t = 0; t < size.tokens; ++t)
+        std::copy_n(z.begin() + t * size.experts, size.experts, wide.begin() + t * stride);
+      DeviceArray<float> logits(wide);
+      SigmoidGate gate;
+      gate.top_k = size.top_k;
+      gate_sigmoid({logits.data(), stride, size.tokens, size.experts}, gate, nullptr, run.buffers(),
+                   run.counts(), nullptr);
+      CUDA_OK(cudaDeviceSynchronize());
+      auto expert = run.expert.get();
+      expert.resize(want.state.routing.expert.size());
+      EXPECT_EQ(expert, want.state.routing.expert) << what << " sigmoid";
+      expect_counts(run, what + " sigmoid");
+    }
+  }
+}
+
+TEST_F(RoutingCuda, TiedGroupsGoToTheLower) {
+  for (const auto& [experts, groups] : {std::pair{256, 8}, {160, 8}, {16, 16}}) {
+    GateRun run(std::vector<float>(static_cast<std::size_t>(20 * experts), -0.5f), 20, experts, 20 * 3);
+    SigmoidGate gate;
+    gate.top_k = 3;
+    gate.num_groups = groups;
+    gate.top_groups = 4;
+    gate_sigmoid(run.scores(), gate, nullptr, run.buffers(), run.counts(), nullptr);
+    CUDA_OK(cudaDeviceSynchronize());
+    std::vector<std::int32_t> want;
+    for (int i = 0; i < 60; ++i) want.push_back(i % 3);
+    EXPECT_EQ(run.expert.get(), want) << experts << " experts in " << groups << " groups";
+  }
+}
+
 TEST_F(RoutingCuda, SigmoidGroupLimited) {
   struct Groups {
     int experts, groups, top_groups, top_k;
@@ -291,7 +346,7 @@ TEST_F(RoutingCuda, Relu) {
     float mean;
   };
   for (const Case& c : {Case{1, 4, 0}, Case{33, 8, -1}, Case{200, 100, -2}, Case{1000, 256, 0},
-                        Case{70, 64, -100}, Case{65, 600, 100}, Case{5, 1024, -3}}) {
+                        Case{70, 64, -100}, Case{65, 600, 100}, Case{5, 1024, -3}, Case{30011, 16, 0}}) {
     const std::string what = "relu " + std::to_string(c.tokens) + " x " + std::to_string(c.experts) +
                              " mean " + std::to_string(c.mean);
     auto z = random_scores(c.tokens, c.experts, kSeed + 4, c.mean);
