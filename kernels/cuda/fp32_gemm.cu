@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block a tile of one group's gradient.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     wgrad_kernel(Groups groups, Rows dc, std::int64_t out, Rows a, std::int64_t in, float* grads,
                  std::int64_t grad_stride) {
   __shared__ float cs[kDepth][kTile + 1], as[kDepth][kTile + 1];

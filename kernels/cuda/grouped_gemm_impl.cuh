@@ -61,15 +61,23 @@ inline constexpr int kSwath = 8;
 inline constexpr int kTileSlots = 8;
 static_assert(kTileSlots > 2);
 inline constexpr int kMaxY = 256;  // Y rows of a tile
-inline constexpr int kStages = 4;
-inline constexpr int kStageBytes = kXBytes + kMaxY * kBlockK * 2;
+// Decode: where no tile has more Y rows than this, stages are half as large and twice as many, because then nothing but
+// the bytes of weights under way counts.
+inline constexpr int kFewY = 64;
+template <bool kFew>
+inline constexpr int kStages = kFew ? 8 : 4;
+template <bool kFew>
+inline constexpr int kStageBytes = kXBytes + (kFew ? kFewY : kMaxY) * kBlockK * 2;
+inline constexpr int kMaxStages = kStages<true>;
+static_assert(kStages<true> * kStageBytes<true> == kStages<false> * kStageBytes<false>);
 inline constexpr int kPieceBytes = 8192;  // of results on their way through shared memory
 inline constexpr int kBuffers = 2;        // pieces of a warpgroup there at a time
-inline constexpr int kStagingOffset = kStages * kStageBytes;
+inline constexpr int kStagingOffset = kStages<false> * kStageBytes<false>;
 inline constexpr int kBarrierOffset = kStagingOffset + 2 * kBuffers * kPieceBytes;
-inline constexpr int kTileOffset = kBarrierOffset + 2 * (kStages + kTileSlots) * 8;
+inline constexpr int kTileOffset = kBarrierOffset + 2 * (kMaxStages + kTileSlots) * 8;
 inline constexpr int kPrefixOffset = kTileOffset + kTileSlots * 32;
-inline constexpr int kSharedBytes = kPrefixOffset + (kMaxGemmGroups + 1) * 4;
+inline constexpr int kMaxStepOffset = kPrefixOffset + (kMaxGemmGroups + 1) * 4;
+inline constexpr int kSharedBytes = kMaxStepOffset + 4;
 static_assert(kTileOffset % 16 == 0);
 static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 
@@ -123,7 +131,7 @@ __device__ __forceinline__ Tile* tile_slot(int index) {
 }
 // Barriers of a slot: the producer wrote it; consumers are done with it. Their phases follow index / kTileSlots.
 __device__ __forceinline__ std::uint32_t tile_written(int index) {
-  return ptx::shared_address(gemm_shared) + kBarrierOffset + (2 * kStages + index % kTileSlots) * 8;
+  return ptx::shared_address(gemm_shared) + kBarrierOffset + (2 * kMaxStages + index % kTileSlots) * 8;
 }
 __device__ __forceinline__ std::uint32_t tile_read(int index) {
   return tile_written(index) + kTileSlots * 8;
@@ -131,7 +139,7 @@ __device__ __forceinline__ std::uint32_t tile_read(int index) {
 __device__ __forceinline__ std::uint32_t tile_phase(int index) {
   return static_cast<std::uint32_t>(index / kTileSlots) & 1;
 }
-// prefix[i]: tiles of the groups at positions < i.
+// After count_tiles(): prefix[i]: tiles of the groups at positions < i.
 __device__ __forceinline__ int* tile_prefix() {
   return reinterpret_cast<int*>(gemm_shared + kPrefixOffset);
 }
@@ -182,10 +190,12 @@ template <GemmOp kOp>
 __device__ __forceinline__ void count_tiles(const GemmParams& p, int lane) {
   int* const prefix = tile_prefix();
   const int x_pairs = ceil_div(p.x_extent, kClusterSize * kBlockX);
-  int before = 0;
+  int before = 0, max_step = 0;
   for (int first = 0; first < p.num_groups; first += 32) {
     const int i = first + lane;
-    int tiles = i < p.num_groups ? group_shape<kOp>(p, i).y_tiles * x_pairs : 0;
+    const GroupShape shape = i < p.num_groups ? group_shape<kOp>(p, i) : GroupShape{};
+    int tiles = shape.y_tiles * x_pairs;
+    max_step = max(max_step, shape.y_step);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int other = __shfl_up_sync(0xFFFFFFFFu, tiles, distance);
@@ -194,22 +204,27 @@ __device__ __forceinline__ void count_tiles(const GemmParams& p, int lane) {
     if (i < p.num_groups) prefix[i + 1] = before + tiles;
     before += __shfl_sync(0xFFFFFFFFu, tiles, 31);
   }
-  if (lane == 0) prefix[0] = 0;
+  max_step = __reduce_max_sync(0xFFFFFFFFu, max_step);
+  if (lane == 0) {
+    prefix[0] = 0;
+    *reinterpret_cast<int*>(gemm_shared + kMaxStepOffset) = max_step;
+  }
 }
 
 // ---- the ring of stages --------------------------------------------------------------------------------------------
+template <bool kFew>
 struct Ring {
   std::uint32_t base;  // shared memory of stage 0: X then Y
   int stage = 0;
   std::uint32_t phase = 0;
 
-  __device__ __forceinline__ std::uint32_t x() const { return base + stage * kStageBytes; }
+  __device__ __forceinline__ std::uint32_t x() const { return base + stage * kStageBytes<kFew>; }
   __device__ __forceinline__ std::uint32_t y() const { return x() + kXBytes; }
   __device__ __forceinline__ std::uint32_t full(int s) const { return base + kBarrierOffset + s * 8; }
   __device__ __forceinline__ std::uint32_t full() const { return full(stage); }
-  __device__ __forceinline__ std::uint32_t empty(int s) const { return full(kStages + s); }
+  __device__ __forceinline__ std::uint32_t empty(int s) const { return full(kMaxStages + s); }
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+    if (++stage == kStages<kFew>) {
       stage = 0;
       phase ^= 1;
     }
@@ -227,10 +242,10 @@ __device__ __forceinline__ void tell(int index, const Tile& tile) {
 }
 
 // ---- producer ------------------------------------------------------------------------------------------------------
-template <GemmOp kOp>
+template <GemmOp kOp, bool kFew>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* map_x,
-                                        const CUtensorMap* map_y, Ring ring, std::uint32_t rank) {
-  constexpr std::uint16_t kBoth = 0b11;
+                                        const CUtensorMap* map_y, Ring<kFew> ring, std::uint32_t rank) {
+  constexpr std::uint16_t kBoth = (1 << kClusterSize) - 1;
   const int clusters = gridDim.x / kClusterSize;
   TileWalk<kOp> tile;
   bool expired = false;
@@ -280,7 +295,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
 // ---- consumers -----------------------------------------------------------------------------------------------------
 inline constexpr int kStagingBarrier = 1;  // +0, +1: one a warpgroup
 
-__device__ __forceinline__ void release(const Ring& ring, int stage, int lane) {
+template <bool kFew>
+__device__ __forceinline__ void release(const Ring<kFew>& ring, int stage, int lane) {
   if (lane < kClusterSize) ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane));
 }
 
@@ -353,12 +369,12 @@ __device__ __forceinline__ void store_piece(const RowSink& sink, int first, cons
 
 // Where a result of a tile goes.
 template <GemmOp kOp>
-__device__ __forceinline__ RowSink sink_of(const GemmParams& p, const Tile& tile, bool act,
+__device__ __forceinline__ RowSink sink_of(const GemmParams& p, const Tile* tile, bool act,
                                            std::uint32_t rank, int warpgroup) {
   constexpr bool kHalf = kOp == GemmOp::kForwardSwiGLU;
-  const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
+  const int x_first = tile->x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
   const std::int64_t stride = act ? p.act_stride : p.c_stride;
-  return {(act ? p.act : p.c) + tile.y_first * stride, stride, tile.y_rows, kHalf ? x_first / 2 : x_first,
+  return {(act ? p.act : p.c) + tile->y_first * stride, stride, tile->y_rows, kHalf ? x_first / 2 : x_first,
           kHalf ? p.x_extent / 2 : p.x_extent};
 }
 
@@ -374,19 +390,19 @@ struct Deferred {
     for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+r"(packed[i])::"memory");
   }
   template <int kPiece>
-  __device__ __forceinline__ void store(const GemmParams& p, const Tile& tile, std::uint32_t rank,
+  __device__ __forceinline__ void store(const GemmParams& p, const Tile* tile, std::uint32_t rank,
                                         std::uint32_t staging, int warpgroup, int thread) const {
     constexpr bool kHalf = kOp == GemmOp::kForwardSwiGLU;
     constexpr int kFirst = kHalf ? kPiece % 2 * 128 : kPiece * 64;
     // Who writes a buffer again, everyone has read it: SwiGLU's third piece may come right after the first.
     if (kPiece == 0 || (kHalf && kPiece == 2)) ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-    if (kFirst >= tile.y_rows || (kHalf && kPiece >= 2 && p.c == nullptr)) return;
+    if (kFirst >= tile->y_rows || (kHalf && kPiece >= 2 && p.c == nullptr)) return;
     RowSink sink = sink_of<kOp>(p, tile, p.c == nullptr, rank, warpgroup);
     if (kHalf && kPiece >= 2) sink.data += sink.columns;
     store_piece<kHalf>(sink, kFirst, packed + 16 * kPiece, staging + kPiece % 2 * kPieceBytes, warpgroup,
                        thread);
   }
-  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile& tile, std::uint32_t rank,
+  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile* tile, std::uint32_t rank,
                                         std::uint32_t staging, int warpgroup, int thread) const {
     if (piece == 0) store<0>(p, tile, rank, staging, warpgroup, thread);
     if (piece == 1) store<1>(p, tile, rank, staging, warpgroup, thread);
@@ -398,7 +414,7 @@ struct Deferred {
 // Adds 32 columns of 64 rows to the gradient, through a buffer in shared memory: the copy engine adds them in the memory
 // system. The buffers take turns; one is written again once the engine has read it.
 __device__ __forceinline__ void add_box(const float* sums, int box, const CUtensorMap* map,
-                                        const GemmParams& p, const Tile& tile, std::uint32_t rank,
+                                        const GemmParams& p, const Tile* tile, std::uint32_t rank,
                                         std::uint32_t staging, int warpgroup, int thread) {
   const int lane = thread % 32, warp = thread / 32;
   const std::uint32_t buffer = staging + box % kBuffers * kPieceBytes;
@@ -417,14 +433,17 @@ __device__ __forceinline__ void add_box(const float* sums, int box, const CUtens
   ptx::fence_proxy_async();
   ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
   if (thread == 0) {
-    const int row = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
-    const int column = tile.y_first + box * 32;
-    if (row < p.x_extent && box * 32 < tile.y_rows) ptx::reduce_add_3d(map, column, row, tile.weight, buffer);
+    const int row = tile->x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
+    const int column = tile->y_first + box * 32;
+    if (row < p.x_extent && box * 32 < tile->y_rows)
+      ptx::reduce_add_3d(map, column, row, tile->weight, buffer);
     ptx::bulk_commit();
   }
 }
 
-// wgrad: the last columns' sums.
+// wgrad: the last columns' sums. (The memory system adds 1.26 TB/s of sums however many are under way, half of what reading,
+// adding and writing takes alone; but loading and storing the first columns by threads was measured: 11% slower with
+// uniform sizes, 4% faster with skewed ones.)
 template <>
 struct Deferred<GemmOp::kWgrad> {
   static constexpr int kPieces = 4;
@@ -436,11 +455,11 @@ struct Deferred<GemmOp::kWgrad> {
     for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+f"(sums[i])::"memory");
   }
   template <int kPiece>
-  __device__ __forceinline__ void store(const GemmParams& p, const Tile& tile, std::uint32_t rank,
+  __device__ __forceinline__ void store(const GemmParams& p, const Tile* tile, std::uint32_t rank,
                                         std::uint32_t staging, int warpgroup, int thread) const {
     add_box(sums + 16 * kPiece, kFirstBox + kPiece, map, p, tile, rank, staging, warpgroup, thread);
   }
-  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile& tile, std::uint32_t rank,
+  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile* tile, std::uint32_t rank,
                                         std::uint32_t staging, int warpgroup, int thread) const {
     if (piece == 0) store<0>(p, tile, rank, staging, warpgroup, thread);
     if (piece == 1) store<1>(p, tile, rank, staging, warpgroup, thread);
@@ -464,8 +483,8 @@ __device__ __forceinline__ void multiply_block(float (&acc)[128], std::uint64_t 
 }
 
 // Returns the stage whose matrix instructions are still running.
-template <GemmOp kOp, int kN>
-__device__ __forceinline__ int multiply(const GemmParams& p, float (&acc)[128], Ring& ring, int num_k,
+template <GemmOp kOp, int kN, bool kFew>
+__device__ __forceinline__ int multiply(const GemmParams& p, float (&acc)[128], Ring<kFew>& ring, int num_k,
                                         int k_rows, const Deferred<kOp>& deferred, const Tile* last_tile,
                                         std::uint32_t rank, std::uint32_t staging, int warpgroup,
                                         int thread) {
@@ -505,20 +524,20 @@ __device__ __forceinline__ int multiply(const GemmParams& p, float (&acc)[128], 
     ptx::wgmma_wait<1>();
     if (kb > 0) release(ring, previous, lane);
     if (kb == next_piece_at && piece < Deferred<kOp>::kPieces) {
-      deferred.store(piece++, p, *last_tile, rank, staging, warpgroup, thread);
+      deferred.store(piece++, p, last_tile, rank, staging, warpgroup, thread);
       next_piece_at += pieces_apart;
     }
     previous = ring.stage;
     ring.advance();
   }
   for (; piece < Deferred<kOp>::kPieces; ++piece)
-    deferred.store(piece, p, *last_tile, rank, staging, warpgroup, thread);
+    deferred.store(piece, p, last_tile, rank, staging, warpgroup, thread);
   return previous;
 }
 
 // Stores what cannot wait, and leaves the rest in `deferred`.
 template <GemmOp kOp>
-__device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile& tile, const float (&acc)[128],
+__device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile* tile, const float (&acc)[128],
                                             Deferred<kOp>& deferred, std::uint32_t rank,
                                             std::uint32_t staging, int warpgroup, int thread) {
   if constexpr (kOp == GemmOp::kWgrad) {
@@ -567,8 +586,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile& til
   }
 }
 
-template <GemmOp kOp>
-__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, Ring ring,
+template <GemmOp kOp, bool kFew>
+__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, Ring<kFew> ring,
                                         std::uint32_t rank, std::uint32_t staging, int warpgroup,
                                         int thread) {
   float acc[128];
@@ -597,6 +616,14 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
         SLUICE_MULTIPLY(128);
       else
         SLUICE_MULTIPLY(64);
+    } else if constexpr (kFew) {
+      switch (ceil_div(tile->y_rows, 16)) {
+        SLUICE_CASE(1)
+        SLUICE_CASE(2)
+        SLUICE_CASE(3)
+        default:
+          SLUICE_MULTIPLY(kFewY);
+      }
     } else {
       switch (ceil_div(tile->y_rows, 16)) {
         SLUICE_CASE(1)
@@ -620,17 +647,17 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
     }
 #undef SLUICE_CASE
 #undef SLUICE_MULTIPLY
-    __syncwarp();
-    if (index > 0 && thread % 32 == 0) ptx::mbarrier_arrive(tile_read(index - 1));
+    // Every thread for itself, as it read the slot itself.
+    if (index > 0) ptx::mbarrier_arrive(tile_read(index - 1));
     ptx::wgmma_wait<0>();
     fence_accumulators(acc);
     release(ring, last, thread % 32);
-    finish_tile<kOp>(p, *tile, acc, deferred, rank, staging, warpgroup, thread);
+    finish_tile<kOp>(p, tile, acc, deferred, rank, staging, warpgroup, thread);
     last_tile = tile;
   }
   if (last_tile == nullptr) return;
   for (int piece = 0; piece < Deferred<kOp>::kPieces; ++piece)
-    deferred.store(piece, p, *last_tile, rank, staging, warpgroup, thread);
+    deferred.store(piece, p, last_tile, rank, staging, warpgroup, thread);
   if constexpr (kOp == GemmOp::kWgrad) ptx::bulk_wait_read<0>();  // the last adds have read shared memory
 }
 
@@ -641,20 +668,20 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   const std::uint32_t base = ptx::shared_address(gemm_shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::uint32_t rank = ptx::cluster_rank();
-  const Ring ring{base};
   if (warp == 0) {
     count_tiles<kOp>(p, lane);
   } else if (threadIdx.x == 32) {
     if (base % 1024 != 0) __trap();  // the swizzle needs it
     ptx::prefetch_map(&map_x);
     ptx::prefetch_map(&map_y);
-    for (int s = 0; s < kStages; ++s) {
+    const Ring<true> ring{base};
+    for (int s = 0; s < kMaxStages; ++s) {
       ptx::mbarrier_init(ring.full(s), 1);
       ptx::mbarrier_init(ring.empty(s), kEmptyArrivals);
     }
     for (int i = 0; i < kTileSlots; ++i) {
       ptx::mbarrier_init(tile_written(i), 1);
-      ptx::mbarrier_init(tile_read(i), 8);  // consumer warps
+      ptx::mbarrier_init(tile_read(i), 256);  // consumer threads
     }
     ptx::fence_mbarrier_init();
   }
@@ -662,14 +689,24 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
+  const bool few =
+      kOp != GemmOp::kWgrad && *reinterpret_cast<const int*>(gemm_shared + kMaxStepOffset) <= kFewY;
   if (warp < 4) {
     ptx::registers_fewer<40>();
-    if (threadIdx.x == 0) produce<kOp>(p, &map_x, &map_y, ring, rank);
+    if (threadIdx.x == 0) {
+      if constexpr (kOp != GemmOp::kWgrad) {
+        if (few) produce<kOp>(p, &map_x, &map_y, Ring<true>{base}, rank);
+      }
+      if (!few) produce<kOp>(p, &map_x, &map_y, Ring<false>{base}, rank);
+    }
   } else {
     ptx::registers_more<232>();
     const int warpgroup = warp / 4 - 1;
-    consume<kOp>(p, &map_grads, ring, rank, base + kStagingOffset + warpgroup * kBuffers * kPieceBytes,
-                 warpgroup, threadIdx.x % 128);
+    const std::uint32_t staging = base + kStagingOffset + warpgroup * kBuffers * kPieceBytes;
+    if constexpr (kOp != GemmOp::kWgrad) {
+      if (few) consume<kOp>(p, &map_grads, Ring<true>{base}, rank, staging, warpgroup, threadIdx.x % 128);
+    }
+    if (!few) consume<kOp>(p, &map_grads, Ring<false>{base}, rank, staging, warpgroup, threadIdx.x % 128);
   }
   // The other block may still signal this one's barriers.
   ptx::cluster_arrive();

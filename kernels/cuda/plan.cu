@@ -153,27 +153,28 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(Shape s) {
 
 // Starts of n columns from their totals: base[i] = sum before i + what tiles before this one have of column i.
 // The first block also writes the starts themselves. `warps` warps work together, this one is number `warp`; their sums
-// meet in `sums` (shared, [warps]) between two barriers with `barrier` as their number.
+// meet in `sums` (shared, [warps]). meet(): a barrier of theirs; all of them come to it equally often.
+template <typename Meet>
 __device__ __forceinline__ void find_bases(const Shape& s, int first_column, int n, int* base,
                                            std::int64_t* starts, int lane, int warp, int warps, int* sums,
-                                           int barrier) {
-  const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory"); };
+                                           const Meet& meet) {
   int before = 0;
   for (int first = 0; first < n; first += 32 * warps) {
     const int i = first + warp * 32 + lane;
-    const int value = i < n ? s.totals[first_column + i] : 0;
+    const bool mine = warp < warps && i < n;
+    const int value = mine ? s.totals[first_column + i] : 0;
     const int tiles =
-        i < n ? s.counts[static_cast<std::int64_t>(first_column + i) * s.num_tiles + blockIdx.x] : 0;
+        mine ? s.counts[static_cast<std::int64_t>(first_column + i) * s.num_tiles + blockIdx.x] : 0;
     int total;
     int start = scan_exclusive(value, lane, total);
-    if (lane == 0) sums[warp] = total;
+    if (warp < warps && lane == 0) sums[warp] = total;
     meet();
     for (int w = 0; w < warps; ++w) {
       if (w == warp) start += before;
       before += sums[w];
     }
     meet();
-    if (i < n) {
+    if (mine) {
       base[i] = start + tiles;
       if (blockIdx.x == 0 && starts != nullptr) {
         starts[i] = start;
@@ -195,13 +196,13 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Shape s, PlanBuffers pl
   int* const expert_base = tile.rank_load + ranks * kTile;  // [num_experts]
   constexpr int kExpertWarps = kThreads / 32 - 3;
   __shared__ int sums[kThreads / 32];
-  if (warp < kExpertWarps) {
-    find_bases(s, 0, experts, expert_base, plan.expert_ptr, lane, warp, kExpertWarps, sums, 1);
-  } else if (warp == kExpertWarps) {
-    find_bases(s, s.rank_column(), ranks, rank_base, plan.rank_ptr, lane, 0, 1, sums + warp, 2);
+  if (warp == kExpertWarps) {
+    find_bases(s, s.rank_column(), ranks, rank_base, plan.rank_ptr, lane, 0, 1, sums + warp,
+               [] { __syncwarp(); });
   } else if (warp == kExpertWarps + 1) {
-    find_bases(s, s.route_column(), ranks, route_base, plan.rank_route_ptr, lane, 0, 1, sums + warp, 3);
-  } else {
+    find_bases(s, s.route_column(), ranks, route_base, plan.rank_route_ptr, lane, 0, 1, sums + warp,
+               [] { __syncwarp(); });
+  } else if (warp > kExpertWarps) {
     // Each token's first home row.
     int before = s.counts[static_cast<std::int64_t>(s.home_column()) * s.num_tiles + blockIdx.x];
 #pragma unroll
@@ -218,6 +219,9 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Shape s, PlanBuffers pl
     }
     if (plan.home_ptr != nullptr && s.num_tokens == 0 && lane == 0) plan.home_ptr[0] = 0;
   }
+  // Every warp comes along to the barriers of the block.
+  find_bases(s, 0, experts, expert_base, plan.expert_ptr, lane, warp, kExpertWarps, sums,
+             [] { __syncthreads(); });
   // Routes of a rank before each token of the tile.
   for (int d = warp; d < ranks; d += kThreads / 32) {
     int* load = tile.rank_load + d * kTile;

@@ -293,6 +293,15 @@ TEST_P(GroupedGemmCuda, DgradRaggedGroups) {
   check_dgrad(Problem({700, 1, 40}, 1536, 256, 14));
 }
 
+// No group of more than 64 rows, as in decoding: the Hopper kernel has more and smaller stages then.
+TEST_P(GroupedGemmCuda, FewRowsAGroup) {
+  const std::vector<std::int64_t> sizes = {1, 0, 16, 17, 31, 33, 48, 49, 63, 64, 2};
+  check_forward(Problem(sizes, 328, 1608, 22), GemmActivation::kNone, true);
+  check_forward(Problem(sizes, 208, 648, 23), GemmActivation::kSwiGLU, false);
+  check_forward(Problem({1}, 264, 72, 24), GemmActivation::kGelu, true);
+  check_dgrad(Problem(sizes, 1288, 136, 25));
+}
+
 TEST_P(GroupedGemmCuda, WgradRaggedGroups) {
   check_wgrad(Problem(kRagged, 128, 256, 15));
   check_wgrad(Problem({0, 1, 700, 33, 1000}, 264, 328, 16));
@@ -338,6 +347,9 @@ TEST_P(GroupedGemmCuda, RowsAreIndependent) {
     for (std::int64_t i = 0; i <= 400; ++i) ones.push_back(kLead + i);
     ones.push_back(kLead + rows);
     EXPECT_EQ(whole, run(ones, {}, 0, dgrad));
+    std::vector<std::int64_t> few = {kLead};
+    while (few.back() < kLead + rows) few.push_back(std::min(few.back() + 61, kLead + rows));
+    EXPECT_EQ(whole, run(few, {}, 0, dgrad));
     const std::vector<std::int64_t> some = {kLead,      kLead + 7,   kLead + 7,
                                             kLead + 90, kLead + 347, kLead + rows};
     EXPECT_EQ(whole, run(some, {4, 0, 3, 1, 2}, 0, dgrad));
