@@ -1,13 +1,14 @@
 // Ranks are MPI processes. A put is a send and an expect is a receive, matched by a tag made of channel and signal; the
 // order of messages with one tag between two ranks is MPI's own. Messages beyond 1 GiB travel in pieces.
 //
-// Two communicators, both duplicates of MPI_COMM_WORLD: one for data, one for the watchdog's small messages (who waits
-// for whom, a proposed verdict, the verdict, a farewell).
+// Two communicators, both duplicates of MPI_COMM_WORLD: one for data, one for what the watchdog says (group_watch.hpp),
+// which has its connections over MPI here: it queues messages, and whoever makes MPI calls sends and receives them.
 //
 // Threads: if this module initialised MPI (MPI_THREAD_SERIALIZED), or MPI allows calls from several threads at once, a
 // service thread answers the watchdog's questions while the rank computes; so a slow rank is told from a stopped one. One
 // mutex covers all MPI calls made here. In the first case the program must make no MPI calls of its own while a
-// transport lives. Otherwise questions are answered inside progress() and idle() only.
+// transport lives. Otherwise questions are answered inside progress() and idle() only. Locks are taken in this order: MPI's,
+// the watchdog's, a connection's.
 //
 // How it ends: whoever initialised MPI finalises it; here that happens when the process exits, after the last transport
 // is gone. After an abort it does not happen at all, because MPI_Finalize waits for ranks that may be dead: the process
@@ -30,8 +31,8 @@
 #include <vector>
 
 #include "sluice/comm/event.hpp"
+#include "sluice/comm/group_watch.hpp"
 #include "sluice/comm/transport_module.hpp"
-#include "sluice/comm/watchdog.hpp"
 
 namespace sluice::comm {
 namespace {
@@ -45,11 +46,8 @@ constexpr nanoseconds kYieldSpan = microseconds(100);        // a waiter yields 
 constexpr nanoseconds kMaxYieldSpan = microseconds(500);  // likewise, while a large message may be on its way
 constexpr nanoseconds kSleep = microseconds(10);          // the kernel's timer slack makes it about 60
 constexpr nanoseconds kServicePeriod = milliseconds(10);
-constexpr nanoseconds kWaitingIsFresh = milliseconds(250);  // idle() repeats far more often than that
-constexpr nanoseconds kFarewellGrace = milliseconds(200);   // a farewell may overtake the data sent before it
-constexpr nanoseconds kFlush = milliseconds(100);           // to hand a verdict or a farewell to MPI
-constexpr nanoseconds kLinger = milliseconds(300);          // for the other ranks to report
-constexpr std::int32_t kMaxListedWaits = 64;
+constexpr nanoseconds kFlush = milliseconds(100);   // to hand a verdict or a farewell to MPI
+constexpr nanoseconds kLinger = milliseconds(300);  // for the other ranks to report
 
 void check(int rc, std::string_view what) {
   if (rc == MPI_SUCCESS) return;
@@ -60,83 +58,62 @@ void check(int rc, std::string_view what) {
               str(what, " failed: ", std::string_view(text, static_cast<std::size_t>(length))));
 }
 
-enum class Kind : std::int32_t {
-  kQuestion = 1,  // what do you wait for?
-  kAnswer,
-  kProposal,  // to the lowest rank that answers: this is my verdict
-  kVerdict,   // to all: the group has ended
-  kFarewell,  // the sender's transport has closed
-};
-
-// A message of the watchdog. Whatever is read from it is checked before use.
-struct Message {
-  static constexpr std::uint32_t kMagic = 0x534c4331;  // "SLC1": the layout's version is its last digit
-  std::uint32_t magic = kMagic;
-  Kind kind = Kind::kQuestion;
-  std::uint64_t question = 0;
-  std::int64_t last_call_ns = -1;  // age of the sender's last transport call
-  std::int32_t waiting = 0;
-  std::int32_t num_waits = 0;
-  std::int32_t code = 0;
-  std::int32_t culprit = -1;
-  std::int32_t reporter = -1;
-  std::int32_t chunk = -1;
-  std::array<std::int32_t, kMaxListedWaits> waits{};
-  std::array<char, 64> phase{};
-  std::array<char, 1536> text{};
-};
-
-template <std::size_t N>
-void store_text(std::array<char, N>& to, std::string_view text) {
-  const std::size_t length = std::min(text.size(), N - 1);
-  std::memcpy(to.data(), text.data(), length);
-  to[length] = '\0';
-}
-template <std::size_t N>
-std::string load_text(const std::array<char, N>& from) {
-  return std::string(from.data(), strnlen(from.data(), N));
-}
-
-// Receives the watchdog's messages on one communicator, and knows who has said farewell.
-class Inbox {
+// The watchdog's connections to all other ranks. Everything but a connection's own calls needs MPI's mutex.
+class Control {
  public:
-  Inbox(MPI_Comm comm, std::int32_t rank, std::int32_t num_ranks)
-      : comm_(comm), gone_at_(static_cast<std::size_t>(num_ranks)), rank_(rank), num_left_(num_ranks - 1) {
+  Control(MPI_Comm comm, std::int32_t rank, std::int32_t num_ranks)
+      : comm_(comm),
+        rank_(rank),
+        gone_(static_cast<std::size_t>(num_ranks), false),
+        incoming_(wire::kMaxControlBytes) {
+    for (std::int32_t r = 0; r < num_ranks; ++r)
+      lines_.push_back(r == rank ? nullptr : std::make_shared<Line>(has_queued_));
     post();
   }
 
-  // Takes the next message, checked for its size, its version and its source; returns its source or -1.
-  std::int32_t take(Message& message) {
-    while (request_ != MPI_REQUEST_NULL) {
-      int done = 0;
-      MPI_Status status{};
-      if (MPI_Test(&request_, &done, &status) != MPI_SUCCESS) {
-        post();  // a peer broke the connection; the watchdog will find out which
-        return -1;
-      }
-      if (!done) return -1;
-      int count = 0;
-      MPI_Get_count(&status, MPI_BYTE, &count);
-      message = incoming_;
-      post();
-      if (count == static_cast<int>(sizeof(Message)) && message.magic == Message::kMagic &&
-          status.MPI_SOURCE >= 0 && status.MPI_SOURCE < static_cast<int>(gone_at_.size()) &&
-          status.MPI_SOURCE != rank_)
-        return status.MPI_SOURCE;
-    }
-    return -1;
+  std::shared_ptr<net::Connection> connection(std::int32_t rank) const {
+    return lines_[static_cast<std::size_t>(rank)];
   }
 
-  void set_gone(std::int32_t rank) {
-    Clock::time_point& at = gone_at_[static_cast<std::size_t>(rank)];
-    if (at != Clock::time_point()) return;
-    at = Clock::now();
-    --num_left_;
+  // Hands on what has come and sends what is queued.
+  void pump() {
+    receive([this](std::int32_t from, std::span<const std::byte> bytes) {
+      lines_[static_cast<std::size_t>(from)]->deliver(bytes);
+    });
+    if (has_queued_.exchange(false))
+      for (std::size_t r = 0; r < lines_.size(); ++r)
+        if (lines_[r])
+          for (wire::Bytes& body : lines_[r]->take()) send(static_cast<std::int32_t>(r), std::move(body));
+    if (!sends_.empty()) reclaim();
   }
-  // The epoch = still there.
-  Clock::time_point gone_at(std::int32_t rank) const { return gone_at_[static_cast<std::size_t>(rank)]; }
-  bool is_gone(std::int32_t rank) const { return gone_at(rank) != Clock::time_point(); }
-  bool all_gone() const { return num_left_ == 0; }
+  // Until what is queued is on its way; nothing is queued any more afterwards.
+  void flush(nanoseconds span) {
+    const Clock::time_point until = Clock::now() + span;
+    do {
+      pump();
+    } while (!sends_.empty() && Clock::now() < until && sched_yield() == 0);
+    for (const auto& line : lines_)
+      if (line) line->close();
+  }
+
+  // After the transport is gone: looks for farewells. True when a rank says that the group has ended.
+  bool hears_abort() {
+    bool heard = false;
+    receive([&](std::int32_t from, std::span<const std::byte> bytes) {
+      const auto message = wire::parse_control(bytes, static_cast<std::int32_t>(lines_.size()), 0);
+      if (!message) return;
+      if (message->kind == wire::Control::Kind::kFarewell) set_gone(from);
+      heard = heard || message->kind == wire::Control::Kind::kVerdict ||
+              message->kind == wire::Control::Kind::kProposal;
+    });
+    return heard;
+  }
+  void set_gone(std::int32_t rank) { gone_[static_cast<std::size_t>(rank)] = true; }
+  bool all_gone() const {
+    for (std::size_t r = 0; r < gone_.size(); ++r)
+      if (!gone_[r] && static_cast<std::int32_t>(r) != rank_) return false;
+    return true;
+  }
 
   // No receive may be pending when its buffer goes.
   void stop() {
@@ -146,16 +123,93 @@ class Inbox {
   }
 
  private:
+  class Line final : public net::Connection {
+   public:
+    // has_queued: set when there is something to take, while the line is not closed.
+    explicit Line(std::atomic<bool>& has_queued) : has_queued_(has_queued) {}
+    void start(std::function<void(std::span<const std::byte>)> on_frame,
+               std::function<void(const std::string&)>) override {
+      on_frame_ = std::move(on_frame);
+    }
+    void send(wire::Bytes body) override {
+      const std::lock_guard lock(mutex_);
+      if (closed_) return;
+      queue_.push_back(std::move(body));
+      has_queued_.store(true);
+    }
+    void close() override {
+      const std::lock_guard lock(mutex_);
+      closed_ = true;
+      queue_.clear();
+    }
+    std::size_t num_queued() const override {
+      const std::lock_guard lock(mutex_);
+      return queue_.size();
+    }
+    std::vector<wire::Bytes> take() {
+      const std::lock_guard lock(mutex_);
+      return std::exchange(queue_, {});
+    }
+    void deliver(std::span<const std::byte> bytes) {
+      if (on_frame_) on_frame_(bytes);
+    }
+
+   private:
+    std::atomic<bool>& has_queued_;
+    std::function<void(std::span<const std::byte>)> on_frame_;
+    mutable std::mutex mutex_;
+    std::vector<wire::Bytes> queue_;
+    bool closed_ = false;
+  };
+  struct Sending {
+    wire::Bytes body;
+    MPI_Request request = MPI_REQUEST_NULL;
+  };
+
+  void send(std::int32_t to, wire::Bytes body) {
+    auto sending = std::make_unique<Sending>();
+    sending->body = std::move(body);
+    // A peer that cannot be told is found out by its silence.
+    if (MPI_Isend(sending->body.data(), static_cast<int>(sending->body.size()), MPI_BYTE, to, 0, comm_,
+                  &sending->request) == MPI_SUCCESS)
+      sends_.push_back(std::move(sending));
+  }
+  void reclaim() {
+    std::erase_if(sends_, [](const std::unique_ptr<Sending>& sending) {
+      int done = 0;
+      return MPI_Test(&sending->request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || done;
+    });
+  }
   void post() {
-    if (MPI_Irecv(&incoming_, sizeof(Message), MPI_BYTE, MPI_ANY_SOURCE, 0, comm_, &request_) != MPI_SUCCESS)
+    if (MPI_Irecv(incoming_.data(), static_cast<int>(incoming_.size()), MPI_BYTE, MPI_ANY_SOURCE, 0, comm_,
+                  &request_) != MPI_SUCCESS)
       request_ = MPI_REQUEST_NULL;
   }
+  template <typename Take>
+  void receive(Take&& take) {
+    while (request_ != MPI_REQUEST_NULL) {
+      int done = 0, count = 0;
+      MPI_Status status{};
+      if (MPI_Test(&request_, &done, &status) != MPI_SUCCESS) {
+        post();  // a peer broke the connection; the watchdog will find out which
+        return;
+      }
+      if (!done) return;
+      MPI_Get_count(&status, MPI_BYTE, &count);
+      if (status.MPI_SOURCE >= 0 && status.MPI_SOURCE < static_cast<int>(lines_.size()) &&
+          status.MPI_SOURCE != rank_ && count >= 0)
+        take(status.MPI_SOURCE, std::span<const std::byte>(incoming_).first(static_cast<std::size_t>(count)));
+      post();
+    }
+  }
 
-  MPI_Comm comm_;
-  std::vector<Clock::time_point> gone_at_;  // [num_ranks]
-  std::int32_t rank_;
-  std::int32_t num_left_;  // other ranks that have not said farewell
-  Message incoming_;
+  const MPI_Comm comm_;
+  const std::int32_t rank_;
+  std::atomic<bool> has_queued_{false};
+  std::vector<std::shared_ptr<Line>> lines_;  // [num_ranks], null for the own rank
+  std::vector<bool> gone_;                    // [num_ranks]; only once the transport is gone
+  std::vector<std::unique_ptr<Sending>> sends_;
+  std::vector<std::byte> incoming_;
   MPI_Request request_ = MPI_REQUEST_NULL;
 };
 
@@ -166,7 +220,7 @@ struct Library {
   std::atomic<int> num_transports{0};
   std::atomic<bool> unclean{false};  // a group was aborted: no MPI call any more
   std::mutex closed_mutex;
-  std::vector<std::unique_ptr<Inbox>> closed;  // of transports that ended in order
+  std::vector<std::unique_ptr<Control>> closed;  // of transports that ended in order
 
   static Library& instance() {
     static Library library;
@@ -199,21 +253,17 @@ struct Library {
     if (done != 0 || num_transports.load() > 0) return;
     const std::lock_guard lock(closed_mutex);
     bool heard_abort = false;
-    for (const auto& inbox : closed) {
-      while (!unclean.load() && !inbox->all_gone()) {
-        Message message;
-        const std::int32_t from = inbox->take(message);
-        if (from < 0)
-          std::this_thread::sleep_for(milliseconds(1));
-        else if (message.kind == Kind::kFarewell)
-          inbox->set_gone(from);
-        else if (message.kind == Kind::kVerdict || message.kind == Kind::kProposal)
+    for (const auto& control : closed) {
+      while (!unclean.load() && !control->all_gone()) {
+        if (control->hears_abort())
           unclean.store(heard_abort = true);
+        else if (!control->all_gone())
+          std::this_thread::sleep_for(milliseconds(1));
       }
     }
     if (heard_abort) std::this_thread::sleep_for(kLinger);
     if (unclean.load()) return;
-    for (const auto& inbox : closed) inbox->stop();
+    for (const auto& control : closed) control->stop();
     MPI_Finalize();
   }
 };
@@ -249,8 +299,12 @@ class MpiTransport final : public Transport {
   explicit MpiTransport(const Topology* topology_override) : topology_(join(topology_override)) {
     const auto n = static_cast<std::size_t>(num_ranks());
     outstanding_to_.assign(n, 0);
-    answers_.resize(n);
-    inbox_ = std::make_unique<Inbox>(control_, rank_, num_ranks());
+    control_ = std::make_unique<Control>(control_comm_, rank_, num_ranks());
+    std::vector<GroupWatch::Peer> peers;
+    for (std::int32_t r = 0; r < num_ranks(); ++r)
+      peers.push_back({str("rank ", r), control_->connection(r)});
+    watch_ = std::make_unique<GroupWatch>(loop_, RankId(rank_), 0, std::move(peers), [] {});
+    watch_->start();
     void* value = nullptr;
     int found = 0;
     check(MPI_Comm_get_attr(data_, MPI_TAG_UB, &value, &found), "MPI_Comm_get_attr(MPI_TAG_UB)");
@@ -279,6 +333,7 @@ class MpiTransport final : public Transport {
       else
         close();
     }
+    loop_.stop();
     Library& library = Library::instance();
     if (aborted()) {
       library.unclean.store(true);
@@ -361,7 +416,7 @@ class MpiTransport final : public Transport {
     }
     const bool moved = progress_data();
     service_control();
-    return moved;
+    return moved && !aborted();
   }
 
   std::uint64_t signal(std::uint32_t channel, std::uint32_t signal) const override {
@@ -380,9 +435,8 @@ class MpiTransport final : public Transport {
 
   // Without a service thread, another thread's abort reaches the peers with the next call of the rank's own thread.
   bool abort(const AbortRecord& record) noexcept override {
-    bool first = false;
+    const bool first = watch_->abort(record);
     try {
-      first = record_abort(record);
       if (!first) return false;
       if (std::this_thread::get_id() == owner_.load() || service_.joinable()) {
         const std::lock_guard lock(mutex_);
@@ -393,11 +447,8 @@ class MpiTransport final : public Transport {
     }
     return first;
   }
-  bool aborted() const noexcept override { return aborted_.load(std::memory_order_acquire); }
-  AbortRecord abort_record() const override {
-    const std::lock_guard lock(record_mutex_);
-    return record_;
-  }
+  bool aborted() const noexcept override { return watch_->aborted(); }
+  AbortRecord abort_record() const override { return watch_->record(); }
 
   void set_timeout(nanoseconds timeout) override {
     Require(timeout.count() > 0, ErrorCode::kInvalidArgument, "the timeout of a wait must be positive, is ",
@@ -408,37 +459,25 @@ class MpiTransport final : public Transport {
 
   Status idle(std::span<const WaitSpec> pending) override {
     const Clock::time_point now = Clock::now();
-    heartbeat_ns_.store(now.time_since_epoch().count(), std::memory_order_relaxed);
     owner_.store(std::this_thread::get_id());
+    OwnPuts puts;
     {
       const std::lock_guard lock(mutex_);
       if (!aborted()) service_control();
-      if (aborted()) {
-        tell_verdict();
-        return abort_record().status;
-      }
-      const OwnPuts puts{.made = num_puts_, .outstanding = num_outstanding_};
-      const WaitLook look = look_at(*this, pending, puts);
-      if (look.there) return {};
-      collect_missing(pending);
-      waiting_ = true;
-      phase_ = pending.empty() ? std::string_view("own puts") : pending[0].phase;
-      chunk_ = pending.empty() ? -1 : pending[0].chunk;
-      const Patience::Stage stage = patience_.step(now, look.key);
-      const auto failed = [&] { return describe_wait(*this, pending, missing_, puts, patience_, now); };
-      if (look.key != proposal_key_) proposal_.reset();  // something came after all
-      proposal_key_ = look.key;
-      if (stage == Patience::Stage::kHope) asking_ = false;
-      if (stage == Patience::Stage::kSuspect) ask(now);
-      if (const RankId lost = lost_among_missing(now); lost.valid())
-        propose(peer_lost_record(failed(), lost), now);
-      else if (stage == Patience::Stage::kOver && !proposal_)
-        propose(deadline_record(failed(), states(now)), now);
-      if (proposal_ && now >= proposal_until_ && record_abort(*proposal_)) tell_verdict();
-      if (aborted()) {
-        tell_verdict();
-        return abort_record().status;
-      }
+      if (aborted()) return end();
+      puts = {.made = num_puts_, .outstanding = num_outstanding_};
+    }
+    const WaitLook look = look_at(*this, pending, puts);
+    if (look.there) return {};
+    collect_missing(pending);
+    phase_ = pending.empty() ? std::string_view("own puts") : pending[0].phase;
+    chunk_ = pending.empty() ? -1 : pending[0].chunk;
+    const Patience::Stage stage = patience_.step(now, look.key);
+    watch_->waiting(missing_, phase_, chunk_, patience_, stage, look.key,
+                    [&] { return describe_wait(*this, pending, missing_, puts, patience_, now); });
+    if (aborted()) {
+      const std::lock_guard lock(mutex_);
+      return end();
     }
     // MPI moves bytes inside our calls: a rank that sends is not idle, nor is one that receives, for as long as what it
     // expects would take at 1 GB/s.
@@ -468,7 +507,7 @@ class MpiTransport final : public Transport {
             "topology.nodes names ", topology_override ? topology_override->num_ranks() : 0,
             " ranks but MPI runs ", size,
             "; start as many processes as the configuration names, or leave topology.nodes out");
-    for (MPI_Comm* comm : {&data_, &control_}) {
+    for (MPI_Comm* comm : {&data_, &control_comm_}) {
       check(MPI_Comm_dup(MPI_COMM_WORLD, comm), "MPI_Comm_dup");
       check(MPI_Comm_set_errhandler(*comm, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
     }
@@ -633,7 +672,7 @@ class MpiTransport final : public Transport {
                         : Status{ErrorCode::kTransport,
                                  str(describe(operation),
                                      " failed: ", std::string_view(text, static_cast<std::size_t>(length)))};
-    record_abort(record);
+    watch_->abort(record);
     tell_verdict();
   }
 
@@ -641,7 +680,7 @@ class MpiTransport final : public Transport {
     AbortRecord record = blame(operation);
     record.status = {ErrorCode::kDisagreement, str(describe(operation), " has ", seen, " bytes, expected ",
                                                    expected, "; the ranks disagree on the plan")};
-    record_abort(record);
+    watch_->abort(record);
     tell_verdict();
   }
 
@@ -661,9 +700,8 @@ class MpiTransport final : public Transport {
   // ---- the watchdog
 
   void computing() {
-    heartbeat_ns_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+    watch_->computing();
     if (owner_.load() != std::this_thread::get_id()) owner_.store(std::this_thread::get_id());
-    waiting_ = false;
   }
 
   void collect_missing(std::span<const WaitSpec> pending) {
@@ -679,121 +717,10 @@ class MpiTransport final : public Transport {
     }
   }
 
-  nanoseconds since_last_call(Clock::time_point now) const {
-    const std::int64_t at = heartbeat_ns_.load(std::memory_order_relaxed);
-    return nanoseconds(at < 0 ? -1 : std::max<std::int64_t>(0, now.time_since_epoch().count() - at));
-  }
-
-  RankId lost_among_missing(Clock::time_point now) const {
-    for (const RankId r : missing_) {
-      if (inbox_->is_gone(r.value) && now - inbox_->gone_at(r.value) >= kFarewellGrace) return r;
-    }
-    return RankId();
-  }
-
-  // Asks all ranks, again every quarter of the suspicion window.
-  void ask(Clock::time_point now) {
-    if (!asking_) {
-      asking_ = true;
-      next_question_ = now;
-      first_question_ = question_ + 1;
-    }
-    if (now < next_question_) return;
-    next_question_ = now + patience_.suspicion() / 4;
-    Message message;
-    message.kind = Kind::kQuestion;
-    message.question = ++question_;
-    send_to_all(message);
-  }
-
-  void answer(std::int32_t to, std::uint64_t question, Clock::time_point now) {
-    Message message;
-    message.kind = Kind::kAnswer;
-    message.question = question;
-    const nanoseconds age = since_last_call(now);
-    message.last_call_ns = age.count();
-    message.waiting = waiting_ && age <= kWaitingIsFresh;
-    if (message.waiting) {
-      message.num_waits = static_cast<std::int32_t>(std::min<std::size_t>(missing_.size(), kMaxListedWaits));
-      for (std::int32_t i = 0; i < message.num_waits; ++i)
-        message.waits[static_cast<std::size_t>(i)] = missing_[static_cast<std::size_t>(i)].value;
-      message.chunk = chunk_;
-      store_text(message.phase, phase_);
-    }
-    send(to, message);
-  }
-
-  // The table as this rank knows it after its questions.
-  std::vector<RankState> states(Clock::time_point now) const {
-    std::vector<RankState> states(answers_.size());
-    for (std::size_t r = 0; r < states.size(); ++r) {
-      if (static_cast<std::int32_t>(r) == rank_) {
-        states[r].kind = RankState::Kind::kWaiting;
-        states[r].waits_for = missing_;
-        states[r].phase = phase_;
-        states[r].chunk = chunk_;
-      } else if (inbox_->is_gone(static_cast<std::int32_t>(r))) {
-        states[r].kind = RankState::Kind::kGone;
-      } else if (answers_[r].question >= first_question_) {
-        states[r] = answers_[r].state;
-      } else if (answers_[r].at != Clock::time_point()) {
-        states[r].last_sign = now - answers_[r].at;
-      }
-    }
-    return states;
-  }
-
-  // Hands a verdict to the lowest rank that is thought alive, so that all ranks get the same one when several judge at
-  // once. Its answer is due at once; if it does not come, our own verdict stands.
-  void propose(AbortRecord record, Clock::time_point now) {
-    if (proposal_) return;
-    std::int32_t coordinator = 0;
-    for (; coordinator < rank_; ++coordinator) {
-      const auto c = static_cast<std::size_t>(coordinator);
-      if (!inbox_->is_gone(coordinator) && (!asking_ || answers_[c].question >= first_question_)) break;
-    }
-    if (coordinator == rank_) {
-      if (record_abort(record)) tell_verdict();
-      return;
-    }
-    send(coordinator, verdict_message(Kind::kProposal, record));
-    proposal_ = std::move(record);
-    proposal_until_ = now + std::min<nanoseconds>(patience_.timeout() / 10, milliseconds(200));
-  }
-
-  bool record_abort(const AbortRecord& record) {
-    const std::lock_guard lock(record_mutex_);
-    if (aborted()) return false;
-    record_ = record;
-    if (record_.status.ok())
-      record_.status = {ErrorCode::kAborted, str("rank ", record.reporter.value, " ended the group")};
-    aborted_.store(true, std::memory_order_release);
-    return true;
-  }
-
-  static Message verdict_message(Kind kind, const AbortRecord& record) {
-    Message message;
-    message.kind = kind;
-    message.code = static_cast<std::int32_t>(record.status.code);
-    message.culprit = record.culprit.value;
-    message.reporter = record.reporter.value;
-    message.chunk = record.chunk;
-    store_text(message.phase, record.phase);
-    store_text(message.text, record.status.message);
-    return message;
-  }
-
-  AbortRecord record_of(const Message& message) const {
-    const auto valid_rank = [&](std::int32_t r) { return RankId(r >= 0 && r < num_ranks() ? r : -1); };
-    AbortRecord record;
-    record.culprit = valid_rank(message.culprit);
-    record.reporter = valid_rank(message.reporter);
-    record.chunk = message.chunk;
-    record.phase = load_text(message.phase);
-    const bool known = message.code > 0 && message.code <= static_cast<std::int32_t>(ErrorCode::kInternal);
-    record.status = {known ? static_cast<ErrorCode>(message.code) : ErrorCode::kAborted,
-                     load_text(message.text)};
-    return record;
+  // The mutex is held.
+  Status end() {
+    tell_verdict();
+    return abort_record().status;
   }
 
   // Tells all ranks once, and gives MPI a moment to take it; afterwards no MPI call is made any more.
@@ -804,94 +731,13 @@ class MpiTransport final : public Transport {
     for (std::size_t i = 0; i < requests_.size(); ++i)
       if (requests_[i] != MPI_REQUEST_NULL && !operations_[of_request_[i].slot].is_send)
         MPI_Cancel(&requests_[i]);  // nothing shall land any more
-    if (heard_verdict_) return;     // its author tells everyone
-    send_to_all(verdict_message(Kind::kVerdict, abort_record()));
-    const Clock::time_point until = Clock::now() + kFlush;
-    while (reclaim_sends() > 0 && Clock::now() < until) sched_yield();
+    control_->flush(kFlush);
   }
 
-  void send(std::int32_t to, const Message& message) {
-    reclaim_sends();
-    if (spare_sends_.empty()) {
-      sends_.push_back(std::make_unique<ControlSend>());
-    } else {
-      sends_.push_back(std::move(spare_sends_.back()));
-      spare_sends_.pop_back();
-    }
-    ControlSend& sending = *sends_.back();
-    sending.message = message;
-    if (MPI_Isend(&sending.message, sizeof(Message), MPI_BYTE, to, 0, control_, &sending.request) !=
-        MPI_SUCCESS) {
-      // A peer that cannot be told is found out by its silence.
-      spare_sends_.push_back(std::move(sends_.back()));
-      sends_.pop_back();
-    }
-  }
-  void send_to_all(const Message& message) {
-    for (std::int32_t r = 0; r < num_ranks(); ++r)
-      if (r != rank_) send(r, message);
-  }
-  std::size_t reclaim_sends() {
-    for (std::size_t i = 0; i < sends_.size();) {
-      int done = 0;
-      if (MPI_Test(&sends_[i]->request, &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && !done) {
-        ++i;
-        continue;
-      }
-      spare_sends_.push_back(std::move(sends_[i]));
-      sends_[i] = std::move(sends_.back());
-      sends_.pop_back();
-    }
-    return sends_.size();
-  }
-
-  // Handles what came. The mutex is held; the group is not aborted.
+  // Sends and handles what the watchdogs say. The mutex is held; the group is not aborted.
   void service_control() {
-    Message message;
-    for (std::int32_t from = inbox_->take(message); from >= 0; from = inbox_->take(message)) {
-      handle(from, message);
-      if (aborted()) return;
-    }
-  }
-
-  void handle(std::int32_t from, const Message& message) {
-    const Clock::time_point now = Clock::now();
-    const auto f = static_cast<std::size_t>(from);
-    switch (message.kind) {
-      case Kind::kQuestion:
-        answer(from, message.question, now);
-        break;
-      case Kind::kAnswer: {
-        Answer& a = answers_[f];
-        if (message.question > question_ || message.question < a.question) break;
-        a.question = message.question;
-        a.at = now;
-        a.state = RankState();
-        a.state.answered = true;
-        a.state.last_sign = nanoseconds(std::max<std::int64_t>(-1, message.last_call_ns));
-        a.state.kind = message.waiting ? RankState::Kind::kWaiting : RankState::Kind::kComputing;
-        for (std::int32_t i = 0; message.waiting && i < std::clamp(message.num_waits, 0, kMaxListedWaits);
-             ++i) {
-          const RankId r(message.waits[static_cast<std::size_t>(i)]);
-          if (r.value >= 0 && r.value < num_ranks()) a.state.waits_for.push_back(r);
-        }
-        a.state.phase = load_text(message.phase);
-        a.state.chunk = message.chunk;
-        break;
-      }
-      case Kind::kProposal:
-        if (record_abort(record_of(message))) tell_verdict();
-        break;
-      case Kind::kVerdict:
-        if (record_abort(record_of(message))) {
-          heard_verdict_ = true;
-          tell_verdict();
-        }
-        break;
-      case Kind::kFarewell:
-        inbox_->set_gone(from);
-        break;
-    }
+    control_->pump();
+    if (aborted()) tell_verdict();
   }
 
   void serve() {
@@ -915,11 +761,10 @@ class MpiTransport final : public Transport {
       std::this_thread::sleep_for(kSleep);
     }
     if (aborted()) return;
-    Message message;
-    message.kind = Kind::kFarewell;
-    send_to_all(message);
-    const Clock::time_point flushed = Clock::now() + kFlush;
-    while (reclaim_sends() > 0 && Clock::now() < flushed) sched_yield();
+    watch_->farewell(nanoseconds(0));
+    control_->flush(kFlush);
+    for (std::int32_t r = 0; r < num_ranks(); ++r)
+      if (watch_->is_gone(r)) control_->set_gone(r);
     // Receives that nobody will serve must not outlive their buffers.
     for (MPI_Request& request : requests_) {
       int done = 0;
@@ -931,9 +776,9 @@ class MpiTransport final : public Transport {
     if (num_outstanding_ > 0) library.unclean.store(true);  // MPI_Finalize would wait for their receiver
     if (library.initialised_here) {
       const std::lock_guard lock(library.closed_mutex);
-      library.closed.push_back(std::move(inbox_));
+      library.closed.push_back(std::move(control_));
     } else {
-      inbox_->stop();
+      control_->stop();
     }
   }
 
@@ -941,19 +786,9 @@ class MpiTransport final : public Transport {
     std::size_t slot = 0;
     int bytes = 0;
   };
-  struct ControlSend {
-    Message message;
-    MPI_Request request = MPI_REQUEST_NULL;
-  };
-  struct Answer {
-    std::uint64_t question = 0;
-    Clock::time_point at;
-    RankState state;
-  };
-
   std::int32_t rank_ = 0;
   MPI_Comm data_ = MPI_COMM_NULL;
-  MPI_Comm control_ = MPI_COMM_NULL;
+  MPI_Comm control_comm_ = MPI_COMM_NULL;
   Topology topology_;
   std::uint32_t signal_bits_ = 0;
   std::uint32_t channel_bits_ = 0;
@@ -976,29 +811,17 @@ class MpiTransport final : public Transport {
   std::vector<int> finished_;
   std::vector<MPI_Status> statuses_;
 
-  std::unique_ptr<Inbox> inbox_;
-  std::vector<std::unique_ptr<ControlSend>> sends_;
-  std::vector<std::unique_ptr<ControlSend>> spare_sends_;
-  std::vector<Answer> answers_;  // [num_ranks]
+  std::unique_ptr<Control> control_;
+  bool verdict_told_ = false;
+
+  // The owner's alone: of the last wait.
   std::vector<RankId> missing_;
   std::string_view phase_;
   std::int32_t chunk_ = -1;
-  std::uint64_t question_ = 0;
-  std::uint64_t first_question_ = 0;  // of the present suspicion
-  bool asking_ = false;
-  Clock::time_point next_question_;
-  std::optional<AbortRecord> proposal_;
-  std::uint64_t proposal_key_ = 0;
-  Clock::time_point proposal_until_;
-  bool verdict_told_ = false;
-  bool heard_verdict_ = false;
 
-  mutable std::mutex record_mutex_;
-  AbortRecord record_;
-  std::atomic<bool> aborted_{false};
+  net::Loop loop_;  // for the watch's heartbeats
+  std::unique_ptr<GroupWatch> watch_;
 
-  std::atomic<bool> waiting_{false};
-  std::atomic<std::int64_t> heartbeat_ns_{-1};
   std::atomic<std::thread::id> owner_{};
   std::atomic<bool> stop_{false};
   Event service_event_;
