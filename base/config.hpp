@@ -191,6 +191,8 @@ struct Config {
     double epsilon;
     double grad_clip;
     double heldout_fraction;
+    enum class Deal : std::uint8_t { kRandom, kByPosition };
+    Deal deal;
     std::string text;
     std::int64_t max_text_bytes;
     std::string report;

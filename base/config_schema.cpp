@@ -31,6 +31,7 @@ constexpr std::array<Text, 3> kRegretBases = {"softmax_topk", "sigmoid_topk", "n
 constexpr std::array<Text, 2> kRegretScopes = {"rank", "node"};
 constexpr std::array<Text, 3> kEtrChoices = {"auto", "token", "both"};
 constexpr std::array<Text, 2> kEtrQuotas = {"global", "local"};
+constexpr std::array<Text, 2> kDeals = {"random", "by_position"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
@@ -753,6 +754,15 @@ const Row kRows[] = {
      .kind = Kind::kSemantic,
      .doc = "Share of the text, in blocks spread over it, that is never trained on and on which heldout_bpb "
             "is measured."},
+    {.key = "train.deal",
+     .member = SLUICE_ENUM(train.deal),
+     .allowed = kDeals,
+     .default_text = "random",
+     .kind = Kind::kSemantic,
+     .doc =
+         "Which rank is home to which of a step's tokens, the same tokens either way. random: as drawn, so "
+         "every rank has all kinds of text. by_position: in order of their place in the text, so that the "
+         "first rank has its beginning; where kinds of text follow one another each node trains on its own."},
     {.key = "train.text",
      .member = SLUICE_MEMBER(train.text),
      .unit = "path",

@@ -33,9 +33,10 @@ struct PlacementProblem {
   std::int64_t moves = 60000;    // budget of planner sluice, over all layers; 0: construction alone
   std::uint64_t seed = 1;
   // The objective of planner sluice beside the step time (docs/placement.md): how much less balance than EPLB's is free of
-  // charge, and what the mean crossings cost in parts of their own time.
-  double balance_slack = 0.03;
+  // charge where it was planned, and what the mean crossings cost in parts of their own time.
+  double balance_slack = 0.04;
   double mean_price = 0.5;
+  double hedge = 1;  // against loads nobody has seen, 0..1; 0: planned for the loads as counted
 
   std::int32_t num_experts() const { return domains[0].num_experts; }
   std::int32_t num_ffn() const { return num_experts() - num_everywhere; }

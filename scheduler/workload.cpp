@@ -204,7 +204,6 @@ LayerLoad count_layer(const Workload& workload, std::size_t index, const Placeme
   out.across.assign(ranks, 0);
   out.node_out.assign(nodes, 0);
   out.node_in.assign(nodes, 0);
-  std::vector<double> of_expert(ranks * experts, 0);
   std::vector<std::int64_t> rank_seen(ranks, -1), node_seen(nodes, -1);
   const WorkloadLayer& layer = workload.layers[index];
   for (std::size_t t = 0; t < workload.source.size(); ++t) {
@@ -215,7 +214,6 @@ LayerLoad count_layer(const Workload& workload, std::size_t index, const Placeme
       if (slot < 0) continue;  // everywhere: at home
       const RankId to(placement.slot_rank[at(slot)]);
       ++out.routes[to.index()];
-      ++of_expert[to.index() * experts + at(layer.expert[at(q)])];
       if (std::exchange(rank_seen[to.index()], token) == token) continue;
       const NodeId node = topology.node_of(to);
       const RankId gateway = topology.same_node(home, to) ? home : topology.gateway(home, node);
@@ -232,10 +230,6 @@ LayerLoad count_layer(const Workload& workload, std::size_t index, const Placeme
       ++out.node_in[node.index()];
     }
   }
-  out.squares.assign(ranks, 0);
-  for (std::size_t r = 0; r < ranks; ++r)
-    for (std::size_t e = 0; e < experts; ++e)
-      out.squares[r] += of_expert[r * experts + e] * of_expert[r * experts + e];
   return out;
 }
 

@@ -79,8 +79,7 @@ struct StepCosts {
 
 // What one layer does to ranks and nodes. Rows count at both ends.
 struct LayerLoad {
-  std::vector<std::int64_t> routes;  // int64 [num_ranks]
-  std::vector<double> squares;  // f64 [num_ranks], sum over its experts of the squares of their routes there
+  std::vector<std::int64_t> routes;    // int64 [num_ranks]
   std::vector<std::int64_t> in_node;   // int64 [num_ranks], rows out and in
   std::vector<std::int64_t> across;    // int64 [num_ranks], rows out and in, at homes and gateways
   std::vector<std::int64_t> node_out;  // int64 [num_nodes]

@@ -9,6 +9,10 @@ links between nodes that transport local slows down (emulated); seeds change wei
 OUT.jsonl, and a run that is there already is not repeated, so that an interrupted study goes on where it was. OUT.json
 and the table are made from all lines there are. Step time is that of the whole training loop; 4 ranks share the cores of
 the machine, so it tells of this machine and of emulated links. Nothing else should run on it.
+
+Arms named "by kind" learn two kinds of text of this machine (C++ headers, manual pages), one after the other in the file, and deal
+tokens by position: node 0 has the one kind, node 1 the other. There a locality loss can be of use; elsewhere every
+node has the same kind of text. They have a baseline of their own.
 """
 import argparse
 import datetime
@@ -18,6 +22,9 @@ import platform
 import statistics
 import subprocess
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scheduler"))
+from placement_study import collect  # texts of this machine, by kind
 
 MODEL = {
     "topology.nodes": "2x2", "comm.transport": "local", "schedule.policy": "pipelined", "schedule.num_chunks": 2,
@@ -43,9 +50,30 @@ ARMS = {
     "moe++ 16+4": {"routing.policy": "moepp", "routing.aux_loss": 0.2, "model.num_experts": 20, "model.zero_experts": 1,
                    "model.copy_experts": 1, "model.constant_experts": 2, "model.gate_residual": "true"},
 }
-BASELINE = "top-k"
+BY_KIND = "by kind: "
+HOME = {"train.deal": "by_position"}
+ARMS |= {BY_KIND + name: sets for name, sets in {
+    "top-k": {**SOFTMAX, **HOME},
+    "top-k, dealt at random": SOFTMAX,
+    **{f"top-k, locality loss {mu}": {**SOFTMAX, **HOME, "routing.locality_loss": mu} for mu in (0.1, 1)},
+    "bounded regret 0.1": {**REGRET, **HOME, "routing.regret_epsilon": 0.1},
+    "bounded regret 0.1, locality loss 0.1": {**REGRET, **HOME, "routing.regret_epsilon": 0.1, "routing.locality_loss": 0.1},
+}.items()}
 # Of ReLU routing the L1 term has settled long before; of a run's beginning nothing is said by its last tenth.
 AT_END = "the last tenth of the steps"
+
+
+def baseline(arm):
+    return BY_KIND + "top-k" if arm.startswith(BY_KIND) else "top-k"
+
+
+def kinds_text(out):
+    """Two kinds of text one after the other, as long as each other."""
+    path = out[:-len(".json")] + ".kinds.txt"
+    with open(path, "wb") as file:
+        for kind in ("cpp", "man"):
+            file.write(collect(kind, 400_000)[0])
+    return path
 
 
 def tail_mean(values):
@@ -56,7 +84,8 @@ def tail_mean(values):
 def run(program, arm, seed, args):
     sets = {**MODEL, "topology.across_nodes_bytes_per_s": args.link, **ARMS[arm], "train.seed": seed,
             "train.steps": args.steps}
-    command = [program, "train", "--json"] + (["--text", args.text] if args.text else [])
+    text = kinds_text(args.out) if arm.startswith(BY_KIND) else args.text
+    command = [program, "train", "--json"] + (["--text", text] if text else [])
     for key, value in sets.items():
         command += ["--set", f"{key}={value}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -64,7 +93,8 @@ def run(program, arm, seed, args):
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     report = json.loads(done.stdout)
     return {
-        "arm": arm, "seed": seed, "steps": args.steps, "link": args.link, "text": report["text"]["source"],
+        "arm": arm, "seed": seed, "steps": args.steps, "link": args.link,
+        "text": "C++ headers, then manual pages" if arm.startswith(BY_KIND) else report["text"]["source"],
         "text_bytes": report["text"]["bytes"], "config_hash": report["config_hash"], "sets": sets,
         "heldout_bpb": report["heldout_bpb"], "order2_bpb": report["order2_bpb"],
         "node_crossings_per_token": report["crossings_per_token_at_end"]["across_nodes"],
@@ -85,15 +115,15 @@ def spread(values):
 
 def summarize(runs):
     """One row an arm; differences to the baseline are taken seed by seed."""
-    base = {r["seed"]: r for r in runs if r["arm"] == BASELINE}
     rows = []
     for arm in ARMS:
+        base = {r["seed"]: r for r in runs if r["arm"] == baseline(arm)}
         own = sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
         if not own:
             continue
         steps = [r["step_us"] for r in own]
         pairs = [(r, base[r["seed"]]) for r in own if r["seed"] in base]
-        row = {"case": arm, "shape": "2x2 ranks, 16 experts with weights", "seeds": [r["seed"] for r in own],
+        row = {"case": arm, "shape": "2x2 ranks, 16 experts with weights", "text": own[0]["text"], "seeds": [r["seed"] for r in own],
                "median_us": statistics.median(steps),
                "mad_us": statistics.median(abs(v - statistics.median(steps)) for v in steps)}
         for key in ("heldout_bpb", "node_crossings_per_token", "node_crossings_per_token_of_run",
@@ -102,7 +132,7 @@ def summarize(runs):
             row[key] = spread([r[key] for r in own])
         row["figures"] = {name: statistics.fmean(r["figures"][name] for r in own) for name in own[0]["figures"]}
         if pairs:
-            row["baseline"] = BASELINE
+            row["baseline"] = baseline(arm)
             row["baseline_us"] = statistics.median(b["step_us"] for _, b in pairs)
             row["ratio"] = row["baseline_us"] / row["median_us"]
             row["bpb_over_baseline"] = spread([r["heldout_bpb"] - b["heldout_bpb"] for r, b in pairs])
@@ -166,7 +196,7 @@ def main():
     document = {
         "benchmark": "selection_study", "date": datetime.date.today().isoformat(), "commit": args.commit,
         "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 2x2 ranks as threads, emulated links",
-        "driver": platform.platform(), "text": runs[0]["text"] if runs else None, "steps": args.steps,
+        "driver": platform.platform(), "steps": args.steps,
         "across_nodes_bytes_per_s": args.link, "crossings_and_balance_of": AT_END, "model": MODEL, "rows": rows,
         "curve": [{"case": r["case"], "crossings_saved": r["crossings_saved"]["mean"],
                    "bpb_over_baseline": r["bpb_over_baseline"]["mean"]} for r in rows if "baseline" in r],

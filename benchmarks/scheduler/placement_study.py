@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Placements on held-out routing: every planner, planned on some domains and judged on one left out.
 
-    placement_study.py SLUICE OUT.json [--olmoe DIR] [--work DIR] [--moves N] [--steps N] [--held-out N]
+    placement_study.py SLUICE OUT.json [--olmoe DIR] [--work DIR] [--moves N] [--steps N] [--held-out N] [--jobs N]
 
 Routing comes from (a) the byte model of `sluice train` (64 experts, 3 layers; softmax top-8 and ReLU), trained on a mixture
 of five kinds of text found on a Debian machine and recorded for each kind apart; (b) routes of OLMoE in DIR, resampled, not
@@ -11,6 +11,9 @@ and, for (a), skewed: kind d lives on node d. What is judged comes from everywhe
 A cell is judged at 4 or more nodes, against the better of EPLB's two policies for each figure by itself: node crossings
 15% fewer, busiest node no worse (10% better with half as many spare slots as experts or more), balance 0.95 of it,
 predicted step time within 1% of the best planner.
+
+An interrupted study goes on where it was: traces stay in the work folder, finished cells in OUT.jsonl. Remove both to begin
+anew, as after a change of the planner or the model. Only planning times need a quiet machine; --jobs N plans N cells at a time.
 """
 import argparse
 import glob
@@ -21,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 CELLS = [(2, 4, 8), (2, 4, 9), (2, 4, 12), (4, 8, 2), (4, 8, 3), (4, 8, 4), (8, 8, 1), (8, 8, 2), (8, 8, 3)]
 EXPERTS = 64
@@ -59,7 +63,12 @@ def collect(kind, limit):
 
 
 def record(args, router, work):
-    """Traces by kind of a model that was trained on all kinds."""
+    """Traces by kind of a model that was trained on all kinds, and what training said. Recorded once a work folder."""
+    traces = {kind: f"{work}/{router}.{kind}.trace" for kind in TEXTS}
+    known = f"{work}/{router}.{args.steps}.json"
+    if os.path.exists(known):
+        with open(known) as file:
+            return traces, json.load(file)
     texts, files = {}, {}
     for kind in TEXTS:
         texts[kind], files[kind] = collect(kind, 400_000)
@@ -70,7 +79,6 @@ def record(args, router, work):
         for begin in range(0, 400_000, block):
             for kind in TEXTS:
                 file.write(texts[kind][begin:begin + block])
-    traces = {kind: f"{work}/{router}.{kind}.trace" for kind in TEXTS}
     command = [args.sluice, "train", "--json", "--text", f"{work}/mix.txt", "--record-steps", "8"]
     for kind, trace in traces.items():
         command += ["--record", f"{trace}={work}/{kind}.txt"]
@@ -85,9 +93,12 @@ def record(args, router, work):
     if out.returncode != 0:
         sys.exit(f"placement_study: {out.stderr}")
     report = json.loads(out.stdout)
-    return traces, {"router": router, "files": files, "steps": args.steps, "heldout_bpb": report["heldout_bpb"],
-                    "order2_bpb": report["order2_bpb"], "active_experts": report["active_experts"]["end"],
-                    "seconds": round(time.time() - begin, 1)}
+    told = {"router": router, "files": files, "steps": args.steps, "heldout_bpb": report["heldout_bpb"],
+            "order2_bpb": report["order2_bpb"], "active_experts": report["active_experts"]["end"],
+            "seconds": round(time.time() - begin, 1)}
+    with open(known, "w") as file:
+        json.dump(told, file)
+    return traces, told
 
 
 def place(args, cell, fit, held_out, assign):
@@ -100,7 +111,7 @@ def place(args, cell, fit, held_out, assign):
         sys.exit(f"placement_study: {' '.join(command)}\n{out.stderr}")
     report = json.loads(out.stdout)
     pick = lambda figures: {name: {key: figures[name][key] for key in KEYS} for name in figures}
-    return pick(report["fit"]), pick(report["eval"])
+    return pick({"sluice": report["fit"]["sluice"]}), pick(report["eval"])
 
 
 def judge(cell, figures):
@@ -160,6 +171,7 @@ def main():
     parser.add_argument("--moves", type=int, default=60000)
     parser.add_argument("--steps", type=int, default=400, help="training steps of the byte model")
     parser.add_argument("--held-out", type=int, default=len(TEXTS), help="how many kinds of text to leave out in turn")
+    parser.add_argument("--jobs", type=int, default=1, help="cells planned at a time")
     parser.add_argument("--routers", nargs="*", default=["softmax_topk", "relu"])
     args = parser.parse_args()
     os.makedirs(args.work, exist_ok=True)
@@ -178,15 +190,27 @@ def main():
         sources += [("OLMoE routes (resampled)", routes, d, "mixed") for d in routes]
         sources += [("OLMoE counts", counts, d, "mixed") for d in counts]
 
-    rows = []
-    for name, files, left_out, assign in sources:
+    lines, done = args.out + "l", {}
+    if os.path.exists(lines):
+        with open(lines) as file:
+            done = {row["key"]: row for row in map(json.loads, file)}
+
+    def study(job):
+        (name, files, left_out, assign), cell = job
+        key = f"{name}; {left_out}; {assign}; {cell}; {args.moves}; {args.steps}"
+        if key in done:
+            return done[key]
         fit = [path for domain, path in files.items() if domain != left_out]
-        for cell in CELLS:
-            on_fit, on_held_out = place(args, cell, fit, files[left_out], assign)
-            verdict = judge(cell, on_held_out)
-            rows.append({"routing": name, "held_out": left_out, "sources": assign,
-                         "cell": f"{cell[0]}x{cell[1]}, {cell[2]} slots", **verdict, "fit": on_fit, "eval": on_held_out})
-            print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("fit", "eval")}), file=sys.stderr)
+        on_fit, on_held_out = place(args, cell, fit, files[left_out], assign)
+        row = {"key": key, "routing": name, "held_out": left_out, "sources": assign,
+               "cell": f"{cell[0]}x{cell[1]}, {cell[2]} slots", **judge(cell, on_held_out), "fit": on_fit, "eval": on_held_out}
+        with open(lines, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({k: v for k, v in row.items() if k not in ("key", "fit", "eval")}), file=sys.stderr, flush=True)
+        return row
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(study, [(source, cell) for source in sources for cell in CELLS]))
 
     summary = []
     for name in dict.fromkeys(r["routing"] for r in rows):
@@ -202,11 +226,11 @@ def main():
             summary.append(entry)
     run = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
     device = next((l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown")
-    with open(args.out, "w") as file:
-        json.dump({"date": time.strftime("%Y-%m-%d"), "commit": run("git", "rev-parse", "--short", "HEAD"), "device": device,
-                   "driver": None, "moves": args.moves, "training": training, "planning": timing, "summary": summary, "rows": rows}, file,
-                  indent=1)
-        file.write("\n")
+    head = {"date": time.strftime("%Y-%m-%d"), "commit": run("git", "rev-parse", "--short", "HEAD"), "device": device,
+            "driver": None, "moves": args.moves, "training": training, "planning": timing, "summary": summary}
+    with open(args.out, "w") as file:  # a row a line
+        file.write(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ')
+        file.write(",\n  ".join(json.dumps({k: v for k, v in row.items() if k != "key"}) for row in rows) + "\n ]\n}\n")
     for entry in summary:
         line = f"{entry['routing']:28} {entry['cell']:16}"
         for key in ("node_crossings", "busiest_node", "balance", "step"):

@@ -38,8 +38,6 @@ Replay::Replay(const Topology& topology, const Workload& workload, std::size_t l
   to_rank_.assign(workload.source.size() * ranks_, 0);
   to_node_.assign(workload.source.size() * nodes_, 0);
   load_.routes.assign(ranks_, 0);
-  load_.squares.assign(ranks_, 0);
-  at_rank_.assign(experts_ * ranks_, 0);
   load_.in_node.assign(ranks_, 0);
   load_.across.assign(ranks_, 0);
 }
@@ -68,10 +66,6 @@ void Replay::direct(std::size_t source, std::size_t expert, std::int32_t to) {
       first_at_node += n == edge;
     }
     load_.routes[at(rank)] += sign * static_cast<std::int64_t>(tokens.size());
-    std::int64_t& here = at_rank_[expert * ranks_ + at(rank)];
-    const auto old = static_cast<double>(here);
-    here += sign * static_cast<std::int64_t>(tokens.size());
-    load_.squares[at(rank)] += static_cast<double>(here) * static_cast<double>(here) - old * old;
     if (rank != gateway) {
       load_.in_node[at(rank)] += sign * first_at_rank;
       load_.in_node[at(gateway)] += sign * first_at_rank;

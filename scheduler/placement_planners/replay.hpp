@@ -27,7 +27,6 @@ class Replay {
 
   struct Load {
     std::vector<std::int64_t> routes, in_node, across;  // int64 [ranks], as in LayerLoad
-    std::vector<double> squares;                        // f64 [ranks]
     std::int64_t node_crossings = 0;
   };
   const Load& load() const { return load_; }
@@ -46,7 +45,6 @@ class Replay {
   std::vector<std::int32_t> dest_;      // int32 [ranks, experts], -1: nowhere yet
   std::vector<std::uint16_t> to_rank_;  // uint16 [num_tokens, ranks], routes
   std::vector<std::uint16_t> to_node_;  // uint16 [num_tokens, nodes]
-  std::vector<std::int64_t> at_rank_;   // int64 [experts, ranks], routes of an expert there
   Load load_;
   std::vector<Change> log_;
 };

@@ -1,7 +1,9 @@
 // Planner `sluice`: construction (pairwise.hpp and the other planners' placements), then local search on replayed tokens
 // (replay.hpp). docs/placement.md has the objective.
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <random>
 
@@ -9,6 +11,7 @@
 #include "sluice/base/hash.hpp"
 #include "sluice/scheduler/placement_planners/pairwise.hpp"
 #include "sluice/scheduler/placement_planners/replay.hpp"
+#include "sluice/scheduler/placement_planners/unseen_load.hpp"
 
 namespace sluice {
 namespace {
@@ -16,10 +19,9 @@ namespace {
 using Lists = std::vector<std::vector<std::int32_t>>;
 
 constexpr std::int64_t kPlanTokens = 4096;  // of a scenario
-constexpr double kBalancePrice = 4;         // of load beyond that, in times of the step
-constexpr double kSpreadPrice = 4;          // of a larger 4-norm of the loads than EPLB's, likewise
-constexpr double kDomainVariance = 1;       // of an expert's load from domain to domain, in squares of it
-constexpr double kSpreadMargin = 0.05;      // less of the slack is free for the spread
+constexpr double kBalancePrice = 4;         // of load beyond EPLB's, in times of the step
+constexpr double kUnseenMargin = 0.06;  // so much less of the slack where loads are not known
+constexpr double kUnseenPart = 0.5;     // of the compute time is that of loads that are not known
 constexpr double kStartHeat = 0.002;  // worsening that the search takes at first, in parts of the objective
 
 std::size_t at(std::int64_t i) {
@@ -56,78 +58,81 @@ std::vector<Scenario> make_scenarios(const PlacementProblem& problem) {
 struct Reference {
   double step_us = 0;  // least of the reference placements
   double routes = 0;   // of the most loaded rank, least of the reference placements
-  double spread = 0;   // 4-norm of the loads of ranks, likewise
 };
 
 double most_of(std::span<const std::int64_t> v) {
   return static_cast<double>(*std::max_element(v.begin(), v.end()));
 }
-// Unlike the maximum it sees every rank: what is second to the most loaded rank here may be the most loaded elsewhere. As
-// much again for experts whose load is not what it was here: with loads that vary by their own size from domain to domain,
-// independently, the mean square of a rank's load is the square of its mean plus the sum of its experts' squares.
 template <typename Load>
-double spread_of(const Load& load) {
-  double sum = 0;
-  for (std::size_t r = 0; r < load.routes.size(); ++r) {
-    const auto routes = static_cast<double>(load.routes[r]);
-    const double square = routes * routes + kDomainVariance * load.squares[r];
-    sum += square * square;
-  }
-  return std::sqrt(std::sqrt(sum));
+double step_us(const PlacementProblem& problem, double scale, const Load& load, double unseen_max) {
+  const double routes = most_of(load.routes);
+  const auto all =
+      static_cast<double>(std::accumulate(load.routes.begin(), load.routes.end(), std::int64_t{0}));
+  return problem.costs.layer_us(scale * (routes + problem.hedge * kUnseenPart * (all * unseen_max - routes)),
+                                scale * most_of(load.in_node), scale * most_of(load.across));
 }
 
-// The objective of one scenario of one layer, 1 where a placement is as good as the reference.
+// The objective of one scenario of one layer, 1 where a placement is as good as the reference. unseen_max: the most loaded
+// rank's share of the routes of a domain that is not known yet.
 template <typename Load>
 double price(const PlacementProblem& problem, double scale, const Reference& reference, bool load_only,
-             const Load& load) {
+             const Load& load, double unseen_max) {
   const StepCosts& costs = problem.costs;
   const double routes = most_of(load.routes);
-  const double balance =
-      kBalancePrice * std::max(0.0, routes / reference.routes - 1 - problem.balance_slack) +
-      kSpreadPrice *
-          std::max(0.0, spread_of(load) / reference.spread - 1 + kSpreadMargin - problem.balance_slack);
+  const double balance = kBalancePrice * std::max(0.0, routes / reference.routes - 1 - problem.balance_slack);
   if (load_only) return routes / reference.routes + balance;
-  const double step =
-      costs.layer_us(scale * routes, scale * most_of(load.in_node), scale * most_of(load.across));
+  const double step = step_us(problem, scale, load, unseen_max);
   // A crossing occupies two links of the mean rank, there and back, forward and backward.
   const double mean = 4 * scale * static_cast<double>(load.node_crossings) /
                       static_cast<double>(load.routes.size()) * costs.row_across_us;
   return (step + problem.mean_price * mean) / reference.step_us + balance;
 }
 
+using WorldMaxima = std::array<double, kWorlds>;
+double mean_of(const WorldMaxima& v) {
+  return std::accumulate(v.begin(), v.end(), 0.0) / static_cast<double>(kWorlds);
+}
+
 class LayerSearch {
  public:
   LayerSearch(const PlacementProblem& problem, std::span<const Scenario> scenarios, std::size_t layer)
-      : problem_(problem), scenarios_(scenarios), layer_(layer) {
+      : problem_(problem),
+        scenarios_(scenarios),
+        layer_(layer),
+        worlds_(draw_worlds(problem, layer)),
+        unseen_(problem.topology, worlds_) {
     for (const Scenario& s : scenarios)
       scale_.push_back(static_cast<double>(problem.costs.tokens_per_rank * s.workload.num_ranks) /
                        static_cast<double>(s.workload.num_tokens()));
   }
 
   void set_reference(std::span<const Placement> placements) {
-    for (std::size_t i = 0; i < scenarios_.size(); ++i) {
-      Reference r;
-      for (const Placement& p : placements) {
+    reference_.assign(scenarios_.size(), {});
+    unseen_reference_.fill(INFINITY);
+    for (const Placement& p : placements) {
+      const WorldMaxima most = unseen_most(p);
+      for (std::size_t w = 0; w < kWorlds; ++w)
+        unseen_reference_[w] = std::min(unseen_reference_[w], most[w]);
+      const double unseen = mean_of(most);
+      for (std::size_t i = 0; i < scenarios_.size(); ++i) {
         const LayerLoad load = count_layer(scenarios_[i].workload, layer_, p, problem_.topology);
-        const double step = load.step_us(problem_.costs, scale_[i]);
-        const double routes = most_of(load.routes), spread = spread_of(load);
-        if (r.step_us == 0 || step < r.step_us) r.step_us = step;
-        if (r.routes == 0 || routes < r.routes) r.routes = routes;
-        if (r.spread == 0 || spread < r.spread) r.spread = spread;
+        const double routes = most_of(load.routes), step = step_us(problem_, scale_[i], load, unseen);
+        Reference& r = reference_[i];
+        if (r.step_us == 0 || step < r.step_us) r.step_us = std::max(step, 1e-9);
+        if (r.routes == 0 || routes < r.routes) r.routes = std::max(routes, 1.0);
       }
-      r.step_us = std::max(r.step_us, 1e-9);
-      r.routes = std::max(r.routes, 1.0);
-      r.spread = std::max(r.spread, 1.0);
-      reference_.push_back(r);
     }
   }
 
   // By the rule that layers follow.
   double measured(const Placement& placement) const {
-    double sum = 0;
+    const WorldMaxima most = unseen_most(placement);
+    const double unseen = mean_of(most);
+    double sum = unseen_price(most);
     for (std::size_t i = 0; i < scenarios_.size(); ++i) {
       const LayerLoad load = count_layer(scenarios_[i].workload, layer_, placement, problem_.topology);
-      sum += scenarios_[i].weight * price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, load);
+      sum += scenarios_[i].weight *
+             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, load, unseen);
     }
     return sum;
   }
@@ -140,8 +145,7 @@ class LayerSearch {
       for (const std::int32_t e : start[r]) copies_[at(e)].push_back(static_cast<std::int32_t>(r));
     replays_.clear();
     for (const Scenario& s : scenarios_) replays_.emplace_back(problem_.topology, s.workload, layer_);
-    for (std::size_t e = 0; e < copies_.size(); ++e)
-      for (Replay& r : replays_) r.set_copies(static_cast<std::int32_t>(e), copies_[e]);
+    for (std::size_t e = 0; e < copies_.size(); ++e) set_copies(static_cast<std::int32_t>(e));
     slots_.clear();
     bool spare = false;
     for (std::size_t r = 0; r < start.size(); ++r)
@@ -179,11 +183,35 @@ class LayerSearch {
     std::int32_t rank, place;
   };
   double value() const {
-    double sum = 0;
+    const WorldMaxima most = unseen_.most();
+    const double unseen = mean_of(most);
+    double sum = unseen_price(most);
     for (std::size_t i = 0; i < replays_.size(); ++i)
       sum += scenarios_[i].weight *
-             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, replays_[i].load());
+             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, replays_[i].load(), unseen);
     return sum;
+  }
+  // World by world: what a placement gains where it is lucky does not pay for where it is not.
+  double unseen_price(const WorldMaxima& most) const {
+    double sum = 0;
+    for (std::size_t w = 0; w < kWorlds; ++w)
+      sum += std::max(0.0, most[w] / unseen_reference_[w] - 1 + kUnseenMargin - problem_.balance_slack);
+    return problem_.hedge * kBalancePrice * sum / static_cast<double>(kWorlds);
+  }
+  WorldMaxima unseen_most(const Placement& placement) const {
+    UnseenLoad load(problem_.topology, worlds_);
+    std::vector<std::int32_t> ranks;
+    for (std::int32_t e = 0; e < problem_.num_ffn(); ++e) {
+      ranks.clear();
+      for (const std::int32_t s : placement.slots_of(ExpertId(e)))
+        ranks.push_back(placement.slot_rank[at(s)]);
+      load.set_copies(e, ranks);
+    }
+    return load.most();
+  }
+  void set_copies(std::int32_t expert) {
+    for (Replay& r : replays_) r.set_copies(expert, copies_[at(expert)]);
+    unseen_.set_copies(expert, copies_[at(expert)]);
   }
   bool holds(std::int32_t rank, std::int32_t expert) const {
     const auto& c = copies_[at(expert)];
@@ -208,13 +236,15 @@ class LayerSearch {
   void apply() {
     std::sort(touched_.begin(), touched_.end());
     touched_.erase(std::unique(touched_.begin(), touched_.end()), touched_.end());
-    for (Replay& r : replays_)
-      for (const std::int32_t e : touched_) r.set_copies(e, copies_[at(e)]);
+    for (const std::int32_t e : touched_) set_copies(e);
   }
   void take_back() {
     for (Replay& r : replays_) r.undo();
     const auto changes = changed_;
     for (auto c = changes.rbegin(); c != changes.rend(); ++c) put(c->slot, c->held);
+    std::sort(touched_.begin(), touched_.end());
+    touched_.erase(std::unique(touched_.begin(), touched_.end()), touched_.end());
+    for (const std::int32_t e : touched_) unseen_.set_copies(e, copies_[at(e)]);
   }
   // A slot: any, or one third of the time one of the rank that is most loaded in the first scenario.
   SlotRef pick(std::mt19937_64& rng) {
@@ -272,7 +302,10 @@ class LayerSearch {
   const PlacementProblem& problem_;
   std::span<const Scenario> scenarios_;
   std::size_t layer_;
-  std::vector<double> scale_;  // of each scenario: tokens of a step over the workload's
+  std::vector<double> worlds_;  // f64 [num_ffn, kWorlds]
+  UnseenLoad unseen_;
+  WorldMaxima unseen_reference_{};  // the best of the reference placements, world by world
+  std::vector<double> scale_;       // of each scenario: tokens of a step over the workload's
   std::vector<Reference> reference_;
   std::vector<Replay> replays_;
   Lists experts_of_;                               // by rank

@@ -198,6 +198,41 @@ TEST(TrainBatches, DoNotDependOnRanks) {
   }
 }
 
+TEST(TrainBatches, ByPositionTheSameTokensAreDealtInOrder) {
+  LoadedConfig loaded = tiny_config();
+  const train::Text text = word_text(3000);
+  const TextSplit split(3000, loaded.config.model.context, 0.1);
+  for (const std::int64_t step : {1, 2, 90}) {
+    std::multiset<std::vector<std::int32_t>> windows[2];
+    for (const bool by_position : {false, true}) {
+      loaded.config.train.deal =
+          by_position ? Config::Train::Deal::kByPosition : Config::Train::Deal::kRandom;
+      std::vector<std::int32_t> in_turn;
+      for (std::int32_t r = 0; r < 3; ++r) {
+        train::BatchReader part(text, split, loaded.config, RankId(r), 3);
+        const train::Batch batch = part.train(step);
+        const auto context = static_cast<std::ptrdiff_t>(loaded.config.model.context);
+        for (std::ptrdiff_t t = 0; t < batch.num_tokens(); ++t) {
+          std::vector<std::int32_t> window(batch.context.begin() + t * context,
+                                           batch.context.begin() + (t + 1) * context);
+          window.push_back(batch.target[static_cast<std::size_t>(t)]);
+          windows[by_position].insert(window);
+        }
+        in_turn.insert(in_turn.end(), batch.target.begin(), batch.target.end());
+      }
+      // Positions ascend over the ranks: the targets are found one after the other in the text.
+      if (!by_position) continue;
+      std::size_t at = 0;
+      for (const std::int32_t byte : in_turn) {
+        at = text.bytes.find(static_cast<char>(byte), at);
+        ASSERT_NE(at, std::string::npos) << "step " << step;
+        ++at;
+      }
+    }
+    EXPECT_EQ(windows[0], windows[1]) << "step " << step;
+  }
+}
+
 TEST(TrainBaselines, AreThoseComputedByHand) {
   // 20 bytes, half held out: train "abababab" of which tokens 2.. count, held out likewise.
   const std::string bytes =

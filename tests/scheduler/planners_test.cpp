@@ -5,12 +5,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <random>
 #include <set>
 
 #include "expect_error.hpp"
 #include "sluice/scheduler/placement_planners/replay.hpp"
+#include "sluice/scheduler/placement_planners/unseen_load.hpp"
 
 namespace sluice {
 namespace {
@@ -296,6 +298,104 @@ TEST(Replay, SameAsCountingFromNothing) {
   }
 }
 
+// ---- loads that nobody has seen --------------------------------------------------------------------------------------
+
+RoutingStatistics counted(std::vector<double> counts) {
+  RoutingStatistics s;
+  s.description = "counted";
+  s.num_experts = static_cast<std::int32_t>(counts.size());
+  s.tokens_of_source = {1000};
+  s.layers.resize(1);
+  s.layers[0].counts = std::move(counts);
+  return s;
+}
+
+// Mean and standard deviation of the logarithm over worlds.
+std::pair<double, double> log_moments(const std::vector<double>& shares, std::size_t expert) {
+  double first = 0, second = 0;
+  for (std::size_t w = 0; w < kWorlds; ++w) {
+    const double x = std::log(shares[expert * kWorlds + w]);
+    first += x / kWorlds;
+    second += x * x / kWorlds;
+  }
+  return {first, std::sqrt(std::max(0.0, second - first * first))};
+}
+
+TEST(UnseenLoad, WorldsFollowWhatDomainsTell) {
+  const std::vector<double> hot = {400, 300, 200, 50, 25, 10, 10, 5};
+  const std::vector<double> turned(hot.rbegin(), hot.rend());
+  const RoutingStatistics alike[] = {counted(hot), counted(hot), counted(hot)};
+  const RoutingStatistics apart[] = {counted(hot), counted(turned)};
+  const RoutingStatistics even[] = {counted(std::vector<double>(8, 125))};
+  const auto worlds = [&](std::span<const RoutingStatistics> domains) {
+    const PlacementProblem p = problem_of(domains, 2, 2, 2);
+    const std::vector<double> out = draw_worlds(p, 0);
+    EXPECT_EQ(out, draw_worlds(p, 0)) << "not deterministic";
+    EXPECT_EQ(out.size(), 8 * kWorlds);
+    for (std::size_t w = 0; w < kWorlds; ++w) {
+      double sum = 0;
+      for (std::size_t e = 0; e < 8; ++e) {
+        EXPECT_GT(out[e * kWorlds + w], 0) << e;
+        sum += out[e * kWorlds + w];
+      }
+      EXPECT_NEAR(sum, 1, 1e-12);
+    }
+    return out;
+  };
+  const auto one = worlds(std::span(alike, 1)), three = worlds(alike), two = worlds(apart),
+             same = worlds(even);
+  // Domains that agree leave less doubt than one alone; of domains that disagree nothing lasts.
+  EXPECT_LT(log_moments(three, 0).second, 0.7 * log_moments(one, 0).second);
+  EXPECT_GT(log_moments(three, 0).first - log_moments(three, 7).first,
+            log_moments(one, 0).first - log_moments(one, 7).first);
+  EXPECT_NEAR(log_moments(two, 0).first, log_moments(two, 7).first, 0.5);
+  EXPECT_GT(log_moments(two, 0).second, log_moments(one, 0).second);
+  for (const double share : same) EXPECT_NEAR(share, 0.125, 1e-9);
+  // Nothing was counted at all: still shares.
+  const RoutingStatistics none[] = {counted(std::vector<double>(8, 0))};
+  worlds(none);
+}
+
+TEST(UnseenLoad, SameAsFromNothing) {
+  const RoutingStatistics s = clustered(5, 12, 3, 1, 500);
+  const PlacementProblem p = problem_of(std::span(&s, 1), 3, 2, 4);
+  const Topology topology({{0, 3}, {1, 4, 5}, {2}});
+  const std::vector<double> shares = draw_worlds(p, 0);
+  std::mt19937_64 rng(7);
+  UnseenLoad kept(topology, shares);
+  Lists copies(12);
+  for (int step = 0; step < 200; ++step) {
+    const std::int32_t e = step < 12 ? step : static_cast<std::int32_t>(rng() % 12);
+    copies[at(e)].clear();
+    for (std::int32_t r = 0; r < 6; ++r)
+      if (rng() % 3 == 0) copies[at(e)].push_back(r);
+    if (copies[at(e)].empty()) copies[at(e)].push_back(static_cast<std::int32_t>(rng() % 6));
+    kept.set_copies(e, copies[at(e)]);
+    if (step < 11) continue;
+    // By the rule, source by source; evenly where copies are as near as each other.
+    std::array<double, kWorlds> most{};
+    for (std::size_t w = 0; w < kWorlds; ++w) {
+      std::vector<double> load(6, 0);
+      for (std::size_t f = 0; f < 12; ++f)
+        for (std::int32_t source = 0; source < 6; ++source) {
+          std::vector<std::int32_t> nearest;
+          int best = 3;
+          for (const std::int32_t r : copies[f]) {
+            const int level = r == source ? 0 : topology.same_node(RankId(r), RankId(source)) ? 1 : 2;
+            if (level < best) nearest.clear();
+            best = std::min(best, level);
+            if (level == best) nearest.push_back(r);
+          }
+          for (const std::int32_t r : nearest)
+            load[at(r)] += shares[f * kWorlds + w] / 6 / static_cast<double>(nearest.size());
+        }
+      most[w] = *std::max_element(load.begin(), load.end());
+    }
+    const auto found = kept.most();
+    for (std::size_t w = 0; w < kWorlds; ++w) ASSERT_NEAR(found[w], most[w], 1e-12) << "step " << step;
+  }
+}
+
 // ---- ours ------------------------------------------------------------------------------------------------------------
 
 // Every way to fill the slots of one layer such that no expert is missing or twice on a rank.
@@ -328,6 +428,7 @@ TEST(SluicePlanner, NearTheExactOptimumOfTinyCases) {
     // The step time alone.
     p.balance_slack = INFINITY;
     p.mean_price = 0;
+    p.hedge = 0;
     const Workload w = make_workload(p.domains, p.assignment, p.topology, 1 << 20);
     double best = INFINITY;
     Lists lists(3);
@@ -369,7 +470,8 @@ TEST(SluicePlanner, DeterministicAnytimeAndValid) {
 
 TEST(SluicePlanner, BeatsEplbOnClusteredTokens) {
   const RoutingStatistics s = clustered(21, 32, 4, 1, 3000);
-  const PlacementProblem p = problem_of(std::span(&s, 1), 4, 2, 5);
+  PlacementProblem p = problem_of(std::span(&s, 1), 4, 2, 5);
+  p.hedge = 0;  // what is judged is what was planned on
   const Workload w = make_workload(p.domains, p.assignment, p.topology, 1 << 20);
   const auto crossings = [&](std::string_view name) {
     return measure(w, make_planner(name)->plan(p).layers, p.topology, p.costs);
@@ -377,6 +479,38 @@ TEST(SluicePlanner, BeatsEplbOnClusteredTokens) {
   const PlacementMetrics ours = crossings("sluice"), eplb = crossings("eplb_global");
   EXPECT_LT(ours.node_crossings_per_token, 0.9 * eplb.node_crossings_per_token);
   EXPECT_GE(ours.balance, 0.95 * eplb.balance);
+}
+
+TEST(SluicePlanner, HedgingKeepsBalanceOnDomainsNotSeen) {
+  // Domains whose experts' loads differ by factors exp(N(0, 1)), from one that is planned on.
+  double with = 0, without = 0;
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    std::mt19937_64 rng(seed);
+    std::normal_distribution<double> normal;
+    std::vector<double> lasting(24);
+    for (double& v : lasting) v = 0.4 * normal(rng);
+    const auto domain = [&] {
+      std::vector<double> counts(24);
+      for (std::size_t e = 0; e < 24; ++e)
+        counts[e] = std::round(80 * std::exp(lasting[e] + 0.6 * normal(rng)));
+      return counted(counts);
+    };
+    const RoutingStatistics planned_on = domain();
+    PlacementProblem p = problem_of(std::span(&planned_on, 1), 4, 2, 5);
+    p.assignment = SourceAssignment::kMixed;
+    PlacementPlan plans[2];
+    for (const int hedge : {0, 1}) {
+      p.hedge = hedge;
+      plans[hedge] = make_planner("sluice")->plan(p);
+    }
+    for (int i = 0; i < 8; ++i) {
+      const RoutingStatistics other = domain();
+      const Workload w = make_workload(std::span(&other, 1), p.assignment, p.topology, 1 << 20);
+      without += measure(w, plans[0].layers, p.topology, p.costs).balance / 32;
+      with += measure(w, plans[1].layers, p.topology, p.costs).balance / 32;
+    }
+  }
+  EXPECT_GT(with, without + 0.01) << "mean over 4 plans and 8 domains each";
 }
 
 TEST(SluicePlanner, PairsWithoutTokens) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <tuple>
 
 #include "sluice/base/clock.hpp"
 #include "sluice/base/hash.hpp"
@@ -33,6 +34,8 @@ struct Inputs {
   std::vector<std::vector<std::byte>> w1, w2;
   std::vector<std::vector<float>> g1, g2;
   std::vector<float> dw;
+  // Constant experts: W_c [2, hidden], v [1, hidden] and their gradients, of each.
+  std::vector<std::vector<float>> cw, cv, grad_cw, grad_cv;
 };
 
 std::vector<std::byte> random_rows(std::mt19937_64& rng, std::size_t n, float scale, DType dtype) {
@@ -69,6 +72,18 @@ Inputs make_inputs(const Config& config, const MoeLayerOptions& options, const P
     in.w2.push_back(random_rows(weights, ffn, 1 / std::sqrt(float(options.ffn)), options.dtype));
     in.g1.emplace_back(pre, 0.0f);
     in.g2.emplace_back(ffn, 0.0f);
+  }
+  for (std::int32_t e = 0; e < placement.num_experts; ++e) {
+    if (placement.kind[static_cast<std::size_t>(e)] != ExpertKind::kConstant) continue;
+    std::mt19937_64 weights(Hasher().add_int(config.bench.seed).add_int(e).add_text("weights").value());
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    const auto hidden = static_cast<std::size_t>(options.hidden);
+    for (const auto& [values, gradient, rows] :
+         {std::tuple(&in.cw, &in.grad_cw, std::size_t{2}), std::tuple(&in.cv, &in.grad_cv, std::size_t{1})}) {
+      values->emplace_back(rows * hidden);
+      for (float& w : values->back()) w = uniform(weights) / std::sqrt(static_cast<float>(hidden));
+      gradient->emplace_back(rows * hidden, 0.0f);
+    }
   }
   return in;
 }
@@ -319,8 +334,6 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   for (const LoadedConfig& other : configs)
     Require(semantic_hash(other.config) == semantic_hash(config), ErrorCode::kInvalidArgument,
             "schedules are compared on one model, routing and group; the configs differ in more");
-  Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
-          config.model.constant_experts, "; bench has ffn, zero and copy experts only, set it to 0");
   const Placement placement = placement_of(config, runtime.num_ranks(), config.bench.replay_layer);
   const MoeLayerOptions options = layer_options(config);
   Inputs in = make_inputs(config, options, placement, runtime.rank());
@@ -344,7 +357,15 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   MoeLayerOptions sequential = options;
   sequential.schedule = {SchedulePolicy::kSequential, options.schedule.exchange, 1};
   arms.push_back(std::make_unique<Arm>(runtime, placement, sequential));
-  for (const auto& arm : arms) arm->layer.set_weights(weights);
+  std::vector<ConstantExpertWeights> constants;
+  for (std::size_t i = 0; i < in.cw.size(); ++i)
+    constants.push_back({ConstMatrixView(in.cw[i].data(), 2, options.hidden),
+                         ConstMatrixView(in.cv[i].data(), 1, options.hidden), in.grad_cw[i].data(),
+                         in.grad_cv[i].data()});
+  for (const auto& arm : arms) {
+    arm->layer.set_weights(weights);
+    arm->layer.set_constant_experts(constants);
+  }
 
   const std::int64_t tokens = in.routing.num_tokens();
   const auto view = [&](std::vector<std::byte>& b) {

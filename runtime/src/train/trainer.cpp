@@ -276,6 +276,7 @@ BatchReader::BatchReader(const Text& text, const TextSplit& split, const Config&
       order_(static_cast<std::uint64_t>(config.train.seed), split.num_train()),
       context_(config.model.context),
       tokens_per_step_(config.train.tokens_per_step),
+      by_position_(config.train.deal == Config::Train::Deal::kByPosition),
       rank_(rank.value),
       num_ranks_(num_ranks) {}
 
@@ -283,8 +284,18 @@ Batch BatchReader::train(std::int64_t step) {
   const std::int64_t begin = tokens_per_step_ * rank_ / num_ranks_,
                      end = tokens_per_step_ * (rank_ + 1) / num_ranks_;
   position_.clear();
-  for (std::int64_t i = begin; i < end; ++i)
-    position_.push_back(split_.train_position(order_.at((step - 1) * tokens_per_step_ + i)));
+  const auto take = [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i)
+      position_.push_back(split_.train_position(order_.at((step - 1) * tokens_per_step_ + i)));
+  };
+  if (by_position_) {  // every rank sorts all, so that all agree
+    take(0, tokens_per_step_);
+    std::sort(position_.begin(), position_.end());
+    position_.erase(position_.begin() + end, position_.end());
+    position_.erase(position_.begin(), position_.begin() + begin);
+  } else {
+    take(begin, end);
+  }
   return fill(tokens_per_step_);
 }
 

@@ -118,7 +118,8 @@ double learning_rate(const Config::Train& train, std::int64_t step);
 // AdamW of that step.
 kernels::AdamW optimizer(const Config::Train& train, std::int64_t step);
 
-// Fills the batches of one rank: tokens are dealt to ranks in contiguous parts.
+// Fills the batches of one rank: tokens are dealt to ranks in contiguous parts, of a step's tokens as drawn or in order of
+// their position (train.deal). Which tokens a step has depends on neither.
 class BatchReader {
  public:
   BatchReader(const Text& text, const TextSplit& split, const Config& config, RankId rank,
@@ -134,6 +135,7 @@ class BatchReader {
   const TextSplit& split_;
   TokenOrder order_;
   std::int64_t context_, tokens_per_step_;
+  bool by_position_;
   std::int32_t rank_, num_ranks_;
   std::vector<std::int64_t> position_;
   std::vector<std::int32_t> bytes_, target_;

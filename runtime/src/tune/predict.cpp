@@ -17,8 +17,6 @@ Predictor::Predictor(const Config& config, const Topology& topology, MachineProf
       profile_(std::move(profile)),
       layer_(layer_shape(layer_options(config), config.runtime.threads_per_rank)) {
   const std::int32_t ranks = topology.num_ranks(), experts = config.model.num_experts;
-  Require(config.model.constant_experts == 0, ErrorCode::kNotSupported, "model.constant_experts is ",
-          config.model.constant_experts, "; predictions know ffn, zero and copy experts");
   if (config.model.num_ffn_experts() >= ranks || !config.placement.slots_per_rank.empty() ||
       config.placement.policy == Config::Placement::Policy::kFile) {
     placement_ = placement_of(config, ranks, config.bench.replay_layer);
