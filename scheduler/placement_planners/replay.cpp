@@ -34,6 +34,7 @@ Replay::Replay(const Topology& topology, const Workload& workload, std::size_t l
     for (auto q = l.row_ptr[t]; q < l.row_ptr[t + 1]; ++q)
       tokens_[at(next[at(l.expert[at(q)]) * ranks_ + at(workload.source[t])]++)] =
           static_cast<std::int32_t>(t);
+  demand_ = workload.demand(layer);
   dest_.assign(ranks_ * experts_, -1);
   to_rank_.assign(workload.source.size() * ranks_, 0);
   to_node_.assign(workload.source.size() * nodes_, 0);
@@ -103,6 +104,17 @@ void Replay::set_copies(std::int32_t expert, std::span<const std::int32_t> ranks
     log_.push_back({static_cast<std::int32_t>(s), expert, before});
     direct(s, e, best);
   }
+}
+
+void Replay::follow_rule(const Placement& placement) {
+  slot_of_.resize(demand_.size());
+  choose_all_replicas(placement, topology_, demand_, slot_of_);
+  for (std::size_t s = 0; s < ranks_; ++s)
+    for (std::size_t e = 0; e < experts_; ++e) {
+      const std::int32_t slot = slot_of_[s * experts_ + e];
+      if (slot >= 0 && demand_[s * experts_ + e] > 0) direct(s, e, placement.slot_rank[at(slot)]);
+    }
+  log_.clear();
 }
 
 void Replay::undo() {

@@ -3,7 +3,8 @@
 //
 // Which copy a source takes: on its rank, else in its node, else any, there the least loaded so far. choose_all_replicas()
 // makes the open choices in one order for the whole placement; here they are made when an expert's copies change, so
-// loads can differ a little where several copies qualify. Results are therefore measured again with the rule itself.
+// loads differ where several copies qualify, and a search that keeps what looks better drifts away from the rule:
+// follow_rule() brings it back.
 // Thread-safety: none. The topology and the workload must outlive it.
 #pragma once
 
@@ -21,6 +22,8 @@ class Replay {
 
   // The experts' copies: ranks ascending. Every source of the expert is directed anew.
   void set_copies(std::int32_t expert, std::span<const std::int32_t> ranks);
+  // All sources as choose_all_replicas() directs them.
+  void follow_rule(const Placement& placement);
   // From now on changes are noted, so that undo() takes them back.
   void mark() { log_.clear(); }
   void undo();
@@ -42,6 +45,8 @@ class Replay {
   std::vector<std::int32_t> gateway_;   // int32 [ranks, nodes]
   std::vector<std::int64_t> ptr_;       // int64 [experts * ranks + 1], into tokens_
   std::vector<std::int32_t> tokens_;    // int32 [routes], by expert, then source
+  std::vector<std::int64_t> demand_;    // int64 [ranks, experts]
+  std::vector<std::int32_t> slot_of_;   // int32 [ranks, experts], of follow_rule()
   std::vector<std::int32_t> dest_;      // int32 [ranks, experts], -1: nowhere yet
   std::vector<std::uint16_t> to_rank_;  // uint16 [num_tokens, ranks], routes
   std::vector<std::uint16_t> to_node_;  // uint16 [num_tokens, nodes]

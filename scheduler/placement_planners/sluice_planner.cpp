@@ -20,8 +20,12 @@ using Lists = std::vector<std::vector<std::int32_t>>;
 
 constexpr std::int64_t kPlanTokens = 4096;  // of a scenario
 constexpr double kBalancePrice = 4;         // of load beyond EPLB's, in times of the step
-constexpr double kUnseenMargin = 0.06;  // so much less of the slack where loads are not known
-constexpr double kUnseenPart = 0.5;     // of the compute time is that of loads that are not known
+constexpr double kUnseenMargin = 0.04;      // so much less of the slack where loads are not known
+constexpr double kUnseenPart = 0.5;         // of the compute time is that of loads that are not known
+constexpr double kFirstPrice = 0.1;         // of balance, at the beginning of the search
+constexpr double kRisingPart = 0.4;         // of the search, until balance has its full price
+constexpr std::int64_t kSettleMoves =
+    400;  // after so many copies are chosen by the rule again; more in a long search
 constexpr double kStartHeat = 0.002;  // worsening that the search takes at first, in parts of the objective
 
 std::size_t at(std::int64_t i) {
@@ -76,21 +80,16 @@ double step_us(const PlacementProblem& problem, double scale, const Load& load, 
 // rank's share of the routes of a domain that is not known yet.
 template <typename Load>
 double price(const PlacementProblem& problem, double scale, const Reference& reference, bool load_only,
-             const Load& load, double unseen_max) {
+             const Load& load, double unseen_max, double balance_price) {
   const StepCosts& costs = problem.costs;
   const double routes = most_of(load.routes);
-  const double balance = kBalancePrice * std::max(0.0, routes / reference.routes - 1 - problem.balance_slack);
+  const double balance = balance_price * std::max(0.0, routes / reference.routes - 1 - problem.balance_slack);
   if (load_only) return routes / reference.routes + balance;
   const double step = step_us(problem, scale, load, unseen_max);
   // A crossing occupies two links of the mean rank, there and back, forward and backward.
   const double mean = 4 * scale * static_cast<double>(load.node_crossings) /
                       static_cast<double>(load.routes.size()) * costs.row_across_us;
   return (step + problem.mean_price * mean) / reference.step_us + balance;
-}
-
-using WorldMaxima = std::array<double, kWorlds>;
-double mean_of(const WorldMaxima& v) {
-  return std::accumulate(v.begin(), v.end(), 0.0) / static_cast<double>(kWorlds);
 }
 
 class LayerSearch {
@@ -108,12 +107,10 @@ class LayerSearch {
 
   void set_reference(std::span<const Placement> placements) {
     reference_.assign(scenarios_.size(), {});
-    unseen_reference_.fill(INFINITY);
+    unseen_reference_ = INFINITY;
     for (const Placement& p : placements) {
-      const WorldMaxima most = unseen_most(p);
-      for (std::size_t w = 0; w < kWorlds; ++w)
-        unseen_reference_[w] = std::min(unseen_reference_[w], most[w]);
-      const double unseen = mean_of(most);
+      const double unseen = unseen_max(p);
+      unseen_reference_ = std::min(unseen_reference_, unseen);
       for (std::size_t i = 0; i < scenarios_.size(); ++i) {
         const LayerLoad load = count_layer(scenarios_[i].workload, layer_, p, problem_.topology);
         const double routes = most_of(load.routes), step = step_us(problem_, scale_[i], load, unseen);
@@ -124,15 +121,14 @@ class LayerSearch {
     }
   }
 
-  // By the rule that layers follow.
-  double measured(const Placement& placement) const {
-    const WorldMaxima most = unseen_most(placement);
-    const double unseen = mean_of(most);
-    double sum = unseen_price(most);
+  // By the rule that layers follow. balance_price: kBalancePrice, or less to see past balance.
+  double measured(const Placement& placement, double balance_price) const {
+    const double unseen = unseen_max(placement);
+    double sum = unseen_price(unseen, balance_price);
     for (std::size_t i = 0; i < scenarios_.size(); ++i) {
       const LayerLoad load = count_layer(scenarios_[i].workload, layer_, placement, problem_.topology);
       sum += scenarios_[i].weight *
-             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, load, unseen);
+             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, load, unseen, balance_price);
     }
     return sum;
   }
@@ -153,28 +149,45 @@ class LayerSearch {
         slots_.push_back({static_cast<std::int32_t>(r), static_cast<std::int32_t>(i)});
     for (const auto& c : copies_) spare = spare || c.size() > 1;
     std::mt19937_64 rng(Hasher().add(seed).add(layer_).value());
-    double current = value(), best = current;
-    Lists best_lists = experts_of_;
+    // The price of balance rises from little to all of it: a placement that keeps tokens together is found before it is
+    // evened out, which is nearer than the way from one that is even to one that keeps tokens together.
+    const auto rising = static_cast<std::int64_t>(kRisingPart * static_cast<double>(budget));
+    const std::int64_t every = std::max(budget / 32, std::min(kSettleMoves, budget / 4 + 1));
+    double balance_price = kBalancePrice, current = 0, best = INFINITY;
+    Lists best_lists = start;
+    // Only what is good by the rule itself counts as met.
+    const auto settle = [&] {
+      const Placement placement = placement_of_lists(problem_, experts_of_);
+      for (Replay& r : replays_) r.follow_rule(placement);
+      current = value(balance_price);
+      const double full = value(kBalancePrice);
+      if (full >= best) return;
+      best = full;
+      best_lists = experts_of_;
+    };
     const auto uniform = [&] { return static_cast<double>(rng() >> 11) * 0x1p-53; };
     for (std::int64_t i = 0; i < budget; ++i) {
       ++moves;
+      if (i % every == 0) {
+        const double risen =
+            rising > 0 ? std::min(1.0, static_cast<double>(i) / static_cast<double>(rising)) : 1;
+        balance_price = kBalancePrice * (kFirstPrice + (1 - kFirstPrice) * risen);
+        settle();
+      }
       const double heat =
           kStartHeat * std::max(0.0, 1 - static_cast<double>(i) / (0.7 * static_cast<double>(budget)));
       const auto kind = rng() % 6;
       if (!(kind == 0 ? try_exchange_ranks(rng) : spare && kind < 3 ? try_replace(rng) : try_swap(rng)))
         continue;
-      const double after = value();
+      const double after = value(balance_price);
       const double allowed = current * (1 - heat * std::log(1 - uniform()));
       if (after < current || (heat > 0 && after < allowed)) {
         current = after;
-        if (current < best) {
-          best = current;
-          best_lists = experts_of_;
-        }
       } else {
         take_back();
       }
     }
+    settle();
     return best_lists;
   }
 
@@ -182,23 +195,19 @@ class LayerSearch {
   struct SlotRef {
     std::int32_t rank, place;
   };
-  double value() const {
-    const WorldMaxima most = unseen_.most();
-    const double unseen = mean_of(most);
-    double sum = unseen_price(most);
+  double value(double balance_price) const {
+    const double unseen = unseen_.expected_max();
+    double sum = unseen_price(unseen, balance_price);
     for (std::size_t i = 0; i < replays_.size(); ++i)
-      sum += scenarios_[i].weight *
-             price(problem_, scale_[i], reference_[i], scenarios_[i].load_only, replays_[i].load(), unseen);
+      sum += scenarios_[i].weight * price(problem_, scale_[i], reference_[i], scenarios_[i].load_only,
+                                          replays_[i].load(), unseen, balance_price);
     return sum;
   }
-  // World by world: what a placement gains where it is lucky does not pay for where it is not.
-  double unseen_price(const WorldMaxima& most) const {
-    double sum = 0;
-    for (std::size_t w = 0; w < kWorlds; ++w)
-      sum += std::max(0.0, most[w] / unseen_reference_[w] - 1 + kUnseenMargin - problem_.balance_slack);
-    return problem_.hedge * kBalancePrice * sum / static_cast<double>(kWorlds);
+  double unseen_price(double unseen, double balance_price) const {
+    return problem_.hedge * balance_price *
+           std::max(0.0, unseen / unseen_reference_ - 1 + kUnseenMargin - problem_.balance_slack);
   }
-  WorldMaxima unseen_most(const Placement& placement) const {
+  double unseen_max(const Placement& placement) const {
     UnseenLoad load(problem_.topology, worlds_);
     std::vector<std::int32_t> ranks;
     for (std::int32_t e = 0; e < problem_.num_ffn(); ++e) {
@@ -207,7 +216,7 @@ class LayerSearch {
         ranks.push_back(placement.slot_rank[at(s)]);
       load.set_copies(e, ranks);
     }
-    return load.most();
+    return load.expected_max();
   }
   void set_copies(std::int32_t expert) {
     for (Replay& r : replays_) r.set_copies(expert, copies_[at(expert)]);
@@ -246,12 +255,17 @@ class LayerSearch {
     touched_.erase(std::unique(touched_.begin(), touched_.end()), touched_.end());
     for (const std::int32_t e : touched_) unseen_.set_copies(e, copies_[at(e)]);
   }
-  // A slot: any, or one third of the time one of the rank that is most loaded in the first scenario.
+  // A slot: any, or half of the time one of a rank that is most loaded, in some world or in the first scenario.
   SlotRef pick(std::mt19937_64& rng) {
-    if (rng() % 3 != 0) return slots_[rng() % slots_.size()];
+    if (rng() % 2 != 0) return slots_[rng() % slots_.size()];
     const Replay& r = replays_[0];
-    const std::vector<std::int64_t>& loads = rng() % 2 == 0 ? r.load().routes : r.load().across;
-    const auto rank = static_cast<std::int32_t>(std::max_element(loads.begin(), loads.end()) - loads.begin());
+    const auto most = [](const std::vector<std::int64_t>& v) {
+      return static_cast<std::int32_t>(std::max_element(v.begin(), v.end()) - v.begin());
+    };
+    const auto kind = rng() % 4;
+    const std::int32_t rank = kind < 2    ? unseen_.most_loaded(rng() % kWorlds)
+                              : kind == 2 ? most(r.load().routes)
+                                          : most(r.load().across);
     const auto n = experts_of_[at(rank)].size();
     if (n == 0) return slots_[rng() % slots_.size()];
     return {rank, static_cast<std::int32_t>(rng() % n)};
@@ -304,8 +318,8 @@ class LayerSearch {
   std::size_t layer_;
   std::vector<double> worlds_;  // f64 [num_ffn, kWorlds]
   UnseenLoad unseen_;
-  WorldMaxima unseen_reference_{};  // the best of the reference placements, world by world
-  std::vector<double> scale_;       // of each scenario: tokens of a step over the workload's
+  double unseen_reference_ = 0;  // expected_max() of the best of the reference placements
+  std::vector<double> scale_;    // of each scenario: tokens of a step over the workload's
   std::vector<Reference> reference_;
   std::vector<Replay> replays_;
   Lists experts_of_;                               // by rank
@@ -354,19 +368,25 @@ class SluicePlanner : public PlacementPlanner {
       search.set_reference(reference);
       starts.push_back(pairwise);
       for (const PlacementPlan& p : others) starts.push_back(p.layers[l]);
-      std::size_t best = 0;
-      std::vector<double> measured;
-      for (const Placement& p : starts) {
-        measured.push_back(search.measured(p));
+      std::size_t best = 0, first = 0;  // by the objective; by the one that the search begins with
+      double least = INFINITY, least_first = INFINITY;
+      for (std::size_t i = 0; i < starts.size(); ++i) {
         ++out.moves;
-        if (measured.back() < measured[best]) best = measured.size() - 1;
+        if (const double v = search.measured(starts[i], kBalancePrice); v < least) {
+          least = v;
+          best = i;
+        }
+        if (const double v = search.measured(starts[i], kBalancePrice * kFirstPrice); v < least_first) {
+          least_first = v;
+          first = i;
+        }
       }
       Placement chosen = starts[best];
-      if (each > 0) {
-        const Lists start = filled(problem, starts[best], built);
+      if (each > built_moves) {
+        const Lists start = filled(problem, starts[first], built);
         const Placement found =
             placement_of_lists(problem, search.search(start, each - built_moves, problem.seed, out.moves));
-        if (search.measured(found) < measured[best]) chosen = found;
+        if (search.measured(found, kBalancePrice) < least) chosen = found;
       }
       out.layers.push_back(std::move(chosen));
     }

@@ -117,4 +117,16 @@ std::array<double, kWorlds> UnseenLoad::most() const {
   return most;
 }
 
+std::int32_t UnseenLoad::most_loaded(std::size_t world) const {
+  std::size_t out = 0;
+  for (std::size_t r = 1; r < load_.size() / kWorlds; ++r)
+    if (load_[r * kWorlds + world] > load_[out * kWorlds + world]) out = r;
+  return static_cast<std::int32_t>(out);
+}
+
+double UnseenLoad::expected_max() const {
+  const std::array<double, kWorlds> all = most();
+  return std::accumulate(all.begin(), all.end(), 0.0) / static_cast<double>(kWorlds);
+}
+
 }  // namespace sluice

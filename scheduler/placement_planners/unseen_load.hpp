@@ -36,8 +36,11 @@ class UnseenLoad {
 
   // The expert's copies: ranks ascending. Costs the number of copies times kWorlds.
   void set_copies(std::int32_t expert, std::span<const std::int32_t> ranks);
-  // The most loaded rank's share of all routes in each world.
+  // The most loaded rank's share of all routes in each world, and the mean of it.
   std::array<double, kWorlds> most() const;
+  double expected_max() const;
+  // The most loaded rank of a world.
+  std::int32_t most_loaded(std::size_t world) const;
 
  private:
   struct Part {

@@ -298,6 +298,32 @@ TEST(Replay, SameAsCountingFromNothing) {
   }
 }
 
+TEST(Replay, FollowsTheRuleWhereCopiesQualifyAlike) {
+  const RoutingStatistics s = clustered(4, 12, 3, 1, 700);
+  const Topology topology({{0, 3}, {1, 4, 5}, {2}});
+  const Workload w = make_workload(std::span(&s, 1), SourceAssignment::kMixed, topology, 1 << 20);
+  std::mt19937_64 rng(11);
+  Replay replay(topology, w, 0);
+  for (int step = 0; step < 40; ++step) {
+    Lists lists(6);
+    for (std::int32_t e = 0; e < 12; ++e) {
+      std::vector<std::int32_t> ranks;
+      for (std::int32_t r = 0; r < 6; ++r)
+        if (rng() % 3 == 0) ranks.push_back(r);
+      if (ranks.empty()) ranks.push_back(static_cast<std::int32_t>(rng() % 6));
+      replay.set_copies(e, ranks);
+      for (const std::int32_t r : ranks) lists[at(r)].push_back(e);
+    }
+    const Placement placement = placement_from_lists(12, lists);
+    replay.follow_rule(placement);
+    const LayerLoad fresh = count_layer(w, 0, placement, topology);
+    EXPECT_EQ(replay.load().routes, fresh.routes) << "step " << step;
+    EXPECT_EQ(replay.load().in_node, fresh.in_node) << "step " << step;
+    EXPECT_EQ(replay.load().across, fresh.across) << "step " << step;
+    EXPECT_EQ(replay.load().node_crossings, fresh.node_crossings) << "step " << step;
+  }
+}
+
 // ---- loads that nobody has seen --------------------------------------------------------------------------------------
 
 RoutingStatistics counted(std::vector<double> counts) {

@@ -189,10 +189,10 @@ void add_place(CLI::App& app, Run& run) {
                       "the last so many experts live on every rank and have no slots");
   command->add_option("--groups", o->groups, "groups of experts of eplb_hierarchical; 0: 8, or one a node");
   command->add_option("--moves", o->moves, "placements that planner sluice may compare, over all layers")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 40));
   command->add_option("--seed", o->seed, "of the search");
   command->add_option("--tokens-per-rank", o->tokens_per_rank, "tokens of a step")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
   command->add_option("--out", o->out, "write the placement (of planner sluice with all) for placement.file");
   command->add_option("--svg", o->svg, "draw load and crossings, contiguous beside that placement");
   command->add_flag("--json", o->json, "print as JSON");

@@ -211,7 +211,7 @@ void add_simulate(CLI::App& app, Run& run) {
       app.add_subcommand("simulate", "predicted time of one layer at scale, swept over schedules");
   add_config_options(*command, o->config);
   command->add_option("--ranks", o->ranks, "ranks of the group; else those of the configuration")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 65536));
   command
       ->add_option("--node-sizes", o->node_sizes,
                    "ranks a node, several with commas; else the configured, half and double")

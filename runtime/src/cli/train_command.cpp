@@ -38,7 +38,7 @@ void add_train(CLI::App& app, Run& run) {
       ->allow_extra_args(false);
   command
       ->add_option("--record-steps", o->record_steps, "steps or batches to record; 0: every step of training")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 40));
   command->add_flag("--json", o->json, "print the report as JSON");
   command->callback([o, &run] {
     run = [o] {

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <deque>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -140,6 +141,9 @@ void append_token(Routing& routing, const TraceToken& token) {
 }
 
 std::ifstream open_trace(const std::string& file) {
+  std::error_code ignored;
+  Require(!std::filesystem::is_directory(file, ignored), ErrorCode::kInvalidArgument, file,
+          " is a folder; a file of routing is wanted");
   std::ifstream in(file, std::ios::binary);
   Require(in.is_open(), ErrorCode::kNotFound, "cannot open ", file);
   return in;
@@ -411,7 +415,7 @@ RoutingStatistics read_statistics_file(const std::string& file, std::int64_t max
   if (first == '{' || first == '[') {
     const std::string json((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
     out = parse_statistics(json, file);
-  } else if (first >= '0' && first <= '9') {
+  } else if ((first >= '0' && first <= '9') || first == '-') {
     out = routes_statistics(in, file, max_sample);
   } else {
     out = trace_statistics(in, file, max_sample);

@@ -60,9 +60,8 @@ void require_writable(const std::string& path) {
   std::error_code ec;
   Require(!std::filesystem::is_directory(path, ec), ErrorCode::kIo, path,
           ": cannot be written: it is a folder");
-  errno = 0;
-  Require(access(folder.c_str(), W_OK) == 0, ErrorCode::kIo, path,
-          ": cannot be written: ", std::strerror(errno));
+  const bool writable = access(folder.c_str(), W_OK) == 0;  // before the message asks for errno
+  Require(writable, ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
 }
 
 MachineProfile read_profile_file(const std::string& path) {
