@@ -344,9 +344,15 @@ void run_plan(const std::string& input) {
         continue;
       Value& value = values[change.index % values.size()];
       // Half of them near what was there. Tokens that a rank claims are kept small: so many rows would be allocated.
-      value = change.index / 65536 % 2 == 0
-                  ? static_cast<Value>(change.value)
-                  : static_cast<Value>(value + static_cast<Value>(change.value % 4));
+      const auto near = [&] {
+        if constexpr (std::is_integral_v<Value>) {
+          using Bits = std::make_unsigned_t<Value>;  // may go round
+          return static_cast<Value>(static_cast<Bits>(value) + static_cast<Bits>(change.value % 4));
+        } else {
+          return value + static_cast<Value>(change.value % 4);
+        }
+      };
+      value = change.index / 65536 % 2 == 0 ? static_cast<Value>(change.value) : near();
       const auto stride = static_cast<std::size_t>(world.placement.num_experts) + 2;
       if (stage == 0 && change.index % values.size() % stride == 0 && value > 4096)
         value = static_cast<Value>(4096);

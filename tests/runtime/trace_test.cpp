@@ -84,6 +84,14 @@ TEST(RoutingTrace, EveryKindOfDamageIsPlaced) {
       EXPECT_NE(e.message().find(c.what), std::string::npos) << e.message();
     }
   }
+  // A few bytes must not ask for memory of 65,536 layers times 26,481 source ranks.
+  try {
+    read("sluice-trace 2 layers 65536 experts 16\n1 26480 3:1\n");
+    ADD_FAILURE() << "taken";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message().find("source rank 26480 of a trace of 65536 layers"), std::string::npos)
+        << e.message();
+  }
   EXPECT_THROW(read(head + "0 0 1:1 2:1\n", 1), Error);
   EXPECT_THROW(read_trace_file("/nonexistent/trace"), Error);
 }

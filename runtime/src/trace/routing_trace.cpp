@@ -15,6 +15,8 @@ namespace sluice {
 namespace {
 
 constexpr std::int32_t kMaxLayers = 1 << 16, kMaxExperts = 1 << 20, kMaxSources = 1 << 16;
+// Layers times source ranks of a trace that is held in memory: a short file can name the last of both.
+constexpr std::int64_t kMaxParts = 1 << 18;
 constexpr std::size_t kMaxLineBytes = std::size_t{1} << 24;
 
 // Words of one line, with their place for errors.
@@ -161,8 +163,12 @@ RoutingTrace read_trace(std::istream& in, std::string_view name, std::int64_t ma
   none.num_experts = trace.num_experts;
   TraceToken token;
   while (reader.next(token)) {
-    if (token.source >= trace.num_sources())
+    if (token.source >= trace.num_sources()) {
+      Require(trace.num_layers * (token.source + std::int64_t{1}) <= kMaxParts, ErrorCode::kInvalidRouting,
+              name, ": source rank ", token.source, " of a trace of ", trace.num_layers,
+              " layers; layers times source ranks may be ", kMaxParts, " at most");
       for (auto& sources : trace.layers) sources.resize(static_cast<std::size_t>(token.source) + 1, none);
+    }
     append_token(trace.layers[static_cast<std::size_t>(token.layer)][static_cast<std::size_t>(token.source)],
                  token);
   }
