@@ -4,9 +4,10 @@
 #
 # usage: gpu_runs.sh BINARIES OUT RANKS [DATE COMMIT]
 #   BINARIES  folder with row_exchange_cuda_test, gpu_layer_cuda_test, exchange_cuda_benchmark, multi_gpu_layer_cuda_benchmark
-#             (of build/release: tests/comm/cuda, tests/runtime/cuda, benchmarks/cuda)
+#             (of build/release: tests/comm/cuda, tests/runtime/cuda, benchmarks/cuda); the tests for one GPU, if they are
+#             there too (tests/kernels/cuda, tests/runtime)
 #   OUT       folder for results: tests.txt, exchange_*.json, layer_*.json, and their tables as .txt
-#   RANKS     e.g. "2" or "2 4 8": the group sizes to time
+#   RANKS     e.g. "2" or "2 4 8": the group sizes to time; "" for the tests alone
 # NCCL is taken from SLUICE_NCCL_LIBRARY, or wherever the loader finds libnccl.so.2. Multicast stays off.
 set -u
 bin=$1 out=$2 ranks=$3 date=${4:-$(date +%F)} commit=${5:-unknown}
@@ -14,6 +15,14 @@ counts=${SLUICE_EXPERT_COUNTS:-}  # a file of one count an expert, for routing t
 export NCCL_NVLS_ENABLE=0
 mkdir -p "$out"
 
+# What needs one GPU, where its programs are in the folder as well.
+for program in grouped_gemm_cuda_test rows_cuda_test routing_cuda_test cuda_kernels_test device_layer_test; do
+  [ -x "$bin/$program" ] || continue
+  timeout -k 2 120 "$bin/$program" > "$out/one.txt" 2>&1
+  echo "$program: exit status $?, $(grep -c '^\[       OK' "$out/one.txt") passed, $(grep -cE '^\[  (FAILED|SKIPPED) \] .*ms\)' "$out/one.txt") failed or skipped" |
+    tee -a "$out/tests.txt"
+  grep -E "Failure|Skipped" -A3 "$out/one.txt" | head -12 >> "$out/tests.txt"
+done
 for program in row_exchange_cuda_test gpu_layer_cuda_test; do
   # One process a test: each forks its ranks before it touches CUDA.
   for name in $("$bin/$program" --gtest_list_tests | awk '/^[^ ]/ {suite = $1} /^  / {print suite $1}'); do

@@ -16,7 +16,8 @@
 
 namespace sluice {
 
-// Rows in memory of the caller's allocator; without one, where puts are sent from, in the transport's put memory. Contents are unspecified after resize.
+// Rows in memory of the caller's allocator; without one, where puts are sent from, in the transport's put memory. Contents
+// are unspecified after resize.
 class RowBuffer {
  public:
   RowBuffer() = default;
