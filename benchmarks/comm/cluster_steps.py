@@ -3,7 +3,7 @@
 a real rate limit, real TCP between them.
 
     benchmarks/comm/cluster_steps.py [--transports tcp,shm+tcp,ucx,shm+ucx,mpi] [--nodes 2] [--rate 1gbit] [--iterations 20]
-                                     [--json FILE]
+                                     [--json FILE [--commit ID]]
 
 Exchanges: `flat` sends one row a route (run as K times the tokens with one expert each, so that nothing can be merged),
 `de-duplicated` one row a destination rank (schedule.exchange = direct), `hierarchical` one row a destination node
@@ -11,6 +11,7 @@ Exchanges: `flat` sends one row a route (run as K times the tokens with one expe
 rank. The schedules are fixed, so a profile of this machine's threads is enough. All ranks share this machine's cores.
 """
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -70,6 +71,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--sluice", default=os.path.join(ROOT, "build", "release", "sluice"))
     parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--commit", default="unknown", help="what was built, for the file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.profile = os.path.join(folder, "profile.json")
@@ -90,7 +92,9 @@ def measure(args):
         rows += found
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
-            json.dump({"rows": rows}, f, indent=1)
+            json.dump({"benchmark": "cluster_steps", "date": datetime.date.today().isoformat(), "commit": args.commit,
+                       "device": f"{os.cpu_count()} cores shared by all ranks; hosts are namespaces, links veth with tbf",
+                       "rows": rows}, f, indent=1)
 
 
 if __name__ == "__main__":
