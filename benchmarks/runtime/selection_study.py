@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What selection policies cost in bits per byte and save in crossings between nodes: the byte model on 2x2 ranks.
 
-  benchmarks/runtime/selection_study.py PROGRAM OUT.json [--text FILE] [--seeds 1,2,3] [--steps N] [--arms NAME,...]
+  benchmarks/runtime/selection_study.py PROGRAM OUT.json --text FILE [--seeds 1,2,3] [--steps N] [--arms NAME,...]
                                         [--commit ID] [--link BYTES_PER_S]
 
 Every arm trains the same model (16 experts with weights, top-2 or 2 in the mean) on the same tokens in the same order, over
@@ -93,7 +93,7 @@ def run(program, arm, seed, args):
     report = json.loads(done.stdout)
     return {
         "arm": arm, "seed": seed, "steps": args.steps, "link": args.link,
-        "text": "C++ headers, then manual pages" if arm.startswith(BY_KIND) else report["text"]["source"],
+        "text": "C++ headers, then manual pages" if arm.startswith(BY_KIND) else os.path.basename(os.path.normpath(args.text)),
         "text_bytes": report["text"]["bytes"], "config_hash": report["config_hash"], "sets": sets,
         "heldout_bpb": report["heldout_bpb"], "order2_bpb": report["order2_bpb"],
         "node_crossings_per_token": report["crossings_per_token_at_end"]["across_nodes"],
@@ -162,7 +162,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program")
     parser.add_argument("out")
-    parser.add_argument("--text", help="file or directory; default: the program's own sources")
+    parser.add_argument("--text", required=True, help="file or directory that stays as it is while the study runs")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--arms", default="", help="names, with semicolons; default: all")
@@ -189,6 +189,9 @@ def main():
     for i, (arm, seed) in enumerate(todo):
         print(f"run {i + 1} of {len(todo)}: {arm}, seed {seed}", file=sys.stderr, flush=True)
         runs.append(run(args.program, arm, seed, args))
+        first = next(r for r in runs if baseline(r["arm"]) == baseline(arm))
+        if first["text_bytes"] != runs[-1]["text_bytes"]:
+            sys.exit(f"the text has {runs[-1]['text_bytes']} bytes and had {first['text_bytes']} before: it must not change")
         with open(lines, "a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
     rows = summarize(runs)
