@@ -80,11 +80,10 @@ def tail_mean(values):
     return statistics.fmean(values[-count:])
 
 
-def run(program, arm, seed, args):
+def run(program, arm, seed, text, args):
     sets = {**MODEL, "topology.across_nodes_bytes_per_s": args.link, **ARMS[arm], "train.seed": seed,
             "train.steps": args.steps}
-    text = kinds_text(args.out) if arm.startswith(BY_KIND) else args.text
-    command = [program, "train", "--json"] + (["--text", text] if text else [])
+    command = [program, "train", "--json", "--text", text]
     for key, value in sets.items():
         command += ["--set", f"{key}={value}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -186,9 +185,10 @@ def main():
             sys.exit(f"{lines} has a run of {r['steps']} steps at {r['link']} bytes/s; remove it or ask for the same")
     done = {(r["arm"], r["seed"]) for r in runs}
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in done]  # all arms of a seed, then the next
+    kinds = kinds_text(args.out) if any(arm.startswith(BY_KIND) for arm, _ in todo) else None
     for i, (arm, seed) in enumerate(todo):
         print(f"run {i + 1} of {len(todo)}: {arm}, seed {seed}", file=sys.stderr, flush=True)
-        runs.append(run(args.program, arm, seed, args))
+        runs.append(run(args.program, arm, seed, kinds if arm.startswith(BY_KIND) else args.text, args))
         first = next(r for r in runs if baseline(r["arm"]) == baseline(arm))
         if first["text_bytes"] != runs[-1]["text_bytes"]:
             sys.exit(f"the text has {runs[-1]['text_bytes']} bytes and had {first['text_bytes']} before: it must not change")
