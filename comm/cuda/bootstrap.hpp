@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "sluice/base/error.hpp"
 
@@ -20,7 +21,12 @@ struct Bootstrap {
   int rank = 0;
   int num_ranks = 1;
   std::function<void(const void* mine, void* all, std::size_t bytes)> all_gather;
+  // int [num_ranks]: what messages call the members, for a group of some ranks of a larger one; empty: their ranks.
+  std::vector<int> names = {};
 };
+inline int name_of_rank(const std::vector<int>& names, int rank) {
+  return names.empty() ? rank : names.at(static_cast<std::size_t>(rank));
+}
 
 // Throws kInternal with the runtime's text (kOutOfMemory where that is the reason); clears the runtime's last error.
 inline void check_cuda(cudaError_t result, const char* what) {

@@ -19,12 +19,14 @@ namespace {
 // Windows are read by code of the headers this was built with: an older library may lay them out differently.
 constexpr int kWindowVersion = NCCL_VERSION_CODE;
 
-#define SLUICE_NCCL_FUNCTIONS(X)                                                                             \
-  X(ncclGetVersion)                                                                                          \
-  X(ncclGetUniqueId)                                                                                         \
-  X(ncclCommInitRankConfig) X(ncclCommDestroy) X(ncclCommFinalize) X(ncclCommAbort) X(ncclCommGetAsyncError) \
-      X(ncclGetErrorString) X(ncclGetLastError) X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv)    \
-          X(ncclAllGather) X(ncclReduceScatter) X(ncclMemAlloc) X(ncclMemFree)
+#define SLUICE_NCCL_FUNCTIONS(X)                                                                          \
+  X(ncclGetVersion)                                                                                       \
+  X(ncclGetUniqueId)                                                                                      \
+  X(ncclCommInitRankConfig)                                                                               \
+  X(ncclCommDestroy)                                                                                      \
+  X(ncclCommFinalize) X(ncclCommAbort) X(ncclCommGetAsyncError) X(ncclGetErrorString) X(ncclGetLastError) \
+      X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv) X(ncclAllGather) X(ncclReduceScatter)     \
+          X(ncclMemAlloc) X(ncclMemFree)
 
 struct Library {
   void* handle = nullptr;
@@ -88,7 +90,7 @@ int nccl_version() {
 
 NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline,
                                    bool blocking)
-    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), deadline_(deadline) {
+    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), names_(bootstrap.names), deadline_(deadline) {
   const Library& nccl = require_library();
   struct Id {
     ncclUniqueId id;
@@ -105,6 +107,12 @@ NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::mill
   const ncclResult_t result = nccl.ncclCommInitRankConfig(&comm, num_ranks_, all[0].id, rank_, &config);
   comm_ = comm;
   settle(result, "ncclCommInitRankConfig", deadline_);
+}
+std::string NcclCommunicator::who() const {
+  std::string peers;
+  for (int r = 0; r < num_ranks_; ++r)
+    if (r != rank_) peers += (peers.empty() ? " with rank " : ", ") + std::to_string(name_of_rank(names_, r));
+  return "rank " + std::to_string(name_of_rank(names_, rank_)) + peers;
 }
 NcclCommunicator::~NcclCommunicator() {
   if (comm_ == nullptr) return;
@@ -139,27 +147,26 @@ void NcclCommunicator::settle(int result, const char* call, std::chrono::millise
     if (Clock::now() > end) {
       abort();
       throw Error(ErrorCode::kTimeout, str("NCCL: ", call, " was not done after ", deadline.count(),
-                                           " ms; the communicator of rank ", rank_, " was aborted"));
+                                           " ms; the communicator of ", who(), " was aborted"));
     }
     std::this_thread::yield();
     if (nccl.ncclCommGetAsyncError(as_comm(comm_), &state) != ncclSuccess) state = ncclInternalError;
   }
   if (state == ncclSuccess) return;
   const char* more = comm_ != nullptr ? nccl.ncclGetLastError(as_comm(comm_)) : nullptr;
-  const std::string text = str("NCCL: ", call, " at rank ", rank_, ": ", nccl.ncclGetErrorString(state), " (",
+  const std::string text = str("NCCL: ", call, " at ", who(), ": ", nccl.ncclGetErrorString(state), " (",
                                more != nullptr ? more : "", ")");
   abort();
   throw Error(ErrorCode::kTransport, text);
 }
 
-namespace {
-void require_alive(const void* comm, int rank) {
-  Require(comm != nullptr, ErrorCode::kAborted, "NCCL: the communicator of rank ", rank, " was aborted");
+void NcclCommunicator::require_alive() const {
+  if (comm_ == nullptr)
+    throw Error(ErrorCode::kAborted, str("NCCL: the communicator of ", who(), " was aborted"));
 }
-}  // namespace
 
 void NcclCommunicator::exchange(const std::vector<NcclTransfer>& transfers, Stream stream) {
-  require_alive(comm_, rank_);
+  require_alive();
   const Library& nccl = library();
   nccl.ncclGroupStart();
   ncclResult_t bad = ncclSuccess;
@@ -175,18 +182,18 @@ void NcclCommunicator::exchange(const std::vector<NcclTransfer>& transfers, Stre
   settle(bad != ncclSuccess ? bad : end, "send and receive", deadline_);
 }
 void NcclCommunicator::all_gather(const void* mine, void* all, std::size_t bytes, Stream stream) {
-  require_alive(comm_, rank_);
+  require_alive();
   settle(library().ncclAllGather(mine, all, bytes, ncclInt8, as_comm(comm_), stream), "all-gather",
          deadline_);
 }
 void NcclCommunicator::reduce_scatter_bf16(const void* all, void* mine, std::size_t count, Stream stream) {
-  require_alive(comm_, rank_);
+  require_alive();
   settle(library().ncclReduceScatter(all, mine, count, ncclBfloat16, ncclSum, as_comm(comm_), stream),
          "reduce-scatter", deadline_);
 }
 
 void NcclCommunicator::wait(Stream stream, std::chrono::milliseconds deadline, const char* phase) {
-  require_alive(comm_, rank_);
+  require_alive();
   const Library& nccl = library();
   const auto end = Clock::now() + deadline;
   for (;;) {
@@ -199,7 +206,7 @@ void NcclCommunicator::wait(Stream stream, std::chrono::milliseconds deadline, c
     if (error != ncclSuccess && error != ncclInProgress) settle(error, phase, deadline);
     if (Clock::now() > end) {
       abort();
-      throw Error(ErrorCode::kTimeout, str("NCCL: ", phase, " at rank ", rank_, " was not done after ",
+      throw Error(ErrorCode::kTimeout, str("NCCL: ", phase, " at ", who(), " was not done after ",
                                            deadline.count(), " ms; the communicator was aborted"));
     }
     std::this_thread::sleep_for(std::chrono::microseconds(20));
@@ -207,7 +214,7 @@ void NcclCommunicator::wait(Stream stream, std::chrono::milliseconds deadline, c
 }
 
 void* NcclCommunicator::allocate(std::size_t bytes) {
-  require_alive(comm_, rank_);
+  require_alive();
   void* memory = nullptr;
   Require(library().ncclMemAlloc(&memory, bytes) == ncclSuccess, ErrorCode::kOutOfMemory,
           "NCCL: ncclMemAlloc of ", bytes, " bytes failed");
@@ -217,7 +224,7 @@ void NcclCommunicator::release(void* memory) noexcept {
   library().ncclMemFree(memory);
 }
 void* NcclCommunicator::register_window(void* memory, std::size_t bytes) {
-  require_alive(comm_, rank_);
+  require_alive();
   const Library& nccl = library();
   Require(nccl.ncclCommWindowRegister != nullptr && nccl.version >= kWindowVersion, ErrorCode::kNotSupported,
           "NCCL ", nccl.version, " is too old for windows of the device API; ", kWindowVersion,
@@ -249,10 +256,16 @@ int nccl_version() {
   return 0;
 }
 NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline, bool)
-    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), deadline_(deadline) {
+    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), names_(bootstrap.names), deadline_(deadline) {
   unsupported();
 }
 NcclCommunicator::~NcclCommunicator() = default;
+std::string NcclCommunicator::who() const {
+  unsupported();
+}
+void NcclCommunicator::require_alive() const {
+  unsupported();
+}
 void NcclCommunicator::abort() noexcept {}
 void NcclCommunicator::settle(int, const char*, std::chrono::milliseconds) {
   unsupported();

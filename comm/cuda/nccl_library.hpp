@@ -66,7 +66,11 @@ class NcclCommunicator {
  private:
   void settle(int result, const char* call, std::chrono::milliseconds deadline);
 
+  std::string who() const;  // this rank and its peers, for messages
+  void require_alive() const;
+
   int rank_, num_ranks_;
+  std::vector<int> names_;
   std::chrono::milliseconds deadline_;
   void* comm_ = nullptr;  // ncclComm_t
 };

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "sluice/comm/cuda/device_memory.hpp"
 #include "sluice/comm/cuda/exchange_kernels.hpp"
 #include "sluice/comm/cuda/nccl_library.hpp"
 
@@ -14,6 +15,7 @@ namespace {
 constexpr auto kBad = ErrorCode::kInvalidArgument;
 constexpr std::size_t kGroupBytes = 4096;  // of the window, before the channels: flags of barrier()
 constexpr int kFirstSlice = 8;             // a copy engine's first slice is 1/8, the others share the rest
+constexpr int kSumsBesideCopies = 64;      // processors, the best measured (docs/benchmarks.md)
 
 std::size_t align_up(std::size_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -42,38 +44,6 @@ const char* name_of(WaitFor what) {
   }
   return "unknown";
 }
-
-// Device memory that is freed with its owner.
-template <typename T>
-class DeviceMemory {
- public:
-  DeviceMemory() = default;
-  DeviceMemory(std::size_t count, const char* what) {
-    check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(count, 1) * sizeof(T)),
-               what);
-    check_cuda(cudaMemset(data_, 0, std::max<std::size_t>(count, 1) * sizeof(T)), what);
-  }
-  ~DeviceMemory() { cudaFree(data_); }
-  DeviceMemory(DeviceMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  T* get() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
-
-struct EventHandle {
-  cudaEvent_t event = nullptr;
-  EventHandle() {
-    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "row exchange: event");
-  }
-  ~EventHandle() { cudaEventDestroy(event); }
-  EventHandle(const EventHandle&) = delete;
-  EventHandle& operator=(const EventHandle&) = delete;
-};
 
 ExchangeShape checked(ExchangeShape shape, int num_ranks, int rank) {
   Require(num_ranks >= 1 && num_ranks <= kMaxExchangeRanks, kBad, "row exchange: num_ranks is ", num_ranks,
@@ -169,13 +139,15 @@ struct RowExchange::Impl {
     DeviceMemory<std::byte> staging;
     DeviceMemory<float> staging_scale, staging_scalars;
     DeviceMemory<std::int64_t> staging_headers;
-    HostCounts counts;  // kNccl: of the plan
+    HostCounts counts;  // kNccl: of the plan, and its routes to and from each rank
+    std::vector<std::int64_t> send_route_ptr, receive_route_ptr;
     bool overflow = false;
   };
 
   ExchangeShape shape;
   Link link;
   int rank, num_ranks, device = 0, processors = 0;
+  const std::vector<int> names;
   NcclCommunicator* communicator;
   std::unique_ptr<SymmetricMemory> memory;
   DeviceMemory<std::uint32_t> failed, barrier_epoch;
@@ -193,6 +165,7 @@ struct RowExchange::Impl {
         link(link_),
         rank(bootstrap.rank),
         num_ranks(bootstrap.num_ranks),
+        names(bootstrap.names),
         communicator(comm) {
     Require(link == Link::kNvlink || communicator != nullptr, kBad,
             "row exchange: NCCL needs a communicator");
@@ -308,9 +281,12 @@ struct RowExchange::Impl {
     for (std::size_t r = 0; r < static_cast<std::size_t>(num_ranks); ++r)
       for (std::size_t i = 0; i < kValues; ++i)
         Require(all[r * kValues + i] == all[i], ErrorCode::kDisagreement, "row exchange: ", kNames[i], " is ",
-                all[r * kValues + i], " at rank ", r, " and ", all[i], " at rank 0");
+                all[r * kValues + i], " at rank ", name(static_cast<int>(r)), " and ", all[i], " at rank ",
+                name(0));
   }
 
+  // What messages call a member.
+  int name(int r) const { return name_of_rank(names, r); }
   Channel& channel(int i) {
     Require(i >= 0 && i < shape.num_channels, kBad, "row exchange: channel ", i, " of ", shape.num_channels);
     return channels[static_cast<std::size_t>(i)];
@@ -386,21 +362,18 @@ struct RowExchange::Impl {
   }
 
   // ---- NCCL ------------------------------------------------------------------------------------------------------
-  struct RouteCounts {
-    std::vector<std::int64_t> send_ptr, receive_ptr;  // routes to and from each rank
-  };
-  RouteCounts route_counts(Channel& c) {
+  void read_route_counts(Channel& c) const {
     std::vector<std::uint32_t> matrix(static_cast<std::size_t>(num_ranks * num_ranks) * 2);
     check_cuda(cudaMemcpy(matrix.data(), c.view.window[rank] + c.view.at.counts, matrix.size() * 4,
                           cudaMemcpyDeviceToHost),
                "row exchange: counts");
     const auto ranks = static_cast<std::size_t>(num_ranks), me = static_cast<std::size_t>(rank);
-    RouteCounts r{std::vector<std::int64_t>(ranks + 1), std::vector<std::int64_t>(ranks + 1)};
+    c.send_route_ptr.assign(ranks + 1, 0);
+    c.receive_route_ptr.assign(ranks + 1, 0);
     for (std::size_t d = 0; d < ranks; ++d) {
-      r.send_ptr[d + 1] = r.send_ptr[d] + matrix[2 * (me * ranks + d) + 1];
-      r.receive_ptr[d + 1] = r.receive_ptr[d] + matrix[2 * (d * ranks + me) + 1];
+      c.send_route_ptr[d + 1] = c.send_route_ptr[d] + matrix[2 * (me * ranks + d) + 1];
+      c.receive_route_ptr[d + 1] = c.receive_route_ptr[d] + matrix[2 * (d * ranks + me) + 1];
     }
-    return r;
   }
   void plan_by_nccl(Channel& c, const SendPlan& plan, Stream stream) {
     make_staging(c, true);
@@ -414,7 +387,7 @@ struct RowExchange::Impl {
     communicator->wait(stream, deadline_ms(), "plan counts");
     c.counts = read_counts(c, stream);
     if (c.overflow) return;
-    const RouteCounts routes = route_counts(c);
+    read_route_counts(c);
     std::vector<NcclTransfer> transfers;
     for (std::size_t d = 0; d < ranks; ++d) {
       const HostCounts& n = c.counts;
@@ -422,10 +395,10 @@ struct RowExchange::Impl {
                  in = static_cast<std::size_t>(n.receive_ptr[d]);
       const auto out_rows = static_cast<std::size_t>(n.send_ptr[d + 1]) - out;
       const auto in_rows = static_cast<std::size_t>(n.receive_ptr[d + 1]) - in;
-      const auto out_route = static_cast<std::size_t>(routes.send_ptr[d]);
-      const auto in_route = static_cast<std::size_t>(routes.receive_ptr[d]);
-      const auto out_routes = static_cast<std::size_t>(routes.send_ptr[d + 1]) - out_route;
-      const auto in_routes = static_cast<std::size_t>(routes.receive_ptr[d + 1]) - in_route;
+      const auto out_route = static_cast<std::size_t>(c.send_route_ptr[d]);
+      const auto in_route = static_cast<std::size_t>(c.receive_route_ptr[d]);
+      const auto out_routes = static_cast<std::size_t>(c.send_route_ptr[d + 1]) - out_route;
+      const auto in_routes = static_cast<std::size_t>(c.receive_route_ptr[d + 1]) - in_route;
       const auto move = [&](const void* from, std::size_t out_bytes, std::byte* to, std::size_t in_bytes) {
         if (d == me) {
           check_cuda(cudaMemcpyAsync(to, from, in_bytes, cudaMemcpyDeviceToDevice, stream), "exchange_plan");
@@ -582,7 +555,7 @@ ReceiveList RowExchange::receive_list(int channel) const {
           reinterpret_cast<const std::int32_t*>(own + v.at.slot),
           reinterpret_cast<const float*>(own + v.at.weight)};
 }
-const void* RowExchange::received(int channel) const {
+void* RowExchange::received(int channel) const {
   const ChannelView& v = impl_->channel(channel).view;
   return v.window[impl_->rank] + v.at.rows;
 }
@@ -745,14 +718,13 @@ void RowExchange::return_scalars(int channel, const SendPlan& plan, const float*
   if (impl_->link == Link::kNvlink) return launch(ExchangePart::kAll);
   if (c.overflow) return;
   launch(ExchangePart::kBefore);
-  const Impl::RouteCounts routes = impl_->route_counts(c);
   std::vector<NcclTransfer> transfers;
   std::byte* own = c.view.window[impl_->rank];
   for (std::size_t d = 0; d < static_cast<std::size_t>(impl_->num_ranks); ++d) {
-    const auto got = static_cast<std::size_t>(routes.receive_ptr[d]),
-               home = static_cast<std::size_t>(routes.send_ptr[d]);
-    const std::size_t out = (static_cast<std::size_t>(routes.receive_ptr[d + 1]) - got) * 4;
-    const std::size_t in = (static_cast<std::size_t>(routes.send_ptr[d + 1]) - home) * 4;
+    const auto got = static_cast<std::size_t>(c.receive_route_ptr[d]),
+               home = static_cast<std::size_t>(c.send_route_ptr[d]);
+    const std::size_t out = (static_cast<std::size_t>(c.receive_route_ptr[d + 1]) - got) * 4;
+    const std::size_t in = (static_cast<std::size_t>(c.send_route_ptr[d + 1]) - home) * 4;
     const float* from = c.staging_scalars.get() + got;
     std::byte* to = own + c.view.at.scalars + home * 4;
     if (static_cast<int>(d) == impl_->rank) {
@@ -766,7 +738,8 @@ void RowExchange::return_scalars(int channel, const SendPlan& plan, const float*
 }
 
 RowExchange::HostCounts RowExchange::host_counts(int channel, Stream stream) {
-  return impl_->read_counts(impl_->channel(channel), stream);
+  Impl::Channel& c = impl_->channel(channel);
+  return impl_->link == Link::kNccl ? c.counts : impl_->read_counts(c, stream);
 }
 
 void RowExchange::dispatch_by_copy(int channel, const SendPlan& plan, const HostCounts& counts, const void* x,
@@ -910,6 +883,28 @@ void RowExchange::combine_by_copy(int channel, const SendPlan& plan, const HostC
   if (options.local_sms > 0) join();
 }
 
+MoverChoice RowExchange::combine_by_choice(int channel, const SendPlan& plan, const HostCounts* counts,
+                                           const CombineSource& source, void* y, std::int64_t y_stride,
+                                           std::int64_t num_tokens, int max_sms, Stream stream,
+                                           const MoverCosts& costs) {
+  const auto me = static_cast<std::size_t>(impl_->rank);
+  const bool can_copy = counts != nullptr && impl_->link == Link::kNvlink &&
+                        source.position_of_route == nullptr && source.stride == impl_->shape.hidden;
+  const std::int64_t rows =
+      counts != nullptr ? counts->receive_ptr.back() - (counts->receive_ptr[me + 1] - counts->receive_ptr[me])
+                        : impl_->shape.max_tokens * (impl_->num_ranks - 1);
+  const MoverChoice choice =
+      choose_mover(rows * impl_->channel(channel).view.row_bytes, max_sms, can_copy, costs);
+  if (choice.mover == Mover::kStores) {
+    combine(channel, plan, source, y, y_stride, num_tokens, {choice.sms, impl_->processors - choice.sms},
+            stream);
+  } else {
+    combine_by_copy(channel, plan, *counts, source, y, y_stride, num_tokens,
+                    {1, std::min(kSumsBesideCopies, impl_->processors)}, stream);
+  }
+  return choice;
+}
+
 void RowExchange::barrier(Stream stream) {
   impl_->require_nvlink("barrier");
   check_cuda(launch_barrier(impl_->barrier_view.get(), impl_->barrier_epoch.get(), 0, stream), "barrier");
@@ -931,8 +926,8 @@ void RowExchange::check(int channel) const {
   const WaitError& e = *impl_->error;
   if (*static_cast<const volatile std::uint32_t*>(&e.set) != 0) {
     throw Error(ErrorCode::kPeerLost,
-                str("rank ", impl_->rank, " waited ", e.waited_ns / 1000000, " ms for rank ", e.peer, " (",
-                    name_of(static_cast<WaitFor>(e.what)), ", channel ", e.channel,
+                str("rank ", impl_->name(impl_->rank), " waited ", e.waited_ns / 1000000, " ms for rank ",
+                    impl_->name(e.peer), " (", name_of(static_cast<WaitFor>(e.what)), ", channel ", e.channel,
                     e.chunk >= 0 ? str(", chunk ", e.chunk) : std::string(), "): expected epoch ", e.expected,
                     ", seen ", e.observed));
   }
@@ -941,11 +936,11 @@ void RowExchange::check(int channel) const {
   check_cuda(cudaMemcpy(&status, &c.view.state->status, sizeof status, cudaMemcpyDeviceToHost),
              "row exchange");
   Require((status & kExchangeOverflow) == 0, ErrorCode::kInvalidState, "channel ", channel, " of rank ",
-          impl_->rank, ": a rank gets more rows than max_received = ", impl_->shape.max_received,
+          impl_->name(impl_->rank), ": a rank gets more rows than max_received = ", impl_->shape.max_received,
           ", or more routes than max_routes = ", impl_->shape.max_routes,
           "; nothing was sent; use larger buffers");
   Require((status & kExchangeBadHeader) == 0, ErrorCode::kTransport, "channel ", channel, " of rank ",
-          impl_->rank, ": a peer sent row headers that do not fit its counts or this rank's ",
+          impl_->name(impl_->rank), ": a peer sent row headers that do not fit its counts or this rank's ",
           impl_->shape.num_local_slots, " slots");
 }
 void RowExchange::clear(int channel, Stream stream) {

@@ -116,14 +116,19 @@ struct MoverOptions {
   int copy_slices = 3;  // parts of a copy engine's transfer, so that packing, copying and summing overlap
 };
 
-// Which mover takes rows to peers sooner. Costs in microseconds and bytes a microsecond; the defaults were measured on two
-// H200s (docs/benchmarks.md). Stores take processors away from others; copy engines take none but to pack, need counts on
-// the host and cannot be captured.
+// Which mover takes rows to peers sooner. Costs in microseconds and bytes a microsecond; the defaults, of a dispatch, and
+// those of a combine up to its last sum were measured on two H200s (docs/benchmarks.md). Stores take processors away from
+// others; copy engines take none but to pack, need counts on the host and cannot be captured.
 enum class Mover : std::uint8_t { kStores, kCopyEngines };
 struct MoverCosts {
   double store_start_us = 14, store_bytes_us_sm = 42e3, store_bytes_us = 362e3;
   double copy_start_us = 57, copy_bytes_us = 269e3;  // packing and announcing included
 };
+inline constexpr MoverCosts kCombineCosts = {.store_start_us = 72,
+                                             .store_bytes_us_sm = 42e3,
+                                             .store_bytes_us = 367e3,
+                                             .copy_start_us = 58,
+                                             .copy_bytes_us = 251e3};
 struct MoverChoice {
   Mover mover;
   int sms;  // kStores: the fewest that take at most 3% longer than the best
@@ -160,8 +165,9 @@ class RowExchange {
 
   void exchange_plan(int channel, const SendPlan& plan, Stream stream);
   ReceiveList receive_list(int channel) const;
-  // Rows of others at their place in the receive list.  dtype, or e4m3 for kFp8 [max_received, hidden]
-  const void* received(int channel) const;
+  // Rows of others at their place in the receive list; the places of own rows are the caller's to use.
+  // dtype, or e4m3 for kFp8 [max_received, hidden]
+  void* received(int channel) const;
   const float* received_scale(int channel) const;  // f32 [max_received], kFp8 only
 
   // x: dtype [num_tokens, hidden], x_stride elements from row to row
@@ -195,7 +201,8 @@ class RowExchange {
   void return_scalars(int channel, const SendPlan& plan, const float* values,
                       const std::int32_t* position_of_route, float* value_of_route, Stream stream);
 
-  // ---- copy engines: the counts of the channel's plan, read once after exchange_plan() (waits for the stream) --------
+  // ---- copy engines: the counts of the channel's plan, read once after exchange_plan() (waits for the stream; over
+  // kNccl, where exchange_plan() has read them, for nothing); zero rows received where the plan did not fit ----
   struct HostCounts {
     std::vector<std::int64_t> send_ptr;     // [num_ranks + 1] rows to each rank
     std::vector<std::int64_t> receive_ptr;  // [num_ranks + 1] rows from each rank
@@ -218,6 +225,13 @@ class RowExchange {
   void combine_by_copy(int channel, const SendPlan& plan, const HostCounts& counts,
                        const CombineSource& source, void* y, std::int64_t y_stride, std::int64_t num_tokens,
                        const MoverOptions& options, Stream stream);
+
+  // By the mover that choose_mover() names with the costs of a combine, stores beside sums on all other processors. Copies
+  // are possible where counts are given and the source is as combine_by_copy() needs it. Ranks may choose differently.
+  MoverChoice combine_by_choice(int channel, const SendPlan& plan, const HostCounts* counts,
+                                const CombineSource& source, void* y, std::int64_t y_stride,
+                                std::int64_t num_tokens, int max_sms, Stream stream,
+                                const MoverCosts& costs = kCombineCosts);
 
   // Meets all ranks on the device: a kernel of one block. For timing and tests.
   void barrier(Stream stream);

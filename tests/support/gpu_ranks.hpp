@@ -1,5 +1,6 @@
 // Runs ranks of a GPU group as processes (forked before CUDA is touched) or as threads of this process, on one host.
-// Rank r uses device r modulo the number of devices. Blocking calls have a deadline: a rank that dies takes nobody along.
+// Rank r uses device r modulo the number of devices, unless it asks for another. Blocking calls have a deadline: a rank that
+// dies takes nobody along.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -70,10 +71,25 @@ class Rank {
     return {rank, num_ranks,
             [this](const void* mine, void* all, std::size_t bytes) { all_gather(mine, all, bytes); }};
   }
-  void use_device() {
+  // Of some ranks, ascending, this one among them; messages call them by their ranks here. Each of its gathers is one of
+  // the whole meeting: all ranks make groups of the same sizes, and the same calls of them in the same order.
+  comm::cuda::Bootstrap bootstrap_of(const std::vector<int>& members) {
+    const auto place = std::find(members.begin(), members.end(), rank) - members.begin();
+    return {static_cast<int>(place), static_cast<int>(members.size()),
+            [this, members](const void* mine, void* all, std::size_t bytes) {
+              std::vector<unsigned char> whole(static_cast<std::size_t>(num_ranks) * bytes);
+              all_gather(mine, whole.data(), bytes);
+              for (std::size_t i = 0; i < members.size(); ++i)
+                std::memcpy(static_cast<unsigned char*>(all) + i * bytes,
+                            whole.data() + static_cast<std::size_t>(members[i]) * bytes, bytes);
+            },
+            members};
+  }
+  void use_device() { use_device(rank); }
+  void use_device(int wanted) {
     if (cudaGetDeviceCount(&num_devices) != cudaSuccess || num_devices == 0)
       throw std::runtime_error("no CUDA device");
-    device = rank % num_devices;
+    device = wanted % num_devices;
     if (cudaSetDevice(device) != cudaSuccess) throw std::runtime_error("cudaSetDevice failed");
   }
 

@@ -192,6 +192,12 @@ class Endpoint {
     return exchange_.dispatch_by_choice(channel_, send_plan(), counts, x_.data(), shape_.hidden, max_sms,
                                         stream);
   }
+  // `results`: one row a receive list entry.
+  MoverChoice combine_by_choice(const RowExchange::HostCounts* counts, const void* results, int max_sms) {
+    return exchange_.combine_by_choice(channel_, send_plan(), counts,
+                                       {results, shape_.hidden, nullptr, false}, y_.data(), shape_.hidden,
+                                       tokens_, max_sms, stream);
+  }
   CombineSource outputs(bool weighted = true) {
     return {rows_.data(), shape_.hidden, position_.data(), weighted};
   }

@@ -226,11 +226,16 @@ TEST(RowExchange, AllMoversGiveTheSameBits) {
                                                [static_cast<std::size_t>(list[row].second) * 72 + h]);
         a.partial().put(partial);
         std::vector<std::vector<std::uint16_t>> homes;
-        for (int way = 0; way < 3; ++way) {
+        for (int way = 0; way < 5; ++way) {
           a.poison();
           rank.barrier();
           const CombineSource source{a.partial().data(), 72, nullptr, false};
-          if (way == 0) {
+          if (way >= 3) {  // by choice: differently, then both by copy engines
+            const bool copies = way == 4 || rank.rank == 0;
+            const MoverChoice made =
+                a.combine_by_choice(copies ? &counts : nullptr, a.partial().data(), copies ? 0 : 2);
+            EXPECT_EQ(made.mover, copies ? Mover::kCopyEngines : Mover::kStores);
+          } else if (way == 0) {
             stores.combine(0, a.send_plan(), source, a.y_array().data(), 72, a.tokens(), {1, 2}, a.stream);
           } else {
             stores.combine_by_copy(0, a.send_plan(), counts, source, a.y_array().data(), 72, a.tokens(),
@@ -239,8 +244,8 @@ TEST(RowExchange, AllMoversGiveTheSameBits) {
           a.sync();
           homes.push_back(a.y());
         }
-        EXPECT_EQ(homes[0], homes[1]) << "seed " << seed;
-        EXPECT_EQ(homes[0], homes[2]) << "seed " << seed;
+        for (std::size_t way = 1; way < homes.size(); ++way)
+          EXPECT_EQ(homes[0], homes[way]) << "seed " << seed << " way " << way;
         // What should be there: the sum over the ranks that the token visits.
         const HostRouting& r = batch.routing[me];
         for (std::int64_t t = 0; t < r.tokens(); ++t) {
@@ -607,6 +612,13 @@ TEST(RowExchange, TheCheaperMoverIsChosen) {
   EXPECT_EQ(choose_mover(0, 4, true, costs).sms, 1);
   EXPECT_THROW(choose_mover(kRows, 0, false, costs), Error);
   EXPECT_THROW(choose_mover(-1, 8, true, costs), Error);
+  // A combine starts later whichever way it goes, and so stores have less to gain from more processors.
+  const MoverChoice combine = choose_mover(kRows, 132, true, kCombineCosts);
+  EXPECT_EQ(combine.mover, Mover::kStores);
+  EXPECT_LE(combine.sms, many.sms);
+  EXPECT_GT(combine.us, many.us);
+  EXPECT_EQ(choose_mover(kRows, 4, true, kCombineCosts).mover, Mover::kCopyEngines);
+  EXPECT_EQ(choose_mover(kRows, 4, false, kCombineCosts).mover, Mover::kStores);
 }
 // Needs no GPU: shapes are checked first.
 TEST(RowExchange, RefusesShapes) {
@@ -642,6 +654,7 @@ TEST(RowExchange, RefusesWhatItCannotDo) {
     EXPECT_THROW(end.dispatch({1000, 1}), Error);
     EXPECT_THROW(exchange.dispatch(1, end.send_plan(), end.rows().data(), 72, {}, {1, 0}, end.stream), Error);
     EXPECT_THROW(exchange.dispatch(0, end.send_plan(), end.rows().data(), 71, {}, {1, 0}, end.stream), Error);
+    EXPECT_THROW(end.combine_by_choice(nullptr, end.partial().data(), 0), Error);
   });
 }
 
