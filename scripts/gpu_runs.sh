@@ -3,7 +3,8 @@
 # time limit of its own, so that one that hangs costs no more than it.
 #
 # usage: gpu_runs.sh BINARIES OUT RANKS [DATE COMMIT]
-#   BINARIES  folder with row_exchange_cuda_test, gpu_layer_cuda_test, exchange_cuda_benchmark, multi_gpu_layer_cuda_benchmark
+#   BINARIES  folder with row_exchange_cuda_test, gpu_layer_cuda_test, gpu_two_hop_layer_cuda_test,
+#             exchange_cuda_benchmark, multi_gpu_layer_cuda_benchmark
 #             (of build/release: tests/comm/cuda, tests/runtime/cuda, benchmarks/cuda); the tests for one GPU, if they are
 #             there too (tests/kernels/cuda, tests/runtime)
 #   OUT       folder for results: tests.txt, exchange_*.json, layer_*.json, and their tables as .txt
@@ -23,7 +24,7 @@ for program in grouped_gemm_cuda_test rows_cuda_test routing_cuda_test cuda_kern
     tee -a "$out/tests.txt"
   grep -E "Failure|Skipped" -A3 "$out/one.txt" | head -12 >> "$out/tests.txt"
 done
-for program in row_exchange_cuda_test gpu_layer_cuda_test; do
+for program in row_exchange_cuda_test gpu_layer_cuda_test gpu_two_hop_layer_cuda_test; do
   # One process a test: each forks its ranks before it touches CUDA.
   for name in $("$bin/$program" --gtest_list_tests | awk '/^[^ ]/ {suite = $1} /^  / {print suite $1}'); do
     timeout -k 2 60 "$bin/$program" --gtest_filter="$name" > "$out/one.txt" 2>&1
@@ -52,4 +53,5 @@ for n in $ranks; do
   run "layer_${n}_moe_perf" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes moe_perf-deepseek,moe_perf-mixtral
   run "layer_${n}_nccl" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes deepseek-v3,olmoe --link nccl --iterations 7
   run "layer_${n}_nccl_hosts" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes olmoe --link nccl-hosts --iterations 3
+  [ $((n % 2)) -eq 0 ] && run "layer_${n}_two_hop" multi_gpu_layer_cuda_benchmark --ranks "$n" --shapes olmoe --link two-hop --iterations 3
 done

@@ -1,8 +1,9 @@
 // Dispatch and combine between the GPUs of one host, one process a GPU, beside what NCCL and a plain peer copy take.
 //
 // usage: exchange_cuda_benchmark [--ranks N] [--shapes A,B] [--routing uniform|zipf|FILE] [--experts N]
-//        [--iterations N] [--sweep] [--json] [--commit HASH] [--date DATE]
+//        [--cases A,B] [--iterations N] [--sweep] [--json] [--commit HASH] [--date DATE]
 //   --routing FILE  one count an expert a line: experts are drawn as often
+//   --cases         only these (of the phases below), and nothing of NCCL
 //   --sweep         more splits of the processors than the ones that are reported
 //
 // Every time is of the slowest rank: ranks meet on the device, an event is recorded on each, the work is enqueued, a second
@@ -64,10 +65,18 @@ constexpr ShapeOf kShapes[] = {
 };
 
 struct Arguments {
-  int ranks = 0, iterations = 15, experts = 0;
-  std::string shapes = "deepseek-v3,qwen3-235b,qwen3-30b,mixtral,olmoe,decode", routing = "uniform";
-  bool sweep = false, json = false;
-  std::string commit = "unknown", date = "unknown";
+  Options given;
+  int ranks, experts;
+  std::string shapes, routing, cases;
+  bool sweep;
+  explicit Arguments(Options options)
+      : given(std::move(options)),
+        ranks(std::atoi(given.value("--ranks").c_str())),
+        experts(std::atoi(given.value("--experts").c_str())),
+        shapes(given.value("--shapes", "deepseek-v3,qwen3-235b,qwen3-30b,mixtral,olmoe,decode")),
+        routing(given.value("--routing", "uniform")),
+        cases(given.value("--cases")),
+        sweep(!given.value("--sweep").empty()) {}
 };
 struct Row {
   std::string shape, kase, sms, baseline;
@@ -293,7 +302,7 @@ struct Case {
   Timing time(const std::function<void()>& arm, double divide = 1, std::uint64_t hide_us = 250,
               const std::function<void()>& before = {}, const std::function<void()>& after = {}) {
     std::vector<float> mine;
-    for (int i = -3; i < options.iterations; ++i) {
+    for (int i = -3; i < options.given.iterations; ++i) {
       CHECK(cudaMemsetAsync(flush.data, i & 0xFF, std::size_t{256} << 20, stream));
       wait_kernel<<<1, 1, 0, stream>>>(hide_us * 1000);
       if (before) before();
@@ -434,11 +443,15 @@ struct Case {
   }
   std::vector<cudaStream_t> more_streams;
 
+  bool wanted(const std::string& kase) const {
+    return options.cases.empty() || ("," + options.cases + ",").find("," + kase + ",") != std::string::npos;
+  }
   void run_large(SymmetricMemory& target, bool brief) {
     const double floor = floor_us(target);
     const double megabytes = largest(static_cast<double>(crossing_bytes())) / 1e6;
     const int all = processors;
     const auto measure = [&](const char* kase, MoverOptions m, bool local, const std::function<void()>& arm) {
+      if (!wanted(kase)) return;
       report(m.push_sms == 8 ? std::string(kase) + "_8sm" : kase, split(m, local), time(arm), "floor", floor,
              megabytes);
     };
@@ -469,7 +482,7 @@ struct Case {
                      1, 3000));
       }
     }
-    if (!brief) {
+    if (!brief && options.cases.empty()) {
       report("dispatch_copy_engine", "pack: " + std::to_string(all),
              time(
                  [&] {
@@ -484,6 +497,8 @@ struct Case {
                  },
                  1, 3000),
              "floor", floor, megabytes);
+    }
+    if (!brief) {
       for (const int p : {16, 64, 128}) {
         const MoverOptions m{p, 0};
         measure("dispatch_uncached", m, false, [&] { dispatch_uncached(m); });
@@ -503,7 +518,7 @@ struct Case {
     for (const int p : splits) {
       const MoverOptions m{p, all - p};
       measure("combine_experts", m, true, [&] { combine(outputs(), m); });
-      verify("combine_experts");
+      if (wanted("combine_experts") && wanted("dispatch_expanded")) verify("combine_experts");
     }
     splits = {8, 16, 32, 64};
     if (brief) splits = {8, 32};
@@ -514,7 +529,7 @@ struct Case {
         measure("combine_rows", m, true, [&] { combine(reduced(), m); });
       }
     }
-    if (brief) return;
+    if (brief || !options.cases.empty()) return;
     const auto push = [&](const CombineSource& source, int sms) {
       exchange->push_results(0, source, {sms, 0}, stream);
     };
@@ -600,6 +615,7 @@ struct Case {
     };
     const auto measure = [&](const char* kase, MoverOptions m, bool local,
                              const std::function<void()>& call) {
+      if (!wanted(kase)) return;
       cudaGraphExec_t graph = graph_of(call);
       report(kase, split(m, local), time([&] { CHECK(cudaGraphLaunch(graph, stream)); }, kGraphCalls));
       CHECK(cudaGraphExecDestroy(graph));
@@ -616,7 +632,7 @@ struct Case {
     for (const int p : {8, 16, 32, 64}) {
       const MoverOptions m{p, 64};
       measure("combine_experts", m, true, [&] { combine(outputs(), m); });
-      verify("combine_experts");
+      if (wanted("combine_experts") && wanted("dispatch_expanded")) verify("combine_experts");
       measure("combine_rows", m, true, [&] { combine(reduced(), m); });
     }
     measure("plan_and_dispatch", {16, 0}, false, [&] {
@@ -631,9 +647,10 @@ int run_rank(Rank& rank, const Arguments& options) {
   std::vector<Row> rows;
   std::unique_ptr<NcclCommunicator> nccl;
   std::string why;
-  if (rank.num_ranks > 1 && nccl_available(&why)) {
+  const bool with_nccl = options.cases.empty();
+  if (with_nccl && rank.num_ranks > 1 && nccl_available(&why)) {
     nccl = std::make_unique<NcclCommunicator>(rank.bootstrap(), std::chrono::seconds(60));
-  } else if (rank.rank == 0) {
+  } else if (with_nccl && rank.rank == 0) {
     std::fprintf(stderr, "no baseline of NCCL: %s\n", why.c_str());
   }
   std::stringstream wanted(options.shapes);
@@ -659,7 +676,7 @@ int run_rank(Rank& rank, const Arguments& options) {
         if (nccl != nullptr) c.run_nccl(*nccl);
       }
       rank.barrier();
-      if (!small && name == "deepseek-v3" && options.routing == "uniform") {
+      if (!small && name == "deepseek-v3" && options.routing == "uniform" && options.cases.empty()) {
         for (const int percent : {25, 100}) {
           Case ragged(rank, shape, options, weights, shape.top_k * percent / 100.0, rows,
                       "-relu-" + std::to_string(percent) + "%");
@@ -673,7 +690,7 @@ int run_rank(Rank& rank, const Arguments& options) {
     }
     rank.barrier();
   }
-  if (rank.rank != 0 || !options.json) return 0;
+  if (rank.rank != 0 || !options.given.json) return 0;
   cudaDeviceProp properties{};
   CHECK(cudaGetDeviceProperties(&properties, rank.device));
   int driver = 0;
@@ -684,9 +701,9 @@ int run_rank(Rank& rank, const Arguments& options) {
       "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%d x %s\", \"driver\": \"%s, CUDA %d.%d\", "
       "\"nccl\": %d,\n"
       " \"routing\": \"%s\", \"iterations\": %d, \"seed\": %u,\n \"rows\": [\n",
-      options.date.c_str(), options.commit.c_str(), rank.num_ranks, properties.name, version.c_str(),
-      driver / 1000, driver % 1000 / 10, nccl != nullptr ? nccl_version() : 0, options.routing.c_str(),
-      options.iterations, kSeed);
+      options.given.date.c_str(), options.given.commit.c_str(), rank.num_ranks, properties.name,
+      version.c_str(), driver / 1000, driver % 1000 / 10, nccl != nullptr ? nccl_version() : 0,
+      options.routing.c_str(), options.given.iterations, kSeed);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     std::printf(
@@ -702,19 +719,8 @@ int run_rank(Rank& rank, const Arguments& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options given =
-      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts"}, {"--sweep"});
-  Arguments options;
-  options.json = given.json;
-  options.sweep = !given.value("--sweep").empty();
-  options.iterations = given.iterations;
-  options.commit = given.commit;
-  options.date = given.date;
-  options.ranks = std::atoi(given.value("--ranks").c_str());
-  options.experts = std::atoi(given.value("--experts").c_str());
-  for (const auto& [name, to] :
-       {std::pair{"--shapes", &options.shapes}, std::pair{"--routing", &options.routing}})
-    if (!given.value(name).empty()) *to = given.value(name);
+  Arguments options(
+      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts", "--cases"}, {"--sweep"}));
   if (options.ranks == 0) options.ranks = gpu_ranks::count_devices();
   if (options.ranks < 1) {
     std::fprintf(stderr, "no CUDA device\n");

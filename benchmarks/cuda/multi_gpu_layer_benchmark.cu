@@ -2,9 +2,14 @@
 // the time of dense cuBLAS products of the same FLOPs (forward: two; backward: dgrad and wgrad of each).
 //
 // usage: multi_gpu_layer_cuda_benchmark [--ranks N] [--shapes A,B] [--routing uniform|zipf|FILE] [--experts N]
-//        [--comm-sms A,B] [--link nvlink|nccl|nccl-hosts] [--iterations N] [--json] [--commit HASH] [--date DATE]
+//        [--comm-sms A,B] [--link nvlink|nccl|nccl-hosts|two-hop] [--nodes N] [--chunks A,B] [--iterations N] [--json]
+//        [--commit HASH] [--date DATE]
 //   --link      nccl: NCCL as it likes; nccl-hosts: NCCL that takes every rank for a host of its own, over sockets of the
 //               loopback interface (emulated: no network card has that speed and its delays)
+//               two-hop: rows cross once to each of --nodes (2) pretended hosts of nccl-hosts' kind, and go on over
+//               NVLink: in one piece, and in as many chunks as the layer's cost model says for the network's measured
+//               speed, beside one hop over NCCL;
+//               --chunks: and in so many
 //   --comm-sms  processors of the exchange beside GEMMs, 0: by the layer's cost model
 //
 // The plan is ready when the clock starts; `plan` is timed by itself. Times are of the slowest rank (see
@@ -36,6 +41,7 @@
 #include "sluice/comm/cuda/nccl_library.hpp"
 #include "sluice/comm/cuda/row_exchange.hpp"
 #include "sluice/runtime/src/cuda/gpu_layer.hpp"
+#include "sluice/runtime/src/cuda/gpu_two_hop_layer.hpp"
 #include "timing.cuh"
 
 namespace {
@@ -65,10 +71,19 @@ constexpr ShapeOf kShapes[] = {
     {"moe_perf-mixtral", 4096, 4096, 14336, 8, 2, Activation::kGelu},
 };
 struct Arguments {
-  int ranks = 0, iterations = 15, experts = 0;
-  std::string shapes = "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe", routing = "uniform", comm_sms = "0", link = "nvlink";
-  bool json = false;
-  std::string commit = "unknown", date = "unknown";
+  Options given;
+  int ranks, experts, nodes;
+  std::string shapes, routing, comm_sms, link, chunks;
+  explicit Arguments(Options options)
+      : given(std::move(options)),
+        ranks(std::atoi(given.value("--ranks").c_str())),
+        experts(std::atoi(given.value("--experts").c_str())),
+        nodes(std::atoi(given.value("--nodes", "2").c_str())),
+        shapes(given.value("--shapes", "deepseek-v3,mixtral,qwen3-235b,qwen3-30b,olmoe")),
+        routing(given.value("--routing", "uniform")),
+        comm_sms(given.value("--comm-sms", "0")),
+        link(given.value("--link", "nvlink")),
+        chunks(given.value("--chunks")) {}
 };
 struct Row {
   std::string shape, kase;
@@ -126,7 +141,7 @@ struct Bench {
   std::vector<Timing> time(const std::vector<std::function<void()>>& arms,
                            const std::function<void()>& before = {}) {
     std::vector<float> mine;
-    for (int i = -2; i < options.iterations; ++i) {
+    for (int i = -2; i < options.given.iterations; ++i) {
       for (const auto& arm : arms) {
         if (before) before();
         CHECK(cudaMemsetAsync(flush.data, i & 0xFF, std::size_t{256} << 20, stream));
@@ -141,7 +156,7 @@ struct Bench {
         if (i >= 0) mine.push_back(ms);
       }
     }
-    exchange->check(0);
+    if (exchange != nullptr) exchange->check(0);
     std::vector<float> all(mine.size() * static_cast<std::size_t>(rank.num_ranks));
     rank.all_gather(mine.data(), all.data(), mine.size() * sizeof(float));
     std::vector<std::vector<double>> slowest(arms.size(), std::vector<double>(mine.size() / arms.size(), 0));
@@ -176,10 +191,8 @@ struct Bench {
                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   }
 
-  void run(ShapeOf shape) {
-    const int ranks = rank.num_ranks;
-    if (options.experts > 0 && shape.experts >= 64) shape.experts = options.experts;
-    const int local = shape.experts / ranks;
+  // Tokens' experts, CSR.
+  std::pair<std::vector<std::int64_t>, std::vector<std::int32_t>> draw(const ShapeOf& shape) const {
     std::mt19937 random(kSeed + static_cast<unsigned>(rank.rank));
     std::vector<double> weights(static_cast<std::size_t>(shape.experts), 1.0);
     if (options.routing == "zipf") {
@@ -207,6 +220,13 @@ struct Bench {
       expert.insert(expert.end(), chosen.begin(), chosen.end());
       row_ptr.push_back(static_cast<std::int64_t>(expert.size()));
     }
+    return {row_ptr, expert};
+  }
+
+  void run(ShapeOf shape) {
+    const int ranks = rank.num_ranks;
+    const int local = shape.experts / ranks;
+    const auto [row_ptr, expert] = draw(shape);
     const std::vector<float> route_weight(expert.size(), 1.0f / static_cast<float>(shape.top_k));
     ExchangeShape e;
     e.max_tokens = shape.tokens;
@@ -364,18 +384,161 @@ struct Bench {
     }
     rank.barrier();
   }
+
+  // One hop over NCCL (`sequential` of the report), two hops in one piece, and in the number of chunks of the cost model.
+  void run_two_hop(const ShapeOf& shape) {
+    const int ranks = rank.num_ranks, local = shape.experts / ranks, per_node = ranks / options.nodes;
+    const auto [row_ptr, expert] = draw(shape);
+    const std::vector<float> route_weight(expert.size(), 1.0f / static_cast<float>(shape.top_k));
+    const double imbalance = options.routing == "uniform" ? 1.5 : 0;
+    GpuTwoHopShape s;
+    s.layer.ffn = shape.ffn;
+    s.layer.activation = shape.activation;
+    s.layer.num_experts = shape.experts;
+    for (int i = 0; i < shape.experts; ++i) s.layer.rank_of.push_back(i / local);
+    s.layer.training = true;
+    s.num_nodes = options.nodes;
+    s.ranks_per_node = per_node;
+    s.max_tokens = shape.tokens;
+    s.hidden = shape.hidden;
+    s.max_routes_of_token = shape.top_k;
+    s.imbalance = imbalance;
+    s.deadline = std::chrono::seconds(20);
+    std::vector<int> places, here;
+    for (int i = 0; i < options.nodes; ++i) places.push_back(i * per_node + rank.rank % per_node);
+    for (int i = 0; i < per_node; ++i) here.push_back(rank.rank / per_node * per_node + i);
+    const Bootstrap between = rank.bootstrap_of(places), inside = rank.bootstrap_of(here);
+    const std::int64_t values = shape.tokens * shape.hidden;
+    const auto salt = static_cast<std::uint64_t>(rank.rank) * 10;
+    {
+      NcclCommunicator network(between, std::chrono::seconds(60));
+      Bf16 x(values), y(values);
+      fill<<<1024, 256>>>(x.data, values, salt + 3, 1.0f);
+      CHECK(cudaDeviceSynchronize());
+      // What the network carries, for the cost model: every row to another node.
+      std::vector<NcclTransfer> all_rows;
+      const auto part = static_cast<std::size_t>(values / std::max(1, options.nodes - 1)) * 2;
+      for (int d = 0, at = 0; d < options.nodes; ++d) {
+        if (d == between.rank) continue;
+        const std::size_t offset = part * static_cast<std::size_t>(at++);
+        all_rows.push_back({d, reinterpret_cast<char*>(x.data) + offset, part,
+                            reinterpret_cast<char*>(y.data) + offset, part});
+      }
+      const Timing travel = time({[&] { network.exchange(all_rows, stream); }})[0];
+      report({shape.name, "network, " + std::to_string(values * 2 / 1000000) + " MB", travel, 0, 0, 0,
+              std::nan(""), 0});
+      s.network_bytes_s = static_cast<double>(values * 2) / travel.median_us * 1e6;
+      struct Way {
+        std::string name;
+        std::unique_ptr<RowExchange> between, inside;
+        std::unique_ptr<GpuTwoHopLayer> two;
+        std::unique_ptr<GpuLayer> one;
+      };
+      std::vector<Way> ways(1);
+      ExchangeShape e;
+      e.max_tokens = shape.tokens;
+      e.hidden = shape.hidden;
+      e.max_routes = static_cast<std::int64_t>(static_cast<double>(shape.tokens * shape.top_k) *
+                                               (imbalance > 0 ? imbalance : ranks));
+      e.num_local_slots = local;
+      ways[0].name = "one_hop";
+      ways[0].between =
+          std::make_unique<RowExchange>(rank.bootstrap(), e, Link::kNccl, PeerPath::kBest, nccl.get());
+      ways[0].one = std::make_unique<GpuLayer>(*ways[0].between, 0, s.layer);
+      std::vector<int> cuts = {1, two_hop_chunks(s)};
+      for (const std::string& more : split(options.chunks)) cuts.push_back(std::atoi(more.c_str()));
+      for (const int cut : cuts) {
+        s.chunks = cut;
+        Way w;
+        w.name = "two_hops, " + std::to_string(cut) + (cut == 1 ? " chunk" : " chunks");
+        w.between = std::make_unique<RowExchange>(between, two_hop_between(s, rank.rank), Link::kNccl,
+                                                  PeerPath::kBest, &network);
+        w.inside = std::make_unique<RowExchange>(inside, two_hop_inside(s, rank.rank));
+        w.two = std::make_unique<GpuTwoHopLayer>(*w.between, *w.inside, 0, s);
+        ways.push_back(std::move(w));
+      }
+      const std::int64_t pre = kernels::preactivation_cols(shape.activation, shape.ffn);
+      const std::int64_t count1 = local * pre * shape.hidden, count2 = local * shape.hidden * shape.ffn;
+      Bf16 w1(count1), w2(count2), dy(values), dx(values);
+      Buffer<float> g1(count1), g2(count2), dweight(static_cast<std::int64_t>(expert.size()));
+      const Buffer<std::int64_t> row_ptr_d(row_ptr);
+      const Buffer<std::int32_t> expert_d(expert);
+      const Buffer<float> weight_d(route_weight);
+      fill<<<1024, 256>>>(w1.data, count1, salt + 1, 0.03f);
+      fill<<<1024, 256>>>(w2.data, count2, salt + 2, 0.03f);
+      fill<<<1024, 256>>>(dy.data, values, salt + 4, 1.0f);
+      CHECK(cudaMemset(g1.data, 0, static_cast<std::size_t>(count1) * 4));
+      CHECK(cudaMemset(g2.data, 0, static_cast<std::size_t>(count2) * 4));
+      CHECK(cudaDeviceSynchronize());
+      const auto plan = [&](Way& w) {
+        const kernels::cuda::ConstRouting routing{row_ptr_d.data, expert_d.data, weight_d.data};
+        w.one != nullptr ? w.one->plan(routing, shape.tokens, stream)
+                         : w.two->plan(routing, shape.tokens, stream);
+      };
+      const auto pass = [&](Way& w, bool both) {
+        const GpuExperts experts{w1.data, w2.data};
+        const GpuExpertGradients gradients{g1.data, g2.data};
+        GpuLayerOptions o;
+        o.keep = both;
+        const auto run = [&](auto& layer) {
+          layer.forward(experts, x.data, y.data, o, stream);
+          if (both) layer.backward(experts, gradients, dy.data, dx.data, dweight.data, o, stream);
+        };
+        w.one != nullptr ? run(*w.one) : run(*w.two);
+      };
+      const auto done = [&](Way& w) { w.one != nullptr ? w.between->wait(0, stream) : w.two->wait(stream); };
+      // The same bits from all cuts, and from one hop where a node has one rank.
+      std::vector<std::uint16_t> first_y(static_cast<std::size_t>(values)), first_dx(first_y.size()),
+          this_y(first_y.size()), this_dx(first_y.size());
+      for (std::size_t i = 0; i < ways.size(); ++i) {
+        CHECK(cudaMemset(y.data, 0xFF, this_y.size() * 2));
+        CHECK(cudaMemset(dx.data, 0xFF, this_y.size() * 2));
+        CHECK(cudaDeviceSynchronize());
+        plan(ways[i]);
+        pass(ways[i], true);
+        done(ways[i]);
+        CHECK(cudaMemcpy(this_y.data(), y.data, this_y.size() * 2, cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(this_dx.data(), dx.data, this_y.size() * 2, cudaMemcpyDeviceToHost));
+        if (i == 0 || (i == 1 && per_node > 1)) first_y = this_y, first_dx = this_dx;
+        if (first_y != this_y || first_dx != this_dx) {
+          std::fprintf(stderr, "rank %d %s: %s differs (y %d, dx %d)\n", rank.rank, shape.name,
+                       ways[i].name.c_str(), first_y != this_y, first_dx != this_dx);
+          std::exit(1);
+        }
+        rank.barrier();
+      }
+      std::vector<std::function<void()>> arms;
+      for (Way& w : ways) {
+        arms.push_back([&] { plan(w); });
+        arms.push_back([&] { pass(w, false); });
+        arms.push_back([&] { pass(w, true); });
+      }
+      const std::vector<Timing> times = time(arms);
+      for (std::size_t i = 0; i < ways.size(); ++i) {
+        const char* const kinds[] = {"plan, ", "layer_forward, ", "layer_forward_backward, "};
+        for (std::size_t kind = 0; kind < 3; ++kind)
+          report({shape.name, kinds[kind] + ways[i].name, times[3 * i + kind], 0, 0, 0, std::nan(""), 0});
+        done(ways[i]);
+      }
+      rank.barrier();
+    }
+    rank.barrier();
+  }
 };
 
 int run_rank(Rank& rank, const Arguments& options) {
-  if (options.link == "nccl-hosts") {  // before NCCL is loaded
-    setenv("NCCL_HOSTID", ("pretended-host-" + std::to_string(rank.rank)).c_str(), 1);
+  if (options.link == "two-hop" && (options.nodes < 1 || rank.num_ranks % options.nodes != 0))
+    throw Error(ErrorCode::kInvalidArgument, "--nodes must divide the ranks");
+  if (options.link == "nccl-hosts" || options.link == "two-hop") {  // before NCCL is loaded
+    const int host = options.link == "two-hop" ? rank.rank / (rank.num_ranks / options.nodes) : rank.rank;
+    setenv("NCCL_HOSTID", ("pretended-host-" + std::to_string(host)).c_str(), 1);
     setenv("NCCL_P2P_DISABLE", "1", 1);
     setenv("NCCL_SHM_DISABLE", "1", 1);
     setenv("NCCL_IB_DISABLE", "1", 1);
     setenv("NCCL_SOCKET_IFNAME", "lo", 1);
   } else if (options.link != "nvlink" && options.link != "nccl") {
     throw Error(ErrorCode::kInvalidArgument,
-                "--link is " + options.link + "; nvlink, nccl or nccl-hosts is needed");
+                "--link is " + options.link + "; nvlink, nccl, nccl-hosts or two-hop is needed");
   }
   rank.use_device();
   std::vector<Row> rows;
@@ -385,9 +548,15 @@ int run_rank(Rank& rank, const Arguments& options) {
     for (const ShapeOf& s : kShapes)
       if (name == s.name) found = &s;
     if (found == nullptr) throw Error(ErrorCode::kInvalidArgument, "no shape " + name);
-    bench.run(*found);
+    ShapeOf shape = *found;
+    if (options.experts > 0 && shape.experts >= 64) shape.experts = options.experts;
+    if (options.link == "two-hop") {
+      bench.run_two_hop(shape);
+    } else {
+      bench.run(shape);
+    }
   }
-  if (rank.rank != 0 || !options.json) return 0;
+  if (rank.rank != 0 || !options.given.json) return 0;
   cudaDeviceProp properties{};
   CHECK(cudaGetDeviceProperties(&properties, rank.device));
   std::string version = "unknown";
@@ -396,8 +565,8 @@ int run_rank(Rank& rank, const Arguments& options) {
       "{\"date\": \"%s\", \"commit\": \"%s\", \"device\": \"%d x %s\", \"driver\": \"%s\", \"link\": \"%s\", "
       "\"routing\": \"%s\", "
       "\"iterations\": %d,\n \"rows\": [\n",
-      options.date.c_str(), options.commit.c_str(), rank.num_ranks, properties.name, version.c_str(),
-      options.link.c_str(), options.routing.c_str(), options.iterations);
+      options.given.date.c_str(), options.given.commit.c_str(), rank.num_ranks, properties.name,
+      version.c_str(), options.link.c_str(), options.routing.c_str(), options.given.iterations);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     std::printf(
@@ -416,19 +585,9 @@ int run_rank(Rank& rank, const Arguments& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options given =
-      parse_options(argc, argv, {"--ranks", "--shapes", "--routing", "--experts", "--comm-sms", "--link"});
-  Arguments options;
-  options.json = given.json;
-  options.iterations = given.iterations;
-  options.commit = given.commit;
-  options.date = given.date;
-  options.ranks = std::atoi(given.value("--ranks").c_str());
-  options.experts = std::atoi(given.value("--experts").c_str());
-  for (const auto& [name, to] :
-       {std::pair{"--shapes", &options.shapes}, std::pair{"--routing", &options.routing},
-        std::pair{"--comm-sms", &options.comm_sms}, std::pair{"--link", &options.link}})
-    if (!given.value(name).empty()) *to = given.value(name);
+  Arguments options(parse_options(
+      argc, argv,
+      {"--ranks", "--shapes", "--routing", "--experts", "--comm-sms", "--link", "--nodes", "--chunks"}));
   if (options.ranks == 0) options.ranks = gpu_ranks::count_devices();
   if (options.ranks < 1) {
     std::fprintf(stderr, "no CUDA device\n");

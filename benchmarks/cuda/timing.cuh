@@ -75,9 +75,9 @@ struct Options {
   int iterations = 15;
   std::string commit = "unknown", date = "unknown";
   std::map<std::string, std::string> others;  // by name; flags are "1"
-  std::string value(const std::string& name) const {
+  std::string value(const std::string& name, const std::string& otherwise = "") const {
     const auto found = others.find(name);
-    return found == others.end() ? "" : found->second;
+    return found == others.end() ? otherwise : found->second;
   }
 };
 // `values` and `flags` are the names of options that only this benchmark has. Ends the program where one is wrong.
