@@ -485,6 +485,40 @@ void validate(const LoadedConfig& loaded) {
            named("placement.policy"));
   }
 
+  if (rows_go_between_gpus(c)) {
+    // What a layer on GPUs (runtime/src/cuda/gpu_layer.hpp) has no way to do.
+    const std::string over = named("comm.transport");
+    if (c.runtime.device != Config::Runtime::Device::kCuda)
+      fail(over, " moves rows from GPU to GPU, but ", named("runtime.device"),
+           "; compute there (runtime.device = cuda, or --device cuda), or choose another transport");
+    if (c.model.dtype != DType::kBF16)
+      fail(over, " moves bf16 rows, but ", named("model.dtype"),
+           "; set model.dtype = bf16, or choose another transport");
+    for (const std::string_view key : {"comm.wire_dtype", "comm.combine_dtype"})
+      if (const std::string text = schema::value_text(row_of(key, "validate"), c); text == "f32")
+        fail(over, " moves bf16 rows, but ", named(key), "; set it to rows or bf16");
+    for (const auto& [key, value] :
+         {std::pair{"model.hidden", std::int64_t{c.model.hidden}}, {"model.ffn", std::int64_t{c.model.ffn}}})
+      if (value % 8 != 0)
+        fail(named(key), " is not a multiple of 8, which a bf16 layer on a GPU needs (", over, ")");
+    for (const auto& [key, value] : {std::pair{"model.chain_iterations", c.model.chain_iterations},
+                                     {"schedule.chain_chunks", c.schedule.chain_chunks}})
+      if (value > 1)
+        fail(named(key), ": a layer over ", over, " keeps one pass at a time; set ", key,
+             " = 1, or choose another transport");
+    using Schedule = Config::Schedule::Policy;
+    if (c.schedule.policy == Schedule::kPipelined || c.schedule.policy == Schedule::kHierarchical ||
+        (c.schedule.policy == Schedule::kBySource && c.schedule.num_chunks > 1))
+      fail(named("schedule.policy"), " with ", named("schedule.num_chunks"), ": a layer over ", over,
+           " has the schedules sequential, auto, and by-source with schedule.num_chunks = 1");
+    if (c.runtime.save == Config::Runtime::Save::kRows)
+      fail(named("runtime.save"), ": a layer over ", over,
+           " keeps the experts' inner rows; set runtime.save = activations");
+    if (c.train.on_failure == Config::Train::OnFailure::kShrink)
+      fail(named("train.on_failure"), ": survivors form no new group over ", over,
+           "; set train.on_failure = stop");
+  }
+
   if (c.comm.transport != "local") {
     for (const std::string_view key :
          {"topology.in_node_bytes_per_s", "topology.in_node_latency_us", "topology.across_nodes_bytes_per_s",
@@ -502,6 +536,10 @@ std::int32_t NodesSpec::num_ranks() const {
   std::size_t ranks = 0;
   for (const auto& list : lists) ranks += list.size();
   return static_cast<std::int32_t>(ranks);
+}
+
+bool rows_go_between_gpus(const Config& config) {
+  return config.comm.transport == "nvlink" || config.comm.transport == "nccl";
 }
 
 std::int32_t configured_ranks(const Config& config) {

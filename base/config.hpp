@@ -219,6 +219,9 @@ struct Config {
   Config();
 };
 
+// Whether token rows travel from GPU to GPU: comm.transport is nvlink or nccl.
+bool rows_go_between_gpus(const Config& config);
+
 // How many ranks the configuration asks for (topology.ranks, else topology.nodes); 0 when it leaves that to
 // the launcher.
 std::int32_t configured_ranks(const Config& config);

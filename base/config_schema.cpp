@@ -35,7 +35,8 @@ constexpr std::array<Text, 2> kDeals = {"random", "by_position"};
 constexpr std::array<Text, 3> kChainResiduals = {"none", "inner", "outer"};
 constexpr std::array<Text, 2> kReluVariants = {"paper", "official"};
 constexpr std::array<Text, 2> kPlacementPolicies = {"contiguous", "file"};
-constexpr std::array<Text, 7> kTransports = {"local", "shm", "tcp", "ucx", "shm+tcp", "shm+ucx", "mpi"};
+constexpr std::array<Text, 9> kTransports = {"local",   "shm", "tcp",    "ucx", "shm+tcp",
+                                             "shm+ucx", "mpi", "nvlink", "nccl"};
 constexpr std::array<Text, 3> kProgressModes = {"auto", "inline", "thread"};
 constexpr std::array<Text, 5> kSchedulePolicies = {"sequential", "pipelined", "by-source", "hierarchical",
                                                    "auto"};
@@ -490,13 +491,18 @@ const Row kRows[] = {
      .allowed = kTransports,
      .default_text = "local",
      .kind = Kind::kSemantic,
-     .doc = "local: ranks are threads of one process. Else they are processes that sluice launch, torchrun, "
-            "mpirun or "
-            "srun started (docs/transports.md): shm: of one host, over shared memory; tcp: of any hosts; "
-            "ucx: over "
-            "UCX; shm+tcp, shm+ucx: shared memory within a node, the other between nodes; mpi: over MPI, "
-            "started by "
-            "mpirun or srun."},
+     .doc =
+         "local: ranks are threads of one process. Else they are processes that sluice launch, torchrun, "
+         "mpirun or "
+         "srun started (docs/transports.md): shm: of one host, over shared memory; tcp: of any hosts; "
+         "ucx: over "
+         "UCX; shm+tcp, shm+ucx: shared memory within a node, the other between nodes; mpi: over MPI, "
+         "started by "
+         "mpirun or srun. nvlink, nccl: rows stay on the ranks' GPUs and travel from GPU to GPU, each rank "
+         "with one "
+         "of its own: nvlink by stores into the memory of GPUs of the same host, nccl by NCCL, also between "
+         "hosts; "
+         "everything else goes over shm+tcp. Both need runtime.device = cuda and model.dtype = bf16."},
     {.key = "comm.timeout_ms",
      .member = SLUICE_MEMBER(comm.timeout_ms),
      .unit = "ms",
@@ -632,9 +638,9 @@ const Row kRows[] = {
      .default_text = "cpu",
      .kind = Kind::kLocal,
      .doc =
-         "Where experts are computed: cpu, or cuda: a GPU of the node, taken in turns by its ranks; rows "
-         "then "
-         "travel between the node's memory and the GPU, and results agree with the CPU's within rounding."},
+         "Where experts are computed: cpu, or cuda: a GPU of the node, taken in turns by its ranks; results "
+         "agree with the CPU's within rounding. Between ranks rows then go through the node's memory, unless "
+         "comm.transport is nvlink or nccl."},
     {.key = "runtime.threads_per_rank",
      .member = SLUICE_MEMBER(runtime.threads_per_rank),
      .unit = "threads",

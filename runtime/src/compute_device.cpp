@@ -1,10 +1,15 @@
 #include "sluice/runtime/src/compute_device.hpp"
 
+#include "sluice/runtime/src/bench/gpu_bench.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 #ifdef SLUICE_HAS_CUDA
+#include "sluice/comm/cuda/nccl_library.hpp"
 #include "sluice/kernels/cuda/cuda_device.hpp"
+#include "sluice/runtime/src/cuda/cuda_bench.hpp"
+#include "sluice/runtime/src/cuda/cuda_group.hpp"
 #endif
 
 namespace sluice {
@@ -19,6 +24,50 @@ std::unique_ptr<kernels::Device> make_compute_device(int rank_in_node) {
       str("rank ", rank_in_node,
           " of its node is to compute on a CUDA device, but this build has no CUDA kernels; configure with "
           "-DSLUICE_CUDA=ON, or use the device cpu"));
+#endif
+}
+
+int num_gpus() {
+#ifdef SLUICE_HAS_CUDA
+  return kernels::cuda::num_cuda_devices();
+#else
+  return 0;
+#endif
+}
+
+void require_gpu_link(GpuLink link) {
+#ifdef SLUICE_HAS_CUDA
+  Require(
+      kernels::cuda::num_cuda_devices() > 0, ErrorCode::kNotSupported, "comm.transport ", to_string(link),
+      " moves rows from GPU to GPU, but this process sees no CUDA device; run it where GPUs are, or choose "
+      "another transport");
+  std::string why_not;
+  Require(link != GpuLink::kNccl || comm::cuda::nccl_available(&why_not), ErrorCode::kNotSupported,
+          "comm.transport nccl: ", why_not,
+          "; install NCCL, or name its library in SLUICE_NCCL_LIBRARY, or choose another transport");
+#else
+  throw Error(ErrorCode::kNotSupported,
+              str("comm.transport ", to_string(link),
+                  " moves rows from GPU to GPU, but this build has no CUDA kernels; configure with "
+                  "-DSLUICE_CUDA=ON, or choose another transport"));
+#endif
+}
+
+std::unique_ptr<GpuGroup> make_gpu_group(Runtime& runtime, GpuLink link) {
+  require_gpu_link(link);
+#ifdef SLUICE_HAS_CUDA
+  return std::make_unique<CudaGroup>(runtime, link);
+#else
+  return nullptr;  // not reached
+#endif
+}
+
+LayerBenchReport gpu_bench(Runtime& runtime, const LoadedConfig& config) {
+#ifdef SLUICE_HAS_CUDA
+  return cuda_bench(runtime, config);
+#else
+  require_gpu_link(GpuLink::kNvlink);
+  return {};  // not reached
 #endif
 }
 

@@ -13,6 +13,9 @@ namespace sluice {
 // has no CUDA kernels, or no GPU is there.
 std::unique_ptr<kernels::Device> make_compute_device(int rank_in_node);
 
+// GPUs that this process sees; 0 also in a build without CUDA kernels.
+int num_gpus();
+
 // Host memory of the device's choice for context buffers. The device must outlive them.
 Allocator device_allocator(kernels::Device& device);
 

@@ -89,14 +89,17 @@ class DeviceExperts {
                    bool trainable);
   // Adds the device's gradients to the host's, which blocks, and starts them from zero again.
   void move_gradients(std::span<float* const> grad_w1, std::span<float* const> grad_w2);
+  // Somebody else has added to them.
+  void gradients_changed() { gradients_changed_ = true; }
   std::int64_t capacity_bytes() const;
 
   kernels::Device& device;
   const MoeLayerOptions& options;
   const kernels::Activation activation;
   const std::int64_t h_cols;
-  std::vector<const std::byte*> w1, w2;  // [num_local_slots], device addresses
-  std::vector<float*> grad_w1, grad_w2;  // [num_local_slots], device addresses
+  // [num_local_slots], device addresses; a slot lies behind the one before it, without gaps
+  std::vector<const std::byte*> w1, w2;
+  std::vector<float*> grad_w1, grad_w2;
 
  private:
   void upload(DeviceMemory& memory, std::span<const std::byte* const> from, std::int64_t elements,

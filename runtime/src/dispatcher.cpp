@@ -33,6 +33,10 @@ struct Dispatcher::State {
         format{o.hidden, o.wire_dtype, o.combine_dtype},
         pool(std::make_shared<ContextPool>(r, num_signals(r.num_ranks(), 1))),
         exchange(r, placement, {o.exchange, 1}) {
+    Require(
+        !r.state().gpu_group, ErrorCode::kNotSupported,
+        "a dispatcher moves rows through host memory; choose a transport of the host (shm, tcp), not nvlink "
+        "or nccl");
     Require(o.hidden >= 1, ErrorCode::kInvalidArgument, "hidden is ", o.hidden, ", must be at least 1");
     Require(o.alignment >= 1, ErrorCode::kInvalidArgument, "alignment is ", o.alignment,
             ", must be at least 1");

@@ -70,6 +70,14 @@ MoeLayerOptions layer_options(const Config& config) {
   out.schedule.exchange = config.schedule.exchange == Config::Schedule::Exchange::kGateway
                               ? Exchange::kGateway
                               : Exchange::kDirect;
+  if (rows_go_between_gpus(config)) {
+    // A row goes straight to each GPU that needs it. NCCL's sends hide behind GEMMs, stores over NVLink need not
+    // (docs/cuda_dispatch.md).
+    out.schedule.exchange = Exchange::kDirect;
+    if (config.schedule.policy == Config::Schedule::Policy::kAuto && config.comm.transport == "nccl")
+      out.schedule.policy = SchedulePolicy::kBySource;
+    out.schedule.num_chunks = 1;
+  }
   out.save = config.runtime.save == Config::Runtime::Save::kRows ? Save::kRows : Save::kActivations;
   return out;
 }

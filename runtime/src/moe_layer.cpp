@@ -9,6 +9,7 @@
 #include "sluice/runtime/src/context_storage.hpp"
 #include "sluice/runtime/src/device_layer.hpp"
 #include "sluice/runtime/src/executor.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/layer_work.hpp"
 #include "sluice/runtime/src/pass_run.hpp"
@@ -62,6 +63,7 @@ void Context::release() noexcept {
     // Given up while a pass is in flight: peers may still write here, so this channel is never used again.
     if (storage_->pass->run) storage_->poisoned = true;
     storage_->pass->run.reset();
+    storage_->pass->ran_on_gpus.reset();
     if (!storage_->poisoned) storage_->in_use = false;
   }
   storage_ = nullptr;
@@ -95,7 +97,16 @@ struct MoeLayer::State {
   std::vector<std::int32_t> constant_ids;        // int32 [constant experts], ascending
   std::vector<ConstantExpertWeights> constants;  // [constant experts]
   std::vector<float> row_x, row_sum;             // f32 [hidden], of constant experts
-  std::unique_ptr<DeviceExperts> on_device;  // null: the host computes
+  std::unique_ptr<DeviceExperts> on_device;      // null: the host computes
+  // Over nvlink and nccl. Rows travel between GPUs and a pass runs whole when it is started; finish() adds what the host
+  // computes. GPUs keep one forward for its backward: that of `kept`.
+  std::unique_ptr<GpuRows> gpu_rows;
+  struct Planned {
+    const Plan* plan;
+    Routing routing;
+  };
+  std::vector<Planned> planned;  // routings of the pool's plans
+  const ContextStorage* kept = nullptr;
   // Of one source's rows in one context, for weight gradients that are added later.
   GrowArray<std::int64_t> later_ptr;                  // int64 [num_local_slots + 1]
   GrowArray<std::int32_t> later_position, later_row;  // int32 [routes]
@@ -130,7 +141,28 @@ struct MoeLayer::State {
     if (o.auto_profile) o.auto_profile->validate();
     if (kernels::Device* device = r.state().device.get())
       on_device = std::make_unique<DeviceExperts>(*device, options, activation);
+    if (GpuGroup* group = r.state().gpu_group.get()) make_gpu_rows(*group);
   }
+
+  void make_gpu_rows(GpuGroup& group) {
+    const std::string_view link = to_string(group.link());
+    for (const auto& [dtype, what] : {std::pair{options.dtype, "rows"},
+                                      {options.wire_dtype, "rows on the wire"},
+                                      {options.combine_dtype, "sums on their way home"}})
+      Require(dtype == DType::kBF16, ErrorCode::kNotSupported, "over ", link, " ", what,
+              " are bf16, but the layer's are ", to_string(dtype));
+    Require(!options.auto_profile, ErrorCode::kNotSupported, "over ", link,
+            " a layer has the schedules sequential and by-source; it cannot choose by a profile");
+    gpu_rows =
+        group.make_rows(placement, {.hidden = options.hidden,
+                                    .ffn = options.ffn,
+                                    .activation = activation,
+                                    .training = options.save != Save::kNone,
+                                    .overlapped = options.schedule.policy == SchedulePolicy::kBySource});
+  }
+  void remember(const Plan& plan, const RoutingView& routing);
+  void run_on_gpus(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
+                   MatrixView out, std::span<float> dw);
 
   static std::int32_t most_chunks(const MoeLayerOptions& o) {
     if (!o.auto_profile) return o.schedule.num_chunks;
@@ -390,7 +422,40 @@ std::shared_ptr<const Plan> MoeLayer::plan(const RoutingView& routing) {
   if (s.options.auto_profile)
     choose = [&s](std::span<const std::int64_t> gathered) { return s.choose(gathered); };
   s.exchange.build(routing, *plan, Hasher().add(s.layer_hash).add(s.pool->state_hash()).value(), choose);
+  if (s.gpu_rows) s.remember(*plan, routing);
   return plan;
+}
+
+// GPUs make their own plan of a routing, when a pass begins.
+void MoeLayer::State::remember(const Plan& plan, const RoutingView& routing) {
+  auto at = std::find_if(planned.begin(), planned.end(), [&](const Planned& p) { return p.plan == &plan; });
+  if (at == planned.end()) at = planned.insert(planned.end(), {&plan, {}});
+  at->routing.num_experts = routing.num_experts;
+  at->routing.row_ptr.assign(routing.row_ptr.begin(), routing.row_ptr.end());
+  at->routing.expert.assign(routing.expert.begin(), routing.expert.end());
+  at->routing.weight.assign(routing.weight.begin(), routing.weight.end());
+}
+
+void MoeLayer::State::run_on_gpus(ContextStorage& storage, const Plan& plan, PassKind kind,
+                                  ConstMatrixView in, MatrixView out, std::span<float> dw) {
+  const Span span(runtime.recorder(), StaticText::promised("pass on GPUs"), "compute");
+  const void* const base1 = on_device->w1.empty() ? nullptr : on_device->w1.front();
+  const void* const base2 = on_device->w2.empty() ? nullptr : on_device->w2.front();
+  if (kind == PassKind::kForward) {
+    const auto at =
+        std::find_if(planned.begin(), planned.end(), [&](const Planned& p) { return p.plan == &plan; });
+    Require(at != planned.end(), ErrorCode::kInternal, "a plan without its routing");
+    kept = nullptr;
+    gpu_rows->plan(at->routing);
+    gpu_rows->forward(base1, base2, in, out);
+    kept = &storage;
+  } else {
+    kept = nullptr;  // the kept rows become gradients
+    gpu_rows->backward(base1, base2, on_device->grad_w1.empty() ? nullptr : on_device->grad_w1.front(),
+                       on_device->grad_w2.empty() ? nullptr : on_device->grad_w2.front(), in, out, dw);
+    on_device->gradients_changed();
+  }
+  storage.pass->ran_on_gpus = kind;
 }
 
 namespace {
@@ -517,6 +582,16 @@ void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView d
   Require(s.options.save != Save::kNone, ErrorCode::kInvalidState,
           "the layer keeps nothing for backward; set save to rows or activations");
   Require(s.trainable, ErrorCode::kInvalidState, "set_weights gave no gradients for some slot");
+  if (s.gpu_rows) {
+    Require(!context.storage_->pass->ran_on_gpus, ErrorCode::kInvalidState,
+            "backward on a context whose forward is still in flight; finish() it first");
+    Require(
+        s.kept == context.storage_, ErrorCode::kInvalidState,
+        "over GPUs a layer keeps its last forward alone for backward, and this context's is an earlier one; "
+        "run backward before the next forward");
+    Require(when == WeightGradients::kNow, ErrorCode::kNotSupported,
+            "over GPUs weight gradients are added up in the pass, not later");
+  }
   const Plan& plan = *context.plan_;
   check_rows(dy, "dy", plan, s.options.hidden, s.options.dtype);
   check_rows(dx, "dx", plan, s.options.hidden, s.options.dtype);
@@ -533,6 +608,7 @@ void MoeLayer::start_backward(Context& context, ConstMatrixView dy, MatrixView d
 void MoeLayer::State::start(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,
                             MatrixView out, std::span<float> dw, WeightGradients when) {
   run_in_flight(runtime, storage, to_string(kind), [&] {
+    if (gpu_rows) return run_on_gpus(storage, plan, kind, in, out, dw);
     storage.pass->shape = shape_of(plan);
     PassRun& pass = storage.pass->run.emplace(runtime, *storage.pass->shape, plan, format, storage, kind);
     LayerPassWork& work = work_of(*this, storage);
@@ -548,18 +624,20 @@ void MoeLayer::finish(Context& context) {
   Require(context.valid() && context.pool_ == s.pool, ErrorCode::kInvalidState,
           "finish needs a context of this layer");
   ContextStorage& storage = *context.storage_;
-  Require(storage.pass->run.has_value(), ErrorCode::kInvalidState,
+  std::optional<PassKind>& ran = storage.pass->ran_on_gpus;
+  Require(storage.pass->run.has_value() || ran, ErrorCode::kInvalidState,
           "finish on a context that has no pass in flight");
-  PassRun& pass = *storage.pass->run;
+  const bool backward = ran ? *ran == PassKind::kBackward : storage.pass->run->is_backward();
   const Plan& plan = *context.plan_;
-  run_in_flight(s.runtime, storage, pass.is_backward() ? "backward" : "forward", [&] {
-    s.runtime.state().executor->finish(pass);
-    if (s.on_device) s.on_device->device.synchronize();  // weight gradients are queued last
-    if (pass.is_backward())
+  run_in_flight(s.runtime, storage, backward ? "backward" : "forward", [&] {
+    if (!ran) s.runtime.state().executor->finish(*storage.pass->run);
+    if (s.on_device && !ran) s.on_device->device.synchronize();  // weight gradients are queued last
+    if (backward)
       s.add_everywhere_backward(plan, context.in_, context.x_, context.out_, context.dw_);
     else
       s.add_everywhere(plan, context.in_, context.out_);
   });
+  ran.reset();
   storage.pass->run.reset();
 }
 
@@ -696,6 +774,7 @@ MoeLayer::Memory MoeLayer::memory() const {
   Memory out{s.pool->capacity_bytes(), s.plans.capacity_bytes(), s.runtime.kernels().scratch_bytes()};
   if (s.on_device) {
     out.contexts += s.on_device->capacity_bytes();
+    if (s.gpu_rows) out.contexts += s.gpu_rows->capacity_bytes();
     out.scratch += s.on_device->device.kernels().scratch_bytes();
   }
   return out;

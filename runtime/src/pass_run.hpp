@@ -156,7 +156,8 @@ class PassRun {
 struct PassSlot {
   std::shared_ptr<const Template> shape;  // of the run, where it may change from plan to plan
   std::optional<PassRun> run;
-  std::unique_ptr<ExpertWork> work;  // the layer's, reused pass by pass
+  std::optional<PassKind> ran_on_gpus;  // a pass that needs no run, from its start until finish()
+  std::unique_ptr<ExpertWork> work;     // the layer's, reused pass by pass
 };
 
 }  // namespace sluice

@@ -3,12 +3,21 @@
 #include <algorithm>
 #include <thread>
 
+#include "sluice/base/hash.hpp"
+#include "sluice/comm/host.hpp"
 #include "sluice/runtime/src/compute_device.hpp"
 #include "sluice/runtime/src/executor.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
 namespace {
+
+void give_device(RuntimeState& state, std::int64_t rank_in_node) {
+  state.device = make_compute_device(static_cast<int>(rank_in_node));
+  state.options.device = ComputeDevice::kCuda;
+  if (state.options.allocator.allocate == nullptr) state.options.allocator = device_allocator(*state.device);
+}
 
 std::unique_ptr<RuntimeState> make_state(std::unique_ptr<comm::Transport> transport,
                                          const RuntimeOptions& options) {
@@ -22,9 +31,7 @@ std::unique_ptr<RuntimeState> make_state(std::unique_ptr<comm::Transport> transp
   if (options.device == ComputeDevice::kCuda) {
     const Topology& topology = transport->topology();
     const auto here = topology.ranks_of(topology.node_of(transport->rank()));
-    state->device = make_compute_device(
-        static_cast<int>(std::find(here.begin(), here.end(), transport->rank().value) - here.begin()));
-    if (options.allocator.allocate == nullptr) state->options.allocator = device_allocator(*state->device);
+    give_device(*state, std::find(here.begin(), here.end(), transport->rank().value) - here.begin());
   }
   transport->set_timeout(options.timeout);
   state->collectives = std::make_unique<comm::Collectives>(*transport);
@@ -70,11 +77,27 @@ std::vector<std::unique_ptr<Runtime>> Runtime::create_local(const Topology& topo
 
 std::unique_ptr<Runtime> Runtime::create(std::string_view transport, const Topology* nodes,
                                          const RuntimeOptions& options) {
-  return create_over(comm::load_transport(transport, nodes,
-                                          {.rendezvous = options.rendezvous,
-                                           .secret_file = options.secret_file,
-                                           .timeout = options.timeout}),
-                     options);
+  const std::optional<GpuLink> link = gpu_link_of(transport);
+  if (link) {
+    Require(options.device == ComputeDevice::kCuda, ErrorCode::kInvalidArgument, "transport ", transport,
+            " moves rows from GPU to GPU, but the device is cpu; set it to cuda (runtime.device), or choose "
+            "another transport");
+    require_gpu_link(*link);
+  }
+  // Where rows travel between GPUs, the host's transport carries all else; it always finds a way.
+  auto joined = comm::load_transport(
+      link ? "shm+tcp" : transport, nodes,
+      {.rendezvous = options.rendezvous, .secret_file = options.secret_file, .timeout = options.timeout});
+  if (!link) return create_over(std::move(joined), options);
+  RuntimeOptions on_host = options;
+  on_host.device = ComputeDevice::kCpu;
+  auto runtime = create_over(std::move(joined), on_host);
+  // Hosts as they are: nodes may be declared otherwise, but GPUs are the host's.
+  const auto host = static_cast<std::int64_t>(Hasher().add_text(comm::host_identity()).value());
+  const std::vector<std::int64_t> hosts = runtime->all_gather(std::span(&host, 1), "GPUs");
+  give_device(runtime->state(), std::count(hosts.begin(), hosts.begin() + runtime->rank().value, host));
+  runtime->state().gpu_group = make_gpu_group(*runtime, *link);
+  return runtime;
 }
 
 std::unique_ptr<Runtime> Runtime::create_over(std::unique_ptr<comm::Transport> transport,

@@ -13,6 +13,7 @@
 namespace sluice {
 
 class Executor;
+class GpuGroup;
 struct MachineProfile;
 struct ContextStorage;
 
@@ -28,6 +29,7 @@ struct RuntimeState {
   std::unique_ptr<comm::Collectives> collectives;
   std::unique_ptr<kernels::Kernels> kernels;
   std::unique_ptr<Executor> executor;
+  std::unique_ptr<GpuGroup> gpu_group;            // null: rows travel between ranks through host memory
   std::shared_ptr<const MachineProfile> profile;  // once it was asked for (tune/profile.hpp)
   SpanRecorder* recorder = nullptr;
   std::uint32_t next_channel = 1;  // 0 belongs to the collectives

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 PROGRAM = sys.argv.pop(1)
@@ -103,6 +104,7 @@ class Program(unittest.TestCase):
         for schedule in (["--set", "schedule.policy=sequential"], ["--set", "schedule.policy=pipelined"]):
             report = self.document(*BENCH, *schedule, "--set", "topology.nodes=2x2", "--json")
             self.assertEqual(report["ranks"], 4)
+            self.assertEqual(report["rows"], "host")
             for key in ("device", "forward_us", "backward_us", "sequential_forward_us", "sequential_backward_us",
                         "floor_us", "dense_gemm_us", "predicted_forward_us", "overlap_efficiency", "exposed_comm_us",
                         "bytes", "flat_bytes", "schedule", "config_hash"):
@@ -124,6 +126,40 @@ class Program(unittest.TestCase):
                 self.assertRegex(done.stderr, "no CUDA device|no CUDA kernels")
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
         self.refused(["gpu", "cuda"], *BENCH, "--device", "gpu")
+
+    def test_rows_between_gpus(self):
+        """nvlink and nccl are values like any other; what they cannot do is said at once, also where there is no GPU."""
+        cuda = ["--device", "cuda", "--set", "model.dtype=bf16"]
+        transports = {t["name"]: t for t in self.document("info", "--json")["transports"]}
+        for link in ("nvlink", "nccl"):
+            over = ["--set", f"comm.transport={link}"]
+            for command in (BENCH, ["train"]):
+                self.refused([f"comm.transport {link}", "runtime.device cpu", "--device cuda"], *command, *over)
+                self.refused(["model.dtype f32", "bf16"], *command, *over, "--device", "cuda")
+                for key, value, words in (("comm.wire_dtype", "f32", ["rows or bf16"]), ("model.ffn", "20", ["multiple of 8"]),
+                                          ("model.chain_iterations", "2", ["= 1"]), ("schedule.chain_chunks", "2", ["= 1"]),
+                                          ("schedule.policy", "pipelined", ["by-source"]),
+                                          ("schedule.policy", "by-source", ["schedule.num_chunks = 1"]),
+                                          ("runtime.save", "rows", ["activations"])):
+                    self.refused([key, value, link, *words], command[0], *over, *cuda, "--set", f"{key}={value}")
+            self.refused(["train.on_failure", "= stop"], "train", *over, *cuda, "--set", "train.on_failure=shrink",
+                         "--set", f"train.checkpoint_dir={self.dir.name}")
+            self.refused([link, "host"], "tune", *over, "--set", "runtime.device=cuda", "--set", "model.dtype=bf16",
+                         "-o", os.path.join(self.dir.name, "tuned.toml"))
+            self.refused([link, "host"], "info", *over, "--set", "runtime.device=cuda", "--set", "model.dtype=bf16",
+                         "--probe", "-o", os.path.join(self.dir.name, "profile.json"))
+            if transports[link]["usable"]:
+                continue
+            self.assertRegex(transports[link]["why_not"], "CUDA|NCCL|nccl")
+            began = time.monotonic()
+            for command in ([*BENCH], ["train", "--text", os.path.join(SOURCE, "docs")]):
+                self.refused([link, "choose another transport"], *command, *over, *cuda)
+                done = run("launch", "-n", "2", "--", PROGRAM, *command, *over, *cuda)
+                self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
+                lines = done.stderr.strip().splitlines()
+                self.assertEqual(sum("choose another transport" in line for line in lines), 2, done.stderr)  # each rank
+                self.assertIn("ended with exit code 1", lines[-1])  # the launcher
+            self.assertLess(time.monotonic() - began, 20)
 
     def test_experts_that_need_no_wire(self):
         # 16 of 20 experts have weights: of tokens with one expert each, all alike, four fifths travel as without the four.

@@ -10,6 +10,9 @@
 // On a device (RuntimeOptions::device) the experts are computed there; x, y, dy, dx, dw, weights and gradients stay host
 // memory, and so does the exchange. Then set_weights() copies, and must be called again when values changed; gradients
 // reach the caller's memory in sync_replica_gradients(). Results agree with the CPU's within rounding.
+// Over transports nvlink and nccl rows travel from GPU to GPU instead: dtypes are all bf16, an expert has one slot, the
+// slots of a rank are in ascending order of experts, start_forward() and start_backward() run the pass, the schedule is
+// sequential or by-source (others run as sequential), and only the last forward can be followed by its backward.
 //
 // Usage, on every rank, in the same order:
 //   MoeLayer layer(runtime, placement, options);

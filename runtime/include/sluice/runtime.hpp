@@ -73,7 +73,8 @@ class Runtime {
   static std::vector<std::unique_ptr<Runtime>> create_local(const Topology& topology,
                                                             const RuntimeOptions& options = {});
   // One rank of a group that was launched outside, over its transport ("tcp", "mpi"). Collective. `nodes`
-  // overrides discovery; null discovers.
+  // overrides discovery; null discovers. "nvlink" and "nccl": layers move their rows from GPU to GPU (docs/transports.md);
+  // they need the device kCuda and a GPU for each rank.
   static std::unique_ptr<Runtime> create(std::string_view transport, const Topology* nodes = nullptr,
                                          const RuntimeOptions& options = {});
   // One rank over a transport that the caller made.

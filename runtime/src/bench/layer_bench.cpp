@@ -12,9 +12,9 @@
 #include "sluice/base/telemetry.hpp"
 #include "sluice/base/text_table.hpp"
 #include "sluice/moe_layer.hpp"
+#include "sluice/runtime/src/bench/dense_gemms.hpp"
 #include "sluice/runtime/src/bench/draw_routing.hpp"
 #include "sluice/runtime/src/compute_device.hpp"
-#include "sluice/runtime/src/device_layer.hpp"
 #include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
@@ -178,56 +178,6 @@ Floor measure_floor(Runtime& runtime, const BusyTimes& busy, const Plan& plan,
           link(topology.across_nodes, true, busy.across_nodes_us)};
 }
 
-constexpr int kDenseRuns = 5;
-
-// The GEMMs of dense_gemm_us() on a device; the host's clock from the first call to the end of the last.
-void dense_gemms_on_device(kernels::Device& device, const MoeLayerOptions& options, std::int64_t rows,
-                           const std::vector<std::byte>& a, const Inputs& in, std::vector<double>& forward_us,
-                           std::vector<double>& backward_us) {
-  const std::int64_t pre = preactivation_cols(options);
-  DeviceCopy<std::byte> x(device), w1(device), w2(device);
-  DeviceCopy<std::int64_t> ptr(device);
-  DeviceRows h(device), act(device), out(device);
-  DeviceMemory g1(device), g2(device);
-  device.make_current();
-  x.upload(a);
-  w1.upload(in.w1[0]);
-  w2.upload(in.w2[0]);
-  ptr.upload(std::vector<std::int64_t>{0, rows});
-  h.resize(rows, pre, options.dtype);
-  act.resize(rows, options.ffn, options.dtype);
-  out.resize(rows, options.hidden, options.dtype);
-  g1.at_least(pre * options.hidden * 4);
-  g2.at_least(options.ffn * options.hidden * 4);
-  device.zero(g1.as<float>(), pre * options.hidden * 4);
-  device.zero(g2.as<float>(), options.ffn * options.hidden * 4);
-  const ConstMatrixView va(x.span().data(), options.dtype, rows, options.hidden, options.hidden);
-  const std::byte* const base1[1] = {w1.span().data()};
-  const std::byte* const base2[1] = {w2.span().data()};
-  float* const grad1[1] = {g1.as<float>()};
-  float* const grad2[1] = {g2.as<float>()};
-  kernels::Kernels& kernels = device.kernels();
-  const kernels::Activation activation = kernels::Activation::kRelu;  // any: only h is wanted
-  kernels.grouped_gemm_dgrad({ptr.span(), base2}, va, {}, options.dtype,
-                             act.view());  // values for the second GEMM
-  for (int i = 0; i < 1 + kDenseRuns; ++i) {
-    device.synchronize();
-    auto begin = Clock::now();
-    kernels.grouped_gemm_forward({ptr.span(), base1}, va, {}, options.dtype, pre, activation, h.view(), {});
-    kernels.grouped_gemm_forward({ptr.span(), base2}, act.view(), {}, options.dtype, options.hidden,
-                                 activation, out.view(), {});
-    device.synchronize();
-    if (i > 0) forward_us.push_back(elapsed_us(begin));
-    begin = Clock::now();
-    kernels.grouped_gemm_dgrad({ptr.span(), base2}, va, {}, options.dtype, act.view());
-    kernels.grouped_gemm_dgrad({ptr.span(), base1}, h.view(), {}, options.dtype, out.view());
-    kernels.grouped_gemm_wgrad(ptr.span(), va, {}, act.view(), {}, grad2);
-    kernels.grouped_gemm_wgrad(ptr.span(), h.view(), {}, va, {}, grad1);
-    device.synchronize();
-    if (i > 0) backward_us.push_back(elapsed_us(begin));
-  }
-}
-
 // The pass's GEMMs as one group of all local rows: what the arithmetic costs when nothing is ragged.
 std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, const MoeLayerOptions& options,
                                         Inputs& in) {
@@ -239,7 +189,7 @@ std::pair<double, double> dense_gemm_us(Runtime& runtime, const Plan& plan, cons
     std::mt19937_64 rng(1);
     auto a = random_rows(rng, static_cast<std::size_t>(rows * options.hidden), 1, options.dtype);
     if (kernels::Device* device = runtime.state().device.get()) {
-      dense_gemms_on_device(*device, options, rows, a, in, forward, backward);
+      dense_gemms_on_device(*device, options, rows, a, in.w1[0], in.w2[0], forward, backward);
       return {largest(runtime, sample_of(forward).median_us),
               largest(runtime, sample_of(backward).median_us)};
     }
@@ -284,7 +234,9 @@ nlohmann::json ratio_json(const PairedRatio& r) {
   return {{"median", number(r.median)}, {"upper95", number(r.upper95)}};
 }
 nlohmann::json floor_json(const Floor& f) {
-  return {{"compute", f.compute_us}, {"in_node", f.in_node_us}, {"across_nodes", f.across_nodes_us}};
+  return {{"compute", number(f.compute_us)},
+          {"in_node", number(f.in_node_us)},
+          {"across_nodes", number(f.across_nodes_us)}};
 }
 
 }  // namespace
@@ -302,6 +254,10 @@ Sample sample_of(std::vector<double> values) {
   for (double& v : values) v = std::abs(v - out.median_us);
   out.mad_us = median(values);
   return out;
+}
+
+double PassFigures::to_dense() const {
+  return dense_gemm_us > 0 ? scheduled.median_us / dense_gemm_us : std::nan("");
 }
 
 double PassFigures::overlap_efficiency() const {
@@ -479,8 +435,9 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
 }
 
 std::string LayerBenchReport::to_json() const {
-  const nlohmann::json out{
+  nlohmann::json out{
       {"device", device},
+      {"rows", on_gpus ? "device" : "host"},
       {"ranks", num_ranks},
       {"topology", topology},
       {"emulated_links", emulated_links},
@@ -502,8 +459,8 @@ std::string LayerBenchReport::to_json() const {
        {{"forward", number(forward.prediction_error())}, {"backward", number(backward.prediction_error())}}},
       {"overlap_efficiency", number(forward.overlap_efficiency())},
       {"overlap_efficiency_backward", number(backward.overlap_efficiency())},
-      {"exposed_comm_us", forward.exposed_comm_us},
-      {"exposed_comm_backward_us", backward.exposed_comm_us},
+      {"exposed_comm_us", number(forward.exposed_comm_us)},
+      {"exposed_comm_backward_us", number(backward.exposed_comm_us)},
       {"bytes", {{"in_node", bytes_in_node}, {"across_nodes", bytes_across_nodes}}},
       {"flat_bytes", {{"in_node", flat_bytes_in_node}, {"across_nodes", flat_bytes_across_nodes}}},
       {"crossings_per_token",
@@ -512,6 +469,23 @@ std::string LayerBenchReport::to_json() const {
         {"across_nodes", crossings_across_nodes}}},
       {"memory_bytes", memory_bytes},
       {"config_hash", hash_text(config_hash)}};
+  if (!host_rows_because.empty()) out["rows_because"] = host_rows_because;
+  if (on_gpus) {
+    out["link"] = on_gpus->link;
+    out["to_dense_gemm"] = {{"forward", number(forward.to_dense())},
+                            {"backward", number(backward.to_dense())}};
+    out["exchange_alone_us"] = sample_json(on_gpus->exchange);
+    out["gemms_alone_us"] = sample_json(on_gpus->gemms);
+    out["local_work_us"] = sample_json(on_gpus->local);
+    out["check"] = {{"tokens", on_gpus->checked_tokens},
+                    {"tolerance", on_gpus->tolerance},
+                    {"y_error", on_gpus->y_error},
+                    {"dx_error", on_gpus->dx_error},
+                    {"dweight_error", on_gpus->dweight_error},
+                    {"gradient_error", on_gpus->gradient_error},
+                    {"y_bits", hash_text(on_gpus->y_bits)},
+                    {"dx_bits", hash_text(on_gpus->dx_bits)}};
+  }
   return out.dump(2);
 }
 
@@ -536,6 +510,12 @@ std::string LayerBenchReport::to_text() const {
   both("floor: across nodes", [](const PassFigures& p) { return fixed(p.floor.across_nodes_us, 1); });
   both("dense GEMM of as many rows", [](const PassFigures& p) { return fixed(p.dense_gemm_us, 1); });
   table.add_rule();
+  if (on_gpus) {
+    both("ratio to dense GEMM", [](const PassFigures& p) { return fixed(p.to_dense(), 3); });
+    table.add_row({"exchange alone", spread(on_gpus->exchange)});
+    table.add_row({"GEMMs alone", spread(on_gpus->gemms)});
+    table.add_row({"all but the link", spread(on_gpus->local)});
+  }
   both("predicted", [](const PassFigures& p) -> std::string {
     if (!std::isfinite(p.predicted_us)) return "no profile of this device";
     return fixed(p.predicted_us, 1) + " (" + (p.prediction_error() < 0 ? "" : "+") +
@@ -551,7 +531,16 @@ std::string LayerBenchReport::to_text() const {
       {"in node", grouped(bytes_in_node), grouped(flat_bytes_in_node), fixed(crossings_in_node, 3)});
   traffic.add_row({"across nodes", grouped(bytes_across_nodes), grouped(flat_bytes_across_nodes),
                    fixed(crossings_across_nodes, 3)});
-  return out + traffic.to_string();
+  out += traffic.to_string();
+  if (!host_rows_because.empty())
+    out += str("rows pass through the host's memory: ", host_rows_because, "\n");
+  if (on_gpus)
+    out += str("rows stay on the GPUs, link ", on_gpus->link, "; against the CPU's kernels on ",
+               on_gpus->checked_tokens, " tokens a rank: y off by ", fixed(on_gpus->y_error, 4), ", dx ",
+               fixed(on_gpus->dx_error, 4), ", gate weights' gradients ", fixed(on_gpus->dweight_error, 4),
+               ", weights' gradients ", fixed(on_gpus->gradient_error, 4), " of their norm (tolerance ",
+               fixed(on_gpus->tolerance, 3), ")\n");
+  return out;
 }
 
 }  // namespace sluice

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -47,12 +48,27 @@ struct PassFigures {
   double exposed_comm_us = 0;  // scheduled median less the compute floor
   double predicted_us = std::numeric_limits<double>::quiet_NaN();  // by the cost model; NaN without a profile
   double prediction_error() const { return predicted_us / scheduled.median_us - 1; }
+  double to_dense() const;  // scheduled over dense_gemm_us; NaN where there is none
   // (sequential - scheduled) / (sequential - floor); NaN unless sequential exceeds the floor by 5% or more
   double overlap_efficiency() const;
 };
 
+// Of a layer whose rows stay on GPUs (gpu_bench.hpp). Its floor is what each rank's processors must do wherever rows come
+// from (compute), and the exchange alone (in_node, across_nodes), both of the forward pass; of the backward it is not known.
+struct GpuFigures {
+  std::string link;                 // "nvlink", "nccl"; "none" of one rank
+  Sample exchange, gemms, local;    // of a forward: the exchange alone, its GEMMs alone, all but the link
+  std::int32_t checked_tokens = 0;  // of every rank, against the CPU's kernels
+  double tolerance = 0;  // of |difference| / |reference|, norms over a token's row, or over what is compared
+  double y_error = 0, dx_error = 0;  // the largest of any rank and token
+  double dweight_error = 0, gradient_error = 0;
+  std::uint64_t y_bits = 0, dx_bits = 0;  // hashes of all ranks' results
+};
+
 struct LayerBenchReport {
   std::string device;
+  std::optional<GpuFigures> on_gpus;  // none: rows pass through the host's memory
+  std::string host_rows_because;      // why they do, where the experts are computed on a GPU
   std::int32_t num_ranks = 0;
   std::string topology;
   bool emulated_links = false;

@@ -1,6 +1,6 @@
 #include <CLI/CLI.hpp>
 
-#include "sluice/runtime/src/bench/layer_bench.hpp"
+#include "sluice/runtime/src/bench/gpu_bench.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
 #include "sluice/runtime/src/rank_group.hpp"
 
@@ -47,9 +47,18 @@ void add_bench(CLI::App& app, Run& run) {
       if (o->sweep) configs = sweep(configs.front());
       std::string json, text;
       GroupOptions group;
-      group.default_ranks = 2;
+      // A GPU is used by one rank unless more are asked for.
+      group.default_ranks = configs.front().config.runtime.device == Config::Runtime::Device::kCuda ? 1 : 2;
       group.body = [&](Runtime& runtime, const LoadedConfig&) {
-        const std::vector<LayerBenchReport> reports = run_layer_bench(runtime, configs);
+        const std::string why_host = why_host_rows(runtime, configs);
+        std::vector<LayerBenchReport> reports;
+        if (why_host.empty()) {
+          reports.push_back(gpu_bench(runtime, configs.front()));
+        } else {
+          reports = run_layer_bench(runtime, configs);
+          if (runtime.options().device == ComputeDevice::kCuda)
+            for (LayerBenchReport& report : reports) report.host_rows_because = why_host;
+        }
         if (!prints_results(runtime)) return;
         for (const LayerBenchReport& report : reports) {
           json += str(json.empty() ? "" : ",\n", report.to_json());

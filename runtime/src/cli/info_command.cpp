@@ -9,6 +9,8 @@
 #include "sluice/comm/transport.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
+#include "sluice/runtime/src/compute_device.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/rank_group.hpp"
 #include "sluice/runtime/src/tune/probe.hpp"
@@ -41,6 +43,9 @@ std::string link_text(const LinkProfile& link) {
 int run_probe(const LoadedConfig& loaded, const std::string& output, bool json) {
   Require(!output.empty(), ErrorCode::kInvalidArgument, "-o is empty; name the profile file to write");
   require_writable(output);
+  Require(!rows_go_between_gpus(loaded.config), ErrorCode::kNotSupported, "comm.transport is ",
+          loaded.config.comm.transport,
+          ", but sluice info --probe measures links of the host; choose a transport of the host");
   const auto begin = Clock::now();
   GroupOptions group;
   group.default_ranks = 2;
@@ -106,6 +111,7 @@ void add_info(CLI::App& app, Run& run) {
                                                {"isa", kernels::cpu_isa()},
                                                {"cores", std::thread::hardware_concurrency()},
                                                {"memory_bytes", physical_memory_bytes()}}});
+      out["gpus"] = num_gpus();
       const comm::HostDescription host = comm::describe_host();
       out["host"] = {{"name", comm::host_name()},
                      {"packages", host.packages},
@@ -129,7 +135,15 @@ void add_info(CLI::App& app, Run& run) {
                                      "ranks are processes of any hosts, over UCX"),
                                  transport_json(
                                      "mpi", [] { comm::find_transport_module("mpi"); },
-                                     "ranks are processes, launched by mpirun or srun")});
+                                     "ranks are processes, launched by mpirun or srun"),
+                                 transport_json(
+                                     "nvlink", [] { require_gpu_link(GpuLink::kNvlink); },
+                                     "ranks are processes of this host with a GPU each; rows go from GPU to "
+                                     "GPU by stores"),
+                                 transport_json(
+                                     "nccl", [] { require_gpu_link(GpuLink::kNccl); },
+                                     "ranks are processes of any hosts with a GPU each; rows go from GPU to "
+                                     "GPU over NCCL")});
       const std::int32_t ranks = std::max(1, configured_ranks(loaded.config));
       const Topology topology = configured_topology(loaded.config, ranks);
       out["topology"] = {{"ranks", ranks},
@@ -152,6 +166,7 @@ void add_info(CLI::App& app, Run& run) {
       table.add_row({"may run on", str("threads ", host.own_threads, " (", host.num_own_cores,
                                        " cores), NUMA nodes ", host.own_numa_nodes)});
       table.add_row({"memory", bytes_text(physical_memory_bytes())});
+      table.add_row({"GPUs", str(num_gpus())});
       for (const auto& t : out["transports"])
         table.add_row({"transport " + t["name"].get<std::string>(),
                        t["usable"].get<bool>() ? t["what"].get<std::string>()

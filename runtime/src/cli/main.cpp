@@ -12,10 +12,12 @@
 namespace sluice::cli {
 
 LoadedConfig ConfigOptions::load() const {
-  LoadedConfig config =
-      load_config(file.empty() ? std::nullopt : std::optional<std::filesystem::path>(file), sets);
-  if (!device.empty()) config.set("runtime.device", device, {ConfigSource::Kind::kCommandLine, "--device"});
-  return config;
+  std::vector<std::string> all = sets;
+  if (!device.empty()) {  // over --set, and before the configuration is checked
+    std::erase_if(all, [](const std::string& set) { return set.starts_with("runtime.device="); });
+    all.push_back("runtime.device=" + device);
+  }
+  return load_config(file.empty() ? std::nullopt : std::optional<std::filesystem::path>(file), all);
 }
 
 void add_config_options(CLI::App& app, ConfigOptions& options) {

@@ -82,6 +82,9 @@ std::vector<ScheduleOptions> to_confirm(const ScheduleChoice& choice, const Sche
 
 int run_tune(const TuneOptions& o) {
   const LoadedConfig loaded = o.config.load();
+  Require(!rows_go_between_gpus(loaded.config), ErrorCode::kNotSupported, "comm.transport is ",
+          loaded.config.comm.transport,
+          ", but sluice tune searches schedules of the host; choose a transport of the host");
   Require(!o.output.empty(), ErrorCode::kInvalidArgument, "-o is empty; name the file to write");
   require_writable(o.output);
   const std::string profile_path = o.output + ".profile.json";

@@ -113,6 +113,7 @@ TrainReport::Overlap measure_overlap(Runtime& runtime, const Config& config, Mod
   out.note = shared_cores_note(runtime, config.runtime.threads_per_rank, "overlap");
   if (config.schedule.policy == Config::Schedule::Policy::kSequential && config.schedule.chain_chunks == 1)
     out.note = "the schedule is sequential";
+  if (rows_go_between_gpus(config)) out.note = "rows travel between GPUs; sluice bench measures that";
   if (runtime.num_ranks() == 1) out.note = "one rank has nobody to wait for";
   if (!out.note.empty()) return out;
 
@@ -369,7 +370,8 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   report.num_ranks = runtime.num_ranks();
   report.num_nodes = runtime.topology().num_nodes();
   report.topology = runtime.topology().describe();
-  report.transport = std::string(runtime.transport().name());
+  report.transport =
+      rows_go_between_gpus(config) ? config.comm.transport : std::string(runtime.transport().name());
   report.emulated_links = runtime.topology().in_node.limited() || runtime.topology().across_nodes.limited();
   report.config_hash = semantic_hash(config);
   const auto steps = static_cast<std::size_t>(config.train.steps);

@@ -156,7 +156,8 @@ std::shared_ptr<const MachineProfile> group_profile(Runtime& runtime, const Conf
 }
 
 void choose_automatically(Runtime& runtime, const Config& config, MoeLayerOptions& options) {
-  if (config.schedule.policy == Config::Schedule::Policy::kAuto)
+  // Over GPUs layer_options() has chosen: profiles are of CPUs.
+  if (config.schedule.policy == Config::Schedule::Policy::kAuto && !rows_go_between_gpus(config))
     options.auto_profile = group_profile(runtime, config);
 }
 

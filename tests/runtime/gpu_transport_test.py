@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""bench and train with rows that stay on GPUs: one rank, two ranks over nvlink and nccl, and how they fail. What needs more
+GPUs than there are is skipped, and all of it without a GPU (exit status 77).
+
+usage: gpu_transport_test.py PROGRAM SOURCE gpu|multi-gpu"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+PROGRAM, SOURCE, KIND = sys.argv[1:4]
+del sys.argv[1:4]
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_") or k == "SLUICE_NCCL_LIBRARY"}
+BF16 = ["--set", "model.dtype=bf16"]
+BENCH = ["bench", "--json", "--device", "cuda", "--set", "bench.iterations=3", "--set", "bench.warmup=1", "--set",
+         "bench.tokens_per_rank=300", "--set", "model.hidden=136", "--set", "model.ffn=72", "--set", "bench.skew=1"]
+TRAIN = ["train", "--json", "--config", os.path.join(SOURCE, "configs", "quickstart.toml"), "--text", os.path.join(SOURCE, "docs"),
+         "--set", "train.steps=12", "--set", "train.tokens_per_step=512", "--set", "topology.nodes=0", "--set",
+         "topology.ranks=0", "--set", "schedule.policy=sequential", "--set", "runtime.log_level=error", *BF16]
+
+
+def run(*command, env=None, timeout=100):
+    return subprocess.run([PROGRAM, *command], capture_output=True, text=True, timeout=timeout, env={**ENV, **(env or {})})
+
+
+INFO = json.loads(run("info", "--json").stdout)
+USABLE = [t["name"] for t in INFO["transports"] if t["name"] in ("nvlink", "nccl") and t["usable"]]
+
+
+class Gpus(unittest.TestCase):
+    def document(self, *command, **more):
+        done = run(*command, **more)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def launched(self, ranks, *command, **more):
+        return self.document("launch", "-n", str(ranks), "--", PROGRAM, *command, **more)
+
+    def assert_checked(self, report):
+        self.assertEqual(report["rows"], "device", report.get("rows_because"))
+        check = report["check"]
+        self.assertGreater(check["tokens"], 0)
+        for key in ("y_error", "dx_error", "dweight_error", "gradient_error"):
+            self.assertTrue(0 <= check[key] <= check["tolerance"] <= 0.02, report)
+        for key in ("forward_us", "backward_us", "plan_us", "exchange_alone_us", "gemms_alone_us", "local_work_us"):
+            self.assertGreater(report[key]["median"], 0)
+        self.assertGreater(report["dense_gemm_us"]["forward"], 0)
+        self.assertGreater(report["to_dense_gemm"]["forward"], 0)
+
+
+class OneGpu(Gpus):
+    def test_bench(self):
+        for activation in ("swiglu", "gelu", "relu"):
+            for policy in ("sequential", "auto"):
+                report = self.document(*BENCH, *BF16, "--set", f"model.activation={activation}", "--set",
+                                       f"schedule.policy={policy}")
+                self.assert_checked(report)
+                self.assertEqual((report["ranks"], report["link"]), (1, "none"))
+                self.assertEqual(report["bytes"], {"in_node": 0, "across_nodes": 0})
+        overlapped = self.document(*BENCH, *BF16, "--set", "schedule.policy=by-source", "--set", "schedule.num_chunks=1")
+        self.assert_checked(overlapped)
+        self.assertEqual(overlapped["schedule"]["policy"], "by-source")
+
+    def test_what_the_gpu_layer_does_not_do_passes_the_host(self):
+        for why, sets in (("bf16", ["model.dtype=f32"]), ("runtime.save", ["model.dtype=bf16", "runtime.save=rows"]),
+                          ("chunks", ["model.dtype=bf16", "schedule.policy=pipelined"]),
+                          ("zero", ["model.dtype=bf16", "model.zero_experts=1"]),
+                          ("shm|local", ["model.dtype=bf16", "topology.ranks=2"])):
+            report = self.document(*BENCH, *[word for s in sets for word in ("--set", s)])
+            self.assertEqual(report["rows"], "host")
+            self.assertRegex(report["rows_because"], why)
+
+    def test_two_ranks_that_share_a_gpu_are_refused(self):
+        for link in USABLE:
+            done = run("launch", "-n", "2", "--", PROGRAM, *BENCH, *BF16, "--set", f"comm.transport={link}",
+                       env={"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]})
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertIn("share one GPU", done.stderr)
+
+
+class TwoGpus(Gpus):
+    def test_bench_is_the_same_over_both_links(self):
+        reports = {}
+        for link in USABLE:
+            for policy in ("sequential", "by-source"):
+                report = self.launched(2, *BENCH, *BF16, "--set", f"comm.transport={link}", "--set",
+                                       f"schedule.policy={policy}", "--set", "schedule.num_chunks=1")
+                self.assert_checked(report)
+                self.assertEqual((report["ranks"], report["link"]), (2, link))
+                self.assertGreater(report["bytes"]["in_node"], 0)
+                reports[link, policy] = report
+        bits = {(r["check"]["y_bits"], r["check"]["dx_bits"]) for r in reports.values()}
+        self.assertEqual(len(bits), 1, {k: r["check"] for k, r in reports.items()})
+
+    def test_nodes_may_be_declared(self):
+        for link in USABLE:
+            report = self.launched(2, *BENCH, *BF16, "--set", f"comm.transport={link}", "--set", "topology.nodes=2x1")
+            self.assert_checked(report)
+            self.assertGreater(report["bytes"]["across_nodes"], 0)
+
+    def test_training_is_the_cpus_within_rounding(self):
+        for sets in ([], ["--set", "model.zero_experts=1", "--set", "model.copy_experts=1", "--set",
+                          "model.constant_experts=1"]):
+            cpu = self.launched(2, *TRAIN, *sets, "--set", "comm.transport=shm")
+            runs = {link: self.launched(2, *TRAIN, *sets, "--device", "cuda", "--set", f"comm.transport={link}")
+                    for link in USABLE}
+            for link, gpu in runs.items():
+                self.assertEqual(len(gpu["losses"]), 12)
+                for step, (a, b) in enumerate(zip([*cpu["losses"], cpu["heldout_bpb"]], [*gpu["losses"], gpu["heldout_bpb"]])):
+                    self.assertTrue(abs(a - b) <= 0.02 * abs(a), f"{link} step {step}: {a} on the CPU, {b} on GPUs")
+                self.assertEqual(gpu["losses"], runs[USABLE[0]]["losses"])
+            print(f"bits per byte: cpu {cpu['heldout_bpb']:.4f}, "
+                  + ", ".join(f"{link} {gpu['heldout_bpb']:.4f}" for link, gpu in runs.items()), file=sys.stderr)
+
+    def test_a_rank_that_dies_is_told_and_nobody_hangs(self):
+        for link in USABLE:
+            job = subprocess.Popen([PROGRAM, "launch", "-n", "2", "--", PROGRAM, *BENCH, *BF16, "--set", f"comm.transport={link}",
+                                    "--set", "bench.iterations=1000000", "--set", "comm.timeout_ms=3000"], env=ENV, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            time.sleep(8)
+            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout.split()
+            self.assertEqual(len(children), 2, job.poll())
+            began = time.monotonic()
+            os.kill(int(children[1]), signal.SIGKILL)
+            out, err = job.communicate(timeout=40)
+            self.assertEqual((job.returncode, out), (1, ""), err)
+            self.assertIn("rank 1", err)
+            print(f"{link}: ended after {time.monotonic() - began:.1f} s: {err.strip().splitlines()[0]}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    needed = 2 if KIND == "multi-gpu" else 1
+    if INFO["gpus"] < needed or not USABLE:
+        print(f"skipped: {needed} GPUs are needed, this process sees {INFO['gpus']}")
+        sys.exit(77)
+    unittest.main(defaultTest="TwoGpus" if KIND == "multi-gpu" else "OneGpu")
