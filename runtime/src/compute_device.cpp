@@ -53,7 +53,7 @@ void require_gpu_link(GpuLink link) {
 #endif
 }
 
-std::unique_ptr<GpuGroup> make_gpu_group(Runtime& runtime, GpuLink link) {
+std::unique_ptr<GpuGroup> make_gpu_group([[maybe_unused]] Runtime& runtime, GpuLink link) {
   require_gpu_link(link);
 #ifdef SLUICE_HAS_CUDA
   return std::make_unique<CudaGroup>(runtime, link);
@@ -62,7 +62,7 @@ std::unique_ptr<GpuGroup> make_gpu_group(Runtime& runtime, GpuLink link) {
 #endif
 }
 
-LayerBenchReport gpu_bench(Runtime& runtime, const LoadedConfig& config) {
+LayerBenchReport gpu_bench([[maybe_unused]] Runtime& runtime, [[maybe_unused]] const LoadedConfig& config) {
 #ifdef SLUICE_HAS_CUDA
   return cuda_bench(runtime, config);
 #else
