@@ -236,7 +236,7 @@ TEST(Config, WrongChoiceSaysWhatIsAllowedAndMeant) {
             "sigmoid_topk, node_limited, bounded_regret, moepp, etr); did you mean softmax_topk?");
   EXPECT_EQ(error_of("[comm]\ntransport = \"carrier pigeon\"\n"),
             "f.toml:2:13: comm.transport is \"carrier pigeon\"; must be one of (local, shm, tcp, ucx, "
-            "shm+tcp, shm+ucx, mpi)");
+            "shm+tcp, shm+ucx, mpi, nvlink, nccl)");
 }
 
 TEST(Config, WrongTexts) {
