@@ -514,9 +514,6 @@ void validate(const LoadedConfig& loaded) {
     if (c.runtime.save == Config::Runtime::Save::kRows)
       fail(named("runtime.save"), ": a layer over ", over,
            " keeps the experts' inner rows; set runtime.save = activations");
-    if (c.train.on_failure == Config::Train::OnFailure::kShrink)
-      fail(named("train.on_failure"), ": survivors form no new group over ", over,
-           "; set train.on_failure = stop");
   }
 
   if (c.comm.transport != "local") {

@@ -83,6 +83,11 @@ class GpuGroup {
 // NCCL is wanted and cannot be loaded.
 void require_gpu_link(GpuLink link);
 
+// Collective. A Runtime over a transport of the host whose layers move rows between GPUs: rank n of a host has the n-th GPU
+// that it sees, modulo their number.
+std::unique_ptr<Runtime> create_over_gpus(std::unique_ptr<comm::Transport> transport,
+                                          const RuntimeOptions& options, GpuLink link);
+
 // Collective. Of a Runtime that has a GPU. Throws the same error on all ranks when two of them have one GPU, or nvlink is
 // to reach another host.
 std::unique_ptr<GpuGroup> make_gpu_group(Runtime& runtime, GpuLink link);

@@ -12,6 +12,7 @@
 #include "sluice/base/log.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/runtime/src/gather.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
@@ -287,7 +288,9 @@ void run_launched(const LoadedConfig& config, const GroupOptions& options) {
     log_warn("a rank was lost: ", losses.back().status.message, "; ", next.former.size(), " of ", num_ranks,
              " ranks form a new group");
     mine = shrunk(mine, num_ranks, next.former);
-    runtime = Runtime::create_over(std::move(next.transport), runtime_options(mine.config));
+    const auto link = gpu_link_of(c.comm.transport);
+    runtime = link ? create_over_gpus(std::move(next.transport), runtime_options(mine.config), *link)
+                   : Runtime::create_over(std::move(next.transport), runtime_options(mine.config));
   }
 }
 

@@ -88,21 +88,25 @@ std::unique_ptr<Runtime> Runtime::create(std::string_view transport, const Topol
   auto joined = comm::load_transport(
       link ? "shm+tcp" : transport, nodes,
       {.rendezvous = options.rendezvous, .secret_file = options.secret_file, .timeout = options.timeout});
-  if (!link) return create_over(std::move(joined), options);
-  RuntimeOptions on_host = options;
-  on_host.device = ComputeDevice::kCpu;
-  auto runtime = create_over(std::move(joined), on_host);
-  // Hosts as they are: nodes may be declared otherwise, but GPUs are the host's.
-  const auto host = static_cast<std::int64_t>(Hasher().add_text(comm::host_identity()).value());
-  const std::vector<std::int64_t> hosts = runtime->all_gather(std::span(&host, 1), "GPUs");
-  give_device(runtime->state(), std::count(hosts.begin(), hosts.begin() + runtime->rank().value, host));
-  runtime->state().gpu_group = make_gpu_group(*runtime, *link);
-  return runtime;
+  return link ? create_over_gpus(std::move(joined), options, *link) : create_over(std::move(joined), options);
 }
 
 std::unique_ptr<Runtime> Runtime::create_over(std::unique_ptr<comm::Transport> transport,
                                               const RuntimeOptions& options) {
   return std::unique_ptr<Runtime>(new Runtime(make_state(std::move(transport), options)));
+}
+
+std::unique_ptr<Runtime> create_over_gpus(std::unique_ptr<comm::Transport> transport,
+                                          const RuntimeOptions& options, GpuLink link) {
+  RuntimeOptions on_host = options;
+  on_host.device = ComputeDevice::kCpu;
+  auto runtime = Runtime::create_over(std::move(transport), on_host);
+  // Hosts as they are: nodes may be declared otherwise, but GPUs are the host's.
+  const auto host = static_cast<std::int64_t>(Hasher().add_text(comm::host_identity()).value());
+  const std::vector<std::int64_t> hosts = runtime->all_gather(std::span(&host, 1), "GPUs");
+  give_device(runtime->state(), std::count(hosts.begin(), hosts.begin() + runtime->rank().value, host));
+  runtime->state().gpu_group = make_gpu_group(*runtime, link);
+  return runtime;
 }
 
 RankId Runtime::rank() const {

@@ -142,8 +142,6 @@ class Program(unittest.TestCase):
                                           ("schedule.policy", "by-source", ["schedule.num_chunks = 1"]),
                                           ("runtime.save", "rows", ["activations"])):
                     self.refused([key, value, link, *words], command[0], *over, *cuda, "--set", f"{key}={value}")
-            self.refused(["train.on_failure", "= stop"], "train", *over, *cuda, "--set", "train.on_failure=shrink",
-                         "--set", f"train.checkpoint_dir={self.dir.name}")
             self.refused([link, "host"], "tune", *over, "--set", "runtime.device=cuda", "--set", "model.dtype=bf16",
                          "-o", os.path.join(self.dir.name, "tuned.toml"))
             self.refused([link, "host"], "info", *over, "--set", "runtime.device=cuda", "--set", "model.dtype=bf16",

@@ -5,9 +5,11 @@ GPUs than there are is skipped, and all of it without a GPU (exit status 77).
 usage: gpu_transport_test.py PROGRAM SOURCE gpu|multi-gpu"""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -82,6 +84,18 @@ class OneGpu(Gpus):
 
 
 class TwoGpus(Gpus):
+    def ranks_of(self, launcher):
+        """rank -> pid of the launcher's children."""
+        with open(f"/proc/{launcher.pid}/task/{launcher.pid}/children") as f:
+            children = [int(pid) for pid in f.read().split()]
+        out = {}
+        for pid in children:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                for entry in f.read().split(b"\0"):
+                    if entry.startswith(b"SLUICE_LAUNCH_RANK="):
+                        out[int(entry.split(b"=")[1])] = pid
+        return out
+
     def test_bench_is_the_same_over_both_links(self):
         reports = {}
         for link in USABLE:
@@ -122,14 +136,46 @@ class TwoGpus(Gpus):
                                     "--set", "comm.timeout_ms=5000"], env=ENV, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
             time.sleep(8)
-            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout.split()
-            self.assertEqual(len(children), 2, job.poll() and job.communicate()[1])
+            self.assertIsNone(job.poll(), job.poll() and job.communicate()[1])
             began = time.monotonic()
-            os.kill(int(children[1]), signal.SIGKILL)
+            os.kill(self.ranks_of(job)[1], signal.SIGKILL)
             out, err = job.communicate(timeout=40)
             self.assertEqual((job.returncode, out), (1, ""), err)
-            self.assertIn("rank 1", err)
-            print(f"{link}: ended after {time.monotonic() - began:.1f} s: {err.strip().splitlines()[0]}", file=sys.stderr)
+            self.assertRegex(err, "error rank 0 [^\n]*rank 1")  # the survivor says who was lost
+            print(f"{link}: ended after {time.monotonic() - began:.1f} s: {err.strip()}", file=sys.stderr)
+
+    def test_the_survivor_of_a_killed_rank_goes_on_alone(self):
+        for link in USABLE:
+            with self.subTest(link=link), tempfile.TemporaryDirectory() as root:
+                folder = os.path.join(root, "ckpt")
+                job = [word.replace("train.steps=12", "train.steps=400") for word in TRAIN]
+                job += ["--device", "cuda"]
+                for pair in (f"comm.transport={link}", "comm.timeout_ms=5000", "train.on_failure=shrink", "train.checkpoint_every=25",
+                             "train.checkpoint_keep=1000", f"train.checkpoint_dir={folder}"):
+                    job += ["--set", pair]
+                launch = subprocess.Popen([PROGRAM, "launch", "--keep-going", "-n", "2", "--", PROGRAM, *job], env=ENV, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                end = time.monotonic() + 40
+                while not os.path.exists(os.path.join(folder, "step-0000000025", "manifest.sluice")):
+                    self.assertTrue(launch.poll() is None and time.monotonic() < end, launch.poll() and launch.communicate()[1])
+                    time.sleep(0.01)
+                began = time.monotonic()
+                os.kill(self.ranks_of(launch)[1], signal.SIGKILL)
+                out, err = launch.communicate(timeout=60)
+                self.assertEqual(launch.returncode, 0, err)
+                report = json.loads(out)
+                self.assertEqual(len(report["recoveries"]), 1, err)
+                self.assertEqual(report["recoveries"][0]["lost_rank"], 1)
+                self.assertEqual((report["world"]["ranks"], report["world"]["transport"]), (1, link))
+                print(f"{link}: done {time.monotonic() - began:.1f} s after the loss: {report['recoveries'][0]}", file=sys.stderr)
+                step = report["resumed_from"]
+                self.assertGreaterEqual(step, 25)
+                for name in os.listdir(folder):
+                    if int(name.split("-")[1]) > step:
+                        shutil.rmtree(os.path.join(folder, name))
+                undisturbed = self.launched(1, *job, "--resume")
+                self.assertEqual(undisturbed["resumed_from"], step)
+                self.assertEqual(report["losses"], undisturbed["losses"])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ class CudaGroup final : public GpuGroup {
       device_->make_current();
       call();
     } catch (const Error& e) {
-      if (runtime_.async_error().ok()) runtime_.abort(phase, e.message());
+      // What the host's transport knows of a lost rank says more than who waited for it on a GPU.
+      const Status known = runtime_.async_error();
+      if (!known.ok() && known.message != e.message())
+        throw Error(known.code, str(known.message, "; on the GPU: ", e.message()));
+      if (known.ok()) runtime_.abort(phase, e.message());
       throw;
     }
   }
