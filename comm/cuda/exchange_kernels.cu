@@ -68,6 +68,14 @@ __device__ __forceinline__ std::uint64_t now_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
+// First thing in a kernel that launch_behind() launches: waits until the kernel before it in the stream is done. `early`: the
+// one after it may come onto free processors from then on, where it waits the same way; else when this one's blocks end.
+// Early where its start is much of a kernel's time; beside one that moves many rows it would only take shared memory, and
+// with it the L1 through which they go.
+__device__ __forceinline__ void begin_behind(bool early) {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 __device__ __forceinline__ bool has_failed(const ChannelView& c) {
   return *static_cast<volatile std::uint32_t*>(c.failed) != 0;
 }
@@ -145,6 +153,7 @@ struct Matrix {
 
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const ChannelView* view, SendPlan plan, ExchangePart part, std::int64_t* staging) {
+  begin_behind(true);
   __shared__ Matrix m;
   __shared__ std::int64_t receive_ptr[kMaxExchangeRanks + 1], route_ptr[kMaxExchangeRanks + 1];
   __shared__ std::int64_t push_base[kMaxExchangeRanks], push_route_base[kMaxExchangeRanks];
@@ -265,6 +274,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 // No index comes from a peer unchecked: whatever is sent, row pointers end up within the routes there are, and slots that
 // do not exist become 0, with weight 0. (Pointers that do not ascend give rows without routes.)
 __global__ void __launch_bounds__(kPlanThreads) check_headers_kernel(const ChannelView* view) {
+  begin_behind(true);
   const ChannelView& c = *view;
   ChannelState& s = *c.state;
   const std::int64_t rows = s.receive_ptr[c.num_ranks], routes = s.receive_route_ptr[c.num_ranks];
@@ -565,6 +575,7 @@ __device__ __forceinline__ void expand_row(const ChannelView& c, const DispatchC
 template <bool kFp8>
 __global__ void __launch_bounds__(kCopyThreads, 1)
     dispatch_kernel(const ChannelView* view, DispatchCall call) {
+  begin_behind(view->row_parts > 1);
   __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
   __shared__ std::int64_t push_base[kMaxExchangeRanks];
   __shared__ std::uint32_t progress[kCopyThreads / 32];
@@ -840,6 +851,7 @@ __device__ __forceinline__ void fill_row(uint4* out, Span span, float value, int
 // kReduce: the source holds expert outputs; else a row a receive list entry.
 template <typename T, bool kReduce, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView* view, CombineCall call) {
+  begin_behind(view->row_parts > 1);
   extern __shared__ __align__(16) unsigned char rings[];
   __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
   __shared__ std::int64_t home_base[kMaxExchangeRanks];
@@ -1093,23 +1105,31 @@ __global__ void barrier_kernel(const ChannelView* view, std::uint32_t* epoch, st
   if (threadIdx.x == 0) *epoch = next;
 }
 
-// Kernels that leave processors to others take them in pairs of neighbours: what the others run in clusters of two, the
-// grouped GEMM, would else find single processors that it cannot use.
-template <typename Call>
-cudaError_t run_paired(void (*kernel)(const ChannelView*, Call), int threads, int bytes,
-                       const ChannelView* view, const Call& call, int processors, Stream stream) {
+// The kernel begins with begin_behind(): it may be brought onto the device before the one before it has ended. `paired`: kernels that leave processors to others take them in pairs of neighbours:
+// what the others run in clusters of two, the grouped GEMM, would else find single processors that it cannot use.
+template <typename... Types, typename... Arguments>
+cudaError_t launch_behind(void (*kernel)(Types...), int blocks, int threads, int bytes, bool paired,
+                          Stream stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(call.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
-  cudaLaunchAttribute pair{};
-  pair.id = cudaLaunchAttributeClusterDimension;
-  pair.val.clusterDim.x = 2;
-  pair.val.clusterDim.y = pair.val.clusterDim.z = 1;
-  config.attrs = &pair;
-  config.numAttrs = call.blocks % 2 == 0 && call.blocks <= processors / 2 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, view, call);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = 2;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = paired ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+template <typename Call>
+cudaError_t run_paired(void (*kernel)(const ChannelView*, Call), int threads, int bytes,
+                       const ChannelView* view, const Call& call, int processors, Stream stream) {
+  return launch_behind(kernel, call.blocks, threads, bytes,
+                       call.blocks % 2 == 0 && call.blocks <= processors / 2, stream, view, call);
 }
 template <typename T>
 cudaError_t run_combine(const ChannelView* view, const CombineCall& call, int processors, Stream stream) {
@@ -1153,12 +1173,10 @@ cudaError_t preload_kernels() {
 
 cudaError_t launch_plan(const ChannelView* view, const SendPlan& plan, ExchangePart part,
                         std::int64_t* staging, Stream stream) {
-  plan_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view, plan, part, staging);
-  return cudaGetLastError();
+  return launch_behind(plan_kernel, kPlanBlocks, kPlanThreads, 0, false, stream, view, plan, part, staging);
 }
 cudaError_t launch_check_headers(const ChannelView* view, Stream stream) {
-  check_headers_kernel<<<kPlanBlocks, kPlanThreads, 0, stream>>>(view);
-  return cudaGetLastError();
+  return launch_behind(check_headers_kernel, kPlanBlocks, kPlanThreads, 0, false, stream, view);
 }
 cudaError_t launch_dispatch(const ChannelView* view, const DispatchCall& call, bool fp8, int processors,
                             Stream stream) {
