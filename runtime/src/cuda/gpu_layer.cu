@@ -386,6 +386,8 @@ struct GpuLayer::Impl {
     const auto scalars = [&](Stream on) {
       if (dweight != nullptr)
         exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
+      if (options.results_done != nullptr)
+        check_cuda(cudaEventRecord(options.results_done, on), "GPU layer");
     };
     if (sequential) {
       exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, all_processors(),

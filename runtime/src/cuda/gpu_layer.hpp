@@ -50,6 +50,8 @@ struct GpuLayerOptions {
   GpuSchedule schedule = GpuSchedule::kAuto;
   int comm_sms = 0;  // even; kOverlapped: of the exchange while it runs beside GEMMs; 0: by the cost model
   bool keep = true;  // forward() keeps what backward() needs, where the layer is for training
+  // backward(): recorded on its stream when dx and dweight are there; kSequential adds to the weights' gradients after that
+  cudaEvent_t results_done = nullptr;
 };
 
 // bf16, row-major. w1: [local experts][preactivation_cols(ffn), hidden], for SwiGLU W1 above W3; w2: [..][hidden, ffn].

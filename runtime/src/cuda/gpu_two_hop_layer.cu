@@ -67,16 +67,16 @@ std::int64_t routes_of_chunk(const GpuTwoHopShape& s, std::int64_t tokens, int r
   const double most = even * ranks;
   return static_cast<std::int64_t>(std::ceil(s.imbalance == 0 ? most : std::min(most, even * s.imbalance)));
 }
-// When the last result is home, in seconds: parts leave one after the other, are worked on, and return.
-double pass_seconds(int chunks, double one_way, double work, double work_of_chunk) {
-  const double travel = one_way / chunks + kMessageSeconds, worked = work / chunks + work_of_chunk;
-  const double all_left = chunks * travel;
-  double done = 0, home = all_left;
+// How long a pass takes, in seconds: parts leave one after the other, are worked on, return, and are worked on further.
+double pass_seconds(int chunks, double one_way, double work, double further, double work_of_chunk) {
+  const double travel = one_way / chunks + kMessageSeconds;
+  double done = 0, home = chunks * travel;  // nothing returns before all have left
   for (int c = 0; c < chunks; ++c) {
-    done = std::max(done, (c + 1) * travel) + worked;
+    done = std::max(done, (c + 1) * travel) + work / chunks + work_of_chunk;
     home = std::max(home, done) + travel;
+    done += further / chunks;
   }
-  return home;
+  return std::max(home, done);
 }
 
 }  // namespace
@@ -94,13 +94,13 @@ int two_hop_chunks(const GpuTwoHopShape& shape) {
   const double row = 2 * weights / kGemmFlops;
   const double work = tokens * s.max_routes_of_token * row;
   const double more = kChunkSeconds + experts * (kTileRows / 2 * row + weights * 2 / kMemoryBytes);
-  // Backward: twice the products; gradients in fp32 are read and written.
+  // Backward: twice the products, half of them for weights' gradients, which are read and written in fp32.
   const double more_back = kChunkSeconds + experts * (kTileRows * row + weights * (2 + 8) / kMemoryBytes);
   int best = 1;
   double least = 0;
   for (int c = 1; c <= kMostChunks && c <= s.max_tokens; ++c) {
-    const double seconds = pass_seconds(c, one_way, work, more) +
-                           (s.layer.training ? pass_seconds(c, one_way, 2 * work, more_back) : 0);
+    const double seconds = pass_seconds(c, one_way, work, 0, more) +
+                           (s.layer.training ? pass_seconds(c, one_way, work, work, more_back) : 0);
     if (c == 1 || seconds < least) best = c, least = seconds;
   }
   return best;
@@ -347,14 +347,23 @@ struct GpuTwoHopLayer::Impl {
     check_cuda(cudaEventRecord(c.arrived.event, out.stream), kWhat);
   }
   Bf16* received(const Chunk& c) const { return static_cast<Bf16*>(between.received(c.channel)); }
-  // The node's sums home.
+  // The node's sums home, when `computed` says that they are there.
   void take(Chunk& c, Bf16* y) {
-    check_cuda(cudaEventRecord(c.computed.event, work.stream), kWhat);
     check_cuda(cudaStreamWaitEvent(back.stream, c.computed.event, 0), kWhat);
     between.combine(c.channel, c.send_plan(), {c.result.get(), hidden, nullptr, false}, y + c.first * hidden,
                     hidden, c.tokens, movers(), back.stream);
   }
-  // `compute`: of a chunk, on work; `after`: on back.
+  // Beside what travels between nodes the inner layer must not count on its processors: NCCL's kernels keep theirs until
+  // another node's have come, which wait there for processors. GEMMs that end by themselves (kOverlapped) and kernels whose
+  // first blocks are enough to go on (kSequential) do no harm; a GEMM that waits for rows could wait for ever.
+  GpuLayerOptions inner(const GpuLayerOptions& options) const {
+    GpuLayerOptions o = options;
+    if (inside.link() == Link::kNvlink && inside.num_ranks() > 1 && chunks.size() > 1 &&
+        o.schedule != GpuSchedule::kOverlapped)
+      o.schedule = GpuSchedule::kSequential;
+    return o;
+  }
+  // `compute`: of a chunk, on work, and records `computed`; `after`: on back.
   template <typename Compute, typename After>
   void pass(const void* x, void* y, const Compute& compute, const After& after, Stream stream) {
     Require(planned, ErrorCode::kInvalidState, "two-hop layer: there is no plan");
@@ -363,7 +372,11 @@ struct GpuTwoHopLayer::Impl {
     meet(left, out.stream, {back.stream});  // one order of messages for all ranks
     for (const auto& c : chunks) {
       check_cuda(cudaStreamWaitEvent(work.stream, c->arrived.event, 0), kWhat);
-      if (c->layer != nullptr) compute(*c);
+      if (c->layer != nullptr) {
+        compute(*c);
+      } else {
+        check_cuda(cudaEventRecord(c->computed.event, work.stream), kWhat);
+      }
       take(*c, static_cast<Bf16*>(y));
       after(*c);
     }
@@ -394,7 +407,8 @@ void GpuTwoHopLayer::forward(const GpuExperts& experts, const void* x, void* y,
   i.pass(
       x, y,
       [&](Impl::Chunk& c) {
-        c.layer->forward(experts, i.received(c), c.result.get(), options, i.work.stream);
+        c.layer->forward(experts, i.received(c), c.result.get(), i.inner(options), i.work.stream);
+        check_cuda(cudaEventRecord(c.computed.event, i.work.stream), kWhat);
       },
       [](Impl::Chunk&) {}, stream);
 }
@@ -405,7 +419,9 @@ void GpuTwoHopLayer::backward(const GpuExperts& experts, const GpuExpertGradient
   i.pass(
       dy, dx,
       [&](Impl::Chunk& c) {
-        c.layer->backward(experts, gradients, i.received(c), c.result.get(), c.dweight.get(), options,
+        GpuLayerOptions of_chunk = i.inner(options);
+        of_chunk.results_done = c.computed.event;
+        c.layer->backward(experts, gradients, i.received(c), c.result.get(), c.dweight.get(), of_chunk,
                           i.work.stream);
       },
       [&](Impl::Chunk& c) {
@@ -414,6 +430,7 @@ void GpuTwoHopLayer::backward(const GpuExperts& experts, const GpuExpertGradient
                                    i.back.stream);
       },
       stream);
+  if (options.results_done != nullptr) check_cuda(cudaEventRecord(options.results_done, stream), kWhat);
 }
 
 void GpuTwoHopLayer::wait(Stream stream) {

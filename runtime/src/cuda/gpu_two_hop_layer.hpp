@@ -72,7 +72,8 @@ class GpuTwoHopLayer {
   int num_chunks() const;
   std::size_t buffer_bytes() const;
 
-  // As GpuLayer's; `options` are the inner layer's. Tokens, routes and experts are this rank's, by global expert.
+  // As GpuLayer's; `options` are the inner layer's, but that over NVLink inside and with several chunks all schedules other
+  // than kOverlapped are kSequential. Tokens, routes and experts are this rank's, by global expert.
   void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens, comm::cuda::Stream stream);
   void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
                comm::cuda::Stream stream);
