@@ -44,7 +44,14 @@ class CudaGroup final : public GpuGroup {
       device_->make_current();
       call();
     } catch (const Error& e) {
-      // What the host's transport knows of a lost rank says more than who waited for it on a GPU.
+      // Who is lost, and how, the host's transport finds out when ranks meet there: at once where a process died, by its
+      // deadline where one does not answer. Ranks whose own wait has ended come here as well.
+      if (e.scope() == Scope::kGroup && runtime_.async_error().ok()) {
+        try {
+          runtime_.barrier("GPU pass");
+        } catch (const Error&) {  // async_error() tells of it
+        }
+      }
       const Status known = runtime_.async_error();
       if (!known.ok() && known.message != e.message())
         throw Error(known.code, str(known.message, "; on the GPU: ", e.message()));
