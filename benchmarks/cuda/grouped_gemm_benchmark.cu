@@ -1,6 +1,6 @@
 // Grouped GEMM on one GPU against one dense cuBLAS GEMM of the same FLOPs, in the same run.
 //
-// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--op forward|dgrad|wgrad] [--portable] [--iterations N] [--commit HASH] [--date DATE]
+// usage: grouped_gemm_benchmark [--json] [--shape NAME] [--op forward|gather|dgrad|wgrad] [--portable] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Shapes are one rank's share of a layer on two ranks: T tokens a rank with k routes each, E experts in all, so
 // rows = T * k on E / 2 local experts; gemm1 is [2 * ffn, hidden], gemm2 [hidden, ffn]. Group sizes are T * k draws:
@@ -9,6 +9,7 @@
 // in L2. Times are from events around one launch; median and median absolute deviation over the iterations.
 // Baselines: forward and dgrad, the dense GEMM [rows] x [out, in]; wgrad, the larger of the dense GEMM with fp32
 // accumulation into one [out, in] and reading and writing all groups' fp32 gradients at the measured copy bandwidth;
+// gather, where the call fetches its rows itself: the dense GEMM; beside it gathering the rows first and then the call;
 // decode, reading the weights once at the measured read bandwidth. Every arm's result is sampled against double sums.
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -27,6 +28,7 @@
 #include <vector>
 
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
+#include "sluice/kernels/cuda/rows.hpp"
 #include "timing.cuh"
 
 namespace {
@@ -38,14 +40,14 @@ constexpr unsigned kSeed = 20260101;
 
 struct Shape {
   const char* name;
-  std::int64_t rows;
+  std::int64_t tokens, rows;
   int groups;
   std::int64_t hidden, ffn;
 };
 constexpr Shape kShapes[] = {
-    {"deepseek-v3", 8192 * 8, 32, 7168, 2048}, {"qwen3-235b", 8192 * 8, 64, 4096, 1536},
-    {"qwen3-30b", 16384 * 8, 64, 2048, 768},   {"mixtral-8x7b", 8192 * 2, 4, 4096, 14336},
-    {"olmoe", 16384 * 8, 32, 2048, 1024},
+    {"deepseek-v3", 8192, 8192 * 8, 32, 7168, 2048}, {"qwen3-235b", 8192, 8192 * 8, 64, 4096, 1536},
+    {"qwen3-30b", 16384, 16384 * 8, 64, 2048, 768},  {"mixtral-8x7b", 8192, 8192 * 2, 4, 4096, 14336},
+    {"olmoe", 16384, 16384 * 8, 32, 2048, 1024},
 };
 
 __global__ void read_all(const uint4* data, std::int64_t count, unsigned* sink) {
@@ -183,7 +185,14 @@ struct Bench {
     const auto dense_forward = [&] {
       dense(CUBLAS_OP_T, CUBLAS_OP_N, out, rows, in, weights.data, in, a.data, in, c.data, out, false);
     };
-    std::vector<std::function<void()>> arms = {forward, dense_forward};
+    Buffer<std::uint32_t> ticket(1);
+    CHECK(cudaMemset(ticket.data, 0, 4));
+    GemmGroups by_tickets = g;
+    by_tickets.tickets.next = ticket.data;
+    const auto forward_tickets = [&] {
+      grouped_gemm_forward(by_tickets, w, {a.data, in}, {c.data, out}, {}, GemmActivation::kNone, nullptr);
+    };
+    std::vector<std::function<void()>> arms = {forward, dense_forward, forward_tickets};
     if (swiglu) {
       arms.push_back([&] {
         grouped_gemm_forward(g, w, {a.data, in}, {}, {c.data, out / 2}, GemmActivation::kSwiGLU, nullptr);
@@ -202,9 +211,10 @@ struct Bench {
     if (wanted("forward")) {
       times = timer.run(arms);
       add("grouped_gemm_forward_", times[0], times[1].median_us, "cublas_dense", "");
+      add("grouped_gemm_forward_tickets_", times[2], times[1].median_us, "cublas_dense", "");
       if (swiglu) {
-        add("grouped_gemm_forward_swiglu_", times[2], times[1].median_us, "cublas_dense", "");
-        add("grouped_gemm_forward_swiglu_h_", times[3], times[1].median_us, "cublas_dense", "");
+        add("grouped_gemm_forward_swiglu_", times[3], times[1].median_us, "cublas_dense", "");
+        add("grouped_gemm_forward_swiglu_h_", times[4], times[1].median_us, "cublas_dense", "");
       }
       CHECK(cudaMemset(c.data, 0xFF, rows * out * 2));
       forward();
@@ -217,13 +227,74 @@ struct Bench {
       if (swiglu) fill<<<1024, 256>>>(dc.data, rows * out, 4, 1.0f);
     }
 
+    if (swiglu && wanted("gather")) {
+      // Rows of a group are of random tokens, ascending.
+      std::vector<std::int32_t> index(static_cast<std::size_t>(rows));
+      for (std::int32_t& token : index) token = static_cast<std::int32_t>(sample(shape.tokens));
+      for (std::size_t group = 0; group + 1 < ptr.size(); ++group)
+        std::sort(index.begin() + ptr[group], index.begin() + ptr[group + 1]);
+      Bf16 x(shape.tokens * in);
+      fill<<<1024, 256>>>(x.data, shape.tokens * in, 8, 1.0f);
+      const Buffer<std::int32_t> where(index);
+      const auto view = [&](const Bf16& b, std::int64_t n) {
+        return sluice::MatrixView(reinterpret_cast<std::byte*>(b.data), sluice::DType::kBF16, n, in, in);
+      };
+      const GatheredRows gathered{where.data, {x.data, in}, shape.tokens, {}, 0};
+      const auto lay_out = [&] {
+        gather_rows(view(x, shape.tokens), {}, where.data, view(a, rows), nullptr, nullptr);
+        grouped_gemm_forward(by_tickets, w, {a.data, in}, {}, {c.data, out / 2}, GemmActivation::kSwiGLU,
+                             nullptr);
+      };
+      const auto fixed = [&] {
+        grouped_gemm_forward(g, w, gathered, {}, {dc.data, out / 2}, GemmActivation::kSwiGLU, nullptr);
+      };
+      const auto tickets = [&] {
+        grouped_gemm_forward(by_tickets, w, gathered, {}, {dc.data, out / 2}, GemmActivation::kSwiGLU,
+                             nullptr);
+      };
+      // h kept, as in training, of rows that are laid out and of rows that are not.
+      const auto kept = [&] {
+        grouped_gemm_forward(by_tickets, w, {a.data, in}, {c.data, out}, {dc.data, out / 2},
+                             GemmActivation::kSwiGLU, nullptr);
+      };
+      const auto kept_gathering = [&] {
+        grouped_gemm_forward(by_tickets, w, gathered, {c.data, out}, {dc.data, out / 2},
+                             GemmActivation::kSwiGLU, nullptr);
+      };
+      times = timer.run({lay_out, dense_forward, fixed, tickets, kept, kept_gathering});
+      add("rows_first_swiglu_tickets_", times[0], times[1].median_us, "cublas_dense", "");
+      add("gather_swiglu_", times[2], times[1].median_us, "cublas_dense", "");
+      add("gather_swiglu_tickets_", times[3], times[1].median_us, "cublas_dense", "");
+      add("laid_out_swiglu_h_tickets_", times[4], times[1].median_us, "cublas_dense", "");
+      add("gather_swiglu_h_tickets_", times[5], times[1].median_us, "cublas_dense", "");
+      lay_out();
+      for (const auto& arm : {std::function<void()>(fixed), std::function<void()>(tickets)}) {
+        CHECK(cudaMemset(dc.data, 0xFF, rows * out));
+        arm();
+        std::vector<__nv_bfloat16> want(static_cast<std::size_t>(rows * out / 2)), got(want.size());
+        CHECK(cudaMemcpy(want.data(), c.data, want.size() * 2, cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(got.data(), dc.data, got.size() * 2, cudaMemcpyDeviceToHost));
+        if (std::memcmp(want.data(), got.data(), want.size() * 2) != 0) {
+          std::fprintf(stderr, "gathering gave other bits than rows laid out first\n");
+          std::exit(1);
+        }
+      }
+      fill<<<1024, 256>>>(a.data, rows * in, 3, 1.0f);
+      fill<<<1024, 256>>>(dc.data, rows * out, 4, 1.0f);
+    }
+
     const auto dgrad = [&] { grouped_gemm_dgrad(g, w, {dc.data, out}, {c.data, in}, nullptr); };
     if (wanted("dgrad")) {
-      times = timer.run({dgrad, [&] {
+      times = timer.run({dgrad,
+                         [&] {
                            dense(CUBLAS_OP_N, CUBLAS_OP_N, in, rows, out, weights.data, in, dc.data, out,
                                  c.data, in, false);
+                         },
+                         [&] {
+                           grouped_gemm_dgrad(by_tickets, w, {dc.data, out}, {c.data, in}, nullptr);
                          }});
       add("grouped_gemm_dgrad_", times[0], times[1].median_us, "cublas_dense", "");
+      add("grouped_gemm_dgrad_tickets_", times[2], times[1].median_us, "cublas_dense", "");
       CHECK(cudaMemset(c.data, 0xFF, rows * in * 2));
       dgrad();
       for (int i = 0; i < 32; ++i) {
@@ -326,9 +397,13 @@ int main(int argc, char** argv) {
   if ((only.empty() && g_op.empty()) || only == "decode") bench.decode();
 
   for (const char* kase :
-       {"grouped_gemm_forward_uniform", "grouped_gemm_forward_zipf", "grouped_gemm_forward_swiglu_uniform",
-        "grouped_gemm_forward_swiglu_zipf", "grouped_gemm_dgrad_uniform", "grouped_gemm_dgrad_zipf",
-        "grouped_gemm_wgrad_uniform", "grouped_gemm_wgrad_zipf"}) {
+       {"grouped_gemm_forward_uniform", "grouped_gemm_forward_zipf", "grouped_gemm_forward_tickets_uniform",
+        "grouped_gemm_forward_tickets_zipf", "grouped_gemm_dgrad_tickets_uniform",
+        "grouped_gemm_dgrad_tickets_zipf", "grouped_gemm_forward_swiglu_uniform",
+        "grouped_gemm_forward_swiglu_zipf", "rows_first_swiglu_tickets_uniform",
+        "rows_first_swiglu_tickets_zipf", "gather_swiglu_uniform", "gather_swiglu_zipf",
+        "gather_swiglu_tickets_uniform", "gather_swiglu_tickets_zipf", "grouped_gemm_dgrad_uniform",
+        "grouped_gemm_dgrad_zipf", "grouped_gemm_wgrad_uniform", "grouped_gemm_wgrad_zipf"}) {
     double log_sum = 0, least = 1e9;
     int count = 0;
     for (const Row& row : g_rows) {

@@ -3,8 +3,10 @@
 // usage: layer_cuda_benchmark [--json] [--shape NAME] [--iterations N] [--commit HASH] [--date DATE]
 //
 // Shapes are one GPU's share of a layer: T tokens choose k of the E experts that live here, by softmax of random scores.
-//   forward   gate -> plan -> rows by position -> GEMM 1 with SwiGLU -> GEMM 2 -> weighted reduce
-//   training  the same, keeping the pre-activation, then dy by position -> dgrad 2 -> activation backward -> dgrad 1 ->
+//   forward   gate -> plan -> GEMM 1 with SwiGLU, which fetches its rows (or, where that does not pay, rows by position and
+//             then GEMM 1) -> GEMM 2 -> weighted reduce
+//   training  the same with rows laid out by position before GEMM 1, because wgrad 1 reads them so, keeping the
+//             pre-activation; then dy by position -> dgrad 2 -> activation backward -> dgrad 1 ->
 //             reduce; wgrad 2, wgrad 1; gradients of route weights and of the scores
 // Each is one CUDA graph on one stream; no count reaches the host. Baselines: the sum of the dense GEMMs with as many
 // rows, [rows] x [2 ffn, hidden] and [rows] x [hidden, ffn], their dgrads, and their wgrads with fp32 accumulation.
@@ -16,6 +18,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
@@ -125,7 +128,7 @@ struct Layer {
   Buffer<std::int32_t> expert{rows}, rank_of{std::vector<std::int32_t>(s.experts, 0)}, slot_of{s.experts};
   Buffer<std::int32_t> position{rows}, row_of{rows};
   Buffer<float> weight{rows}, weight_of{rows}, dw_position{rows}, dweight{rows};
-  Buffer<std::uint32_t> status{1};
+  Buffer<std::uint32_t> status{1}, ticket{1};
   Buffer<unsigned char> scratch{static_cast<std::int64_t>(plan_scratch_bytes(s.tokens, s.experts, 1))};
 
   Layer(const Shape& shape, cudaStream_t on) : s(shape), stream(on) {
@@ -140,6 +143,7 @@ struct Layer {
     for (int e = 0; e < s.experts; ++e) slots.push_back(e);
     CHECK(cudaMemcpy(slot_of.data, slots.data(), slots.size() * 4, cudaMemcpyHostToDevice));
     CHECK(cudaMemset(status.data, 0, 4));
+    CHECK(cudaMemset(ticket.data, 0, 4));
     CHECK(cudaMemset(g1.data, 0, s.experts * up * s.hidden * 4));
     CHECK(cudaMemset(g2.data, 0, s.experts * s.hidden * s.ffn * 4));
     CHECK(cudaDeviceSynchronize());
@@ -153,8 +157,9 @@ struct Layer {
   }
   GateScores scores() const { return {logits.data, s.experts, s.tokens, s.experts}; }
   SoftmaxGate gate() const { return {s.top_k, false, 1.0f}; }
-  GemmGroups groups() const {
+  GemmGroups groups(bool tickets = true) const {
     GemmGroups g;
+    if (tickets) g.tickets.next = ticket.data;
     g.group_ptr = expert_ptr.data;
     g.num_groups = s.experts;
     g.num_rows = rows;
@@ -181,8 +186,13 @@ struct Layer {
     weighted_reduce_backward(view(from, s.tokens, s.hidden), {}, row_ptr.data, position.data, nullptr,
                              view(to, rows, s.hidden), nullptr, stream);
   }
-  void gemm1(bool keep) {
-    grouped_gemm_forward(groups(), weights1(), {a.data, s.hidden}, {keep ? h.data : nullptr, up},
+  void gemm1(bool keep_h) {
+    grouped_gemm_forward(groups(), weights1(), {a.data, s.hidden}, {keep_h ? h.data : nullptr, up},
+                         {act.data, s.ffn}, GemmActivation::kSwiGLU, stream);
+  }
+  // Fetches the rows itself.
+  void gemm1_gathering() {
+    grouped_gemm_forward(groups(), weights1(), {row_of.data, {x.data, s.hidden}, s.tokens, {}, 0}, {},
                          {act.data, s.ffn}, GemmActivation::kSwiGLU, stream);
   }
   void gemm2() {
@@ -195,8 +205,12 @@ struct Layer {
   }
   void forward(bool keep) {
     route_and_plan();
-    lay_out(x, a);
-    gemm1(keep);
+    if (!keep && gathering_pays(up)) {
+      gemm1_gathering();
+    } else {
+      lay_out(x, a);
+      gemm1(keep);
+    }
     gemm2();
     reduce(y, weight.data);
   }
@@ -208,9 +222,9 @@ struct Layer {
   }
   void dgrad1() { grouped_gemm_dgrad(groups(), weights1(), {h.data, up}, {out.data, s.hidden}, stream); }
   void wgrads() {
-    grouped_gemm_wgrad(groups(), {dyp.data, s.hidden}, s.hidden, {act.data, s.ffn}, s.ffn, g2.data,
+    grouped_gemm_wgrad(groups(false), {dyp.data, s.hidden}, s.hidden, {act.data, s.ffn}, s.ffn, g2.data,
                        s.hidden * s.ffn, stream);
-    grouped_gemm_wgrad(groups(), {h.data, up}, up, {a.data, s.hidden}, s.hidden, g1.data, up * s.hidden,
+    grouped_gemm_wgrad(groups(false), {h.data, up}, up, {a.data, s.hidden}, s.hidden, g1.data, up * s.hidden,
                        stream);
   }
   void gate_gradients() {
@@ -313,6 +327,18 @@ struct Bench {
     l.forward(true);
     CHECK(cudaDeviceSynchronize());
     l.check_forward();
+    const auto kept = fetch(l.y.data, 0, shape.tokens * shape.hidden);
+    CHECK(cudaMemset(l.act.data, 0xFF, rows * ffn * 2));
+    l.gemm1_gathering();
+    l.gemm2();
+    l.reduce(l.y, l.weight.data);
+    CHECK(cudaDeviceSynchronize());
+    if (std::memcmp(kept.data(), fetch(l.y.data, 0, shape.tokens * shape.hidden).data(), kept.size() * 2) !=
+        0) {
+      std::fprintf(stderr, "gathering gave other bits than rows laid out first\n");
+      std::exit(1);
+    }
+    l.forward(true);
     l.backward();
     CHECK(cudaDeviceSynchronize());
     l.check_backward();
@@ -361,19 +387,16 @@ struct Bench {
                                     wgrad1();
                                   }});
     Report report{&shape, times[0], times[2], times[1].median_us, times[3].median_us, {}};
-    const Graph stages[] = {{stream, [&] { l.route_and_plan(); }},
-                            {stream, [&] { l.lay_out(l.x, l.a); }},
-                            {stream, [&] { l.gemm1(false); }},
-                            {stream, [&] { l.gemm2(); }},
-                            {stream, [&] { l.reduce(l.y, l.weight.data); }},
-                            {stream, [&] { l.dgrad2(); }},
-                            {stream, [&] { l.activation(); }},
-                            {stream, [&] { l.dgrad1(); }},
-                            {stream, [&] { l.wgrads(); }},
-                            {stream, [&] { l.gate_gradients(); }}};
-    const char* const names[] = {
-        "gate_and_plan", "rows_by_position",    "gemm1",  "gemm2",  "reduce",
-        "dgrad2",        "activation_backward", "dgrad1", "wgrads", "gate_gradients"};
+    const Graph stages[] = {
+        {stream, [&] { l.route_and_plan(); }}, {stream, [&] { l.lay_out(l.x, l.a); }},
+        {stream, [&] { l.gemm1(false); }},     {stream, [&] { l.gemm1_gathering(); }},
+        {stream, [&] { l.gemm2(); }},          {stream, [&] { l.reduce(l.y, l.weight.data); }},
+        {stream, [&] { l.dgrad2(); }},         {stream, [&] { l.activation(); }},
+        {stream, [&] { l.dgrad1(); }},         {stream, [&] { l.wgrads(); }},
+        {stream, [&] { l.gate_gradients(); }}};
+    const char* const names[] = {"gate_and_plan", "rows_by_position", "gemm1",         "gemm1_gathering",
+                                 "gemm2",         "reduce",           "dgrad2",        "activation_backward",
+                                 "dgrad1",        "wgrads",           "gate_gradients"};
     std::vector<std::function<void()>> arms;
     for (const Graph& stage : stages) arms.push_back([&stage] { stage.launch(); });
     const auto stage_times = timer.run(arms);

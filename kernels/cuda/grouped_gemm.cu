@@ -8,6 +8,7 @@
 
 #include "sluice/base/error.hpp"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
+#include "sluice/kernels/cuda/grouped_gemm_gather.cuh"
 #include "sluice/kernels/cuda/grouped_gemm_impl.cuh"
 #include "sluice/kernels/cuda/portable_gemm.hpp"
 
@@ -92,7 +93,12 @@ GemmParams group_params(const GemmGroups& groups) {
     require(groups.arrival.diagnosis != nullptr, "arrival flags need a diagnosis record");
     require(groups.arrival.rows_per_flag > 0, "arrival.rows_per_flag must be positive");
   }
+  const GemmTickets& tickets = groups.tickets;
+  Require(tickets.sms >= 0 && tickets.sms % 2 == 0 && (tickets.sms == 0 || groups.max_sms > 0),
+          ErrorCode::kInvalidArgument, "grouped GEMM: tickets.sms is ", tickets.sms,
+          "; it must be even, and with it max_sms must be given");
   GemmParams p{};
+  p.ticket = tickets.next;
   p.group_ptr = groups.group_ptr;
   p.order = groups.order;
   p.weight_index = groups.weight_index;
@@ -131,23 +137,23 @@ bool takes_portable(const GemmGroups& groups, const Device& device) {
   return groups.path == GemmPath::kPortable || !device.hopper;
 }
 
-template <GemmOp kOp>
-void launch(const GemmGroups& groups, const GemmParams& params, const CUtensorMap& x, const CUtensorMap& y,
-            const CUtensorMap& grads, int processors, Stream stream) {
-  // Per device: the attribute is part of its context.
-  check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kSharedBytes),
-        "cudaFuncSetAttribute");
+// Blocks of a launch; sets the clusters that take its tickets.
+int grid_of(const GemmGroups& groups, int processors, GemmParams& p) {
+  Require(groups.max_sms <= processors || groups.tickets.sms == 0, ErrorCode::kInvalidArgument,
+          "grouped GEMM: max_sms is ", groups.max_sms, " of ", processors,
+          " processors, but others share its tickets");
   const int sms = groups.max_sms > 0 ? std::min(groups.max_sms, processors) : processors;
-  grouped_gemm_kernel<kOp>
-      <<<sms / kClusterSize * kClusterSize, kThreads, kSharedBytes, stream>>>(x, y, grads, params);
-  check(cudaGetLastError(), "launch");
+  p.ticket_clusters = (groups.tickets.sms > 0 ? groups.tickets.sms : sms) / kClusterSize;
+  return sms / kClusterSize * kClusterSize;
 }
 
-}  // namespace
-
-void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h,
-                          GemmRows act, GemmActivation activation, Stream stream) {
+// What the forms of the forward call share: checks, and parameters but for the rows.
+struct Forward {
+  GemmParams params;
+  bool swiglu;
+};
+Forward forward_of(const GemmGroups& groups, const GemmWeights& weights, GemmRows h, GemmRows act,
+                   GemmActivation activation) {
   GemmParams p = group_params(groups);
   check_weights(weights);
   const bool swiglu = activation == GemmActivation::kSwiGLU;
@@ -155,13 +161,9 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
   require((activation == GemmActivation::kNone) == (act.data == nullptr),
           "act must be given with an activation, and only then");
   require(h.data != nullptr || act.data != nullptr, "neither h nor act is wanted");
-  if (groups.num_rows == 0) return;
-  check_rows(a.data, a.stride, weights.in, "a");
-  if (h.data != nullptr) check_rows(h.data, h.stride, weights.out, "h");
-  if (act.data != nullptr) check_rows(act.data, act.stride, swiglu ? weights.out / 2 : weights.out, "act");
-  const Device device = current_device();
-  if (takes_portable(groups, device))
-    return portable::forward(groups, weights, a, h, act, activation, device.processors, stream);
+  if (h.data != nullptr && groups.num_rows > 0) check_rows(h.data, h.stride, weights.out, "h");
+  if (act.data != nullptr && groups.num_rows > 0)
+    check_rows(act.data, act.stride, swiglu ? weights.out / 2 : weights.out, "act");
   p.num_weights = weights.num_weights;
   p.x_extent = static_cast<int>(weights.out);
   p.k_extent = static_cast<int>(weights.in);
@@ -170,8 +172,34 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
   p.c_stride = h.stride;
   p.act = static_cast<std::uint16_t*>(act.data);
   p.act_stride = act.stride;
+  return {p, swiglu};
+}
+
+template <GemmOp kOp>
+void launch(const GemmGroups& groups, GemmParams params, const CUtensorMap& x, const CUtensorMap& y,
+            const CUtensorMap& grads, int processors, Stream stream) {
+  // Per device: the attribute is part of its context.
+  check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kSharedBytes),
+        "cudaFuncSetAttribute");
+  const int blocks = grid_of(groups, processors, params);
+  grouped_gemm_kernel<kOp><<<blocks, kThreads, kSharedBytes, stream>>>(x, y, grads, params);
+  check(cudaGetLastError(), "launch");
+}
+
+}  // namespace
+
+void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h,
+                          GemmRows act, GemmActivation activation, Stream stream) {
+  const Forward f = forward_of(groups, weights, h, act, activation);
+  if (groups.num_rows == 0) return;
+  check_rows(a.data, a.stride, weights.in, "a");
+  const Device device = current_device();
+  if (takes_portable(groups, device))
+    return portable::forward(groups, weights, {nullptr, a, groups.num_rows, {}, 0}, h, act, activation,
+                             device.processors, stream);
   const CUtensorMap y = make_map(a.data, {{weights.in, 1, kBlockK}, {groups.num_rows, a.stride, 64}}, "a");
-  if (swiglu) {
+  if (f.swiglu) {
     // Rows of W1 and W3 alternate in blocks of 8, so that one thread accumulates both factors of an element.
     const std::int64_t ffn = weights.out / 2;
     const CUtensorMap x = make_map(weights.base,
@@ -181,14 +209,67 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
                                     {ffn / 8, 8 * weights.in, kBlockX / 16},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForwardSwiGLU>(groups, p, x, y, y, device.processors, stream);
+    launch<GemmOp::kForwardSwiGLU>(groups, f.params, x, y, y, device.processors, stream);
   } else {
     const CUtensorMap x = make_map(weights.base,
                                    {{weights.in, 1, kBlockK},
                                     {weights.out, weights.in, kBlockX},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForward>(groups, p, x, y, y, device.processors, stream);
+    launch<GemmOp::kForward>(groups, f.params, x, y, y, device.processors, stream);
+  }
+}
+
+void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, const GatheredRows& a,
+                          GemmRows h, GemmRows act, GemmActivation activation, Stream stream) {
+  const Forward f = forward_of(groups, weights, h, act, activation);
+  if (groups.num_rows == 0) return;
+  require(a.index != nullptr, "the index of gathered rows is null");
+  const auto check_place = [&](const ConstGemmRows& place, std::int64_t rows, const char* what) {
+    Require(rows >= 0 && rows < (std::int64_t{1} << 30), ErrorCode::kInvalidArgument, "grouped GEMM: ", rows,
+            " rows in ", what, "; at most 2^30 - 1 are possible");
+    if (rows > 0) check_rows(place.data, place.stride, weights.in, what);
+  };
+  check_place(a.first, a.first_rows, "a.first");
+  check_place(a.second, a.second_rows, "a.second");
+  require(a.first_rows > 0 || a.second_rows > 0, "there are no rows to gather from");
+  // A place without rows is never read from: the other one stands for it.
+  GatheredRows rows = a;
+  if (a.first_rows == 0) rows.first = a.second, rows.first_rows = a.second_rows;
+  if (a.second_rows == 0) rows.second = a.first, rows.second_rows = a.first_rows;
+  const Device device = current_device();
+  if (takes_portable(groups, device))
+    return portable::forward(groups, weights, rows, h, act, activation, device.processors, stream);
+  GatherParams p{};
+  p.gemm = f.params;
+  p.index = rows.index;
+  p.first = static_cast<const unsigned char*>(rows.first.data);
+  p.second = static_cast<const unsigned char*>(rows.second.data);
+  p.first_stride = rows.first.stride * 2;
+  p.second_stride = rows.second.stride * 2;
+  p.first_rows = static_cast<int>(rows.first_rows);
+  p.second_rows = static_cast<int>(rows.second_rows);
+  const int blocks = grid_of(groups, device.processors, p.gemm);
+  const auto run = [&](auto* kernel, const CUtensorMap& x) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          "cudaFuncSetAttribute");
+    kernel<<<blocks, kThreads, kSharedBytes, stream>>>(x, p);
+    check(cudaGetLastError(), "launch");
+  };
+  if (f.swiglu) {
+    const std::int64_t ffn = weights.out / 2;
+    run(gathering_gemm_kernel<true>, make_map(weights.base,
+                                              {{weights.in, 1, kBlockK},
+                                               {ffn, weights.in, 64},
+                                               {2, ffn * weights.in, 2},
+                                               {weights.num_weights, weights.stride, 1}},
+                                              "weights"));
+  } else {
+    run(gathering_gemm_kernel<false>, make_map(weights.base,
+                                               {{weights.in, 1, kBlockK},
+                                                {weights.out, weights.in, 128},
+                                                {weights.num_weights, weights.stride, 1}},
+                                               "weights"));
   }
 }
 
@@ -220,6 +301,7 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
                         std::int64_t in, float* grads, std::int64_t grad_stride, Stream stream) {
   GemmParams p = group_params(groups);
   require(groups.weight_index == nullptr, "wgrad: weight_index must be null");
+  require(groups.tickets.next == nullptr, "wgrad: tickets must be null");
   check_columns(out, "out");
   check_columns(in, "in");
   require(grads != nullptr && reinterpret_cast<std::uintptr_t>(grads) % 16 == 0,

@@ -40,6 +40,8 @@ struct GemmParams {
   int y_extent;  // wgrad: in
   int k_extent;  // forward: in, dgrad: out
   GemmActivation activation;
+  std::uint32_t* ticket;  // null: tiles by a fixed stride
+  int ticket_clusters;    // that take tickets, of all launches
   // forward, dgrad: bf16 rows; c is null if not wanted, act is null without activation
   std::uint16_t* c;
   std::int64_t c_stride;
@@ -77,7 +79,12 @@ inline constexpr int kBarrierOffset = kStagingOffset + 2 * kBuffers * kPieceByte
 inline constexpr int kTileOffset = kBarrierOffset + 2 * (kMaxStages + kTileSlots) * 8;
 inline constexpr int kPrefixOffset = kTileOffset + kTileSlots * 32;
 inline constexpr int kMaxStepOffset = kPrefixOffset + (kMaxGemmGroups + 1) * 4;
-inline constexpr int kSharedBytes = kMaxStepOffset + 4;
+// Tickets told to both blocks of a cluster. Blocks are at most a ring of stages apart, so a slot was read when its turn
+// comes again.
+inline constexpr int kTicketSlots = 16;
+static_assert(kTicketSlots > kMaxStages + 1);
+inline constexpr int kTicketOffset = (kMaxStepOffset + 4 + 7) / 8 * 8;
+inline constexpr int kSharedBytes = kTicketOffset + kTicketSlots * 12;
 static_assert(kTileOffset % 16 == 0);
 static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 
@@ -231,6 +238,38 @@ struct Ring {
   }
 };
 
+// ---- tickets -------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ std::uint32_t ticket_barrier(int index) {
+  return ptx::shared_address(gemm_shared) + kTicketOffset + index % kTicketSlots * 8;
+}
+__device__ __forceinline__ std::uint32_t ticket_word(int index) {
+  return ptx::shared_address(gemm_shared) + kTicketOffset + kTicketSlots * 8 + index % kTicketSlots * 4;
+}
+// The first block's producer: takes the cluster's ticket number `index` for both blocks.
+__device__ __forceinline__ void take_ticket(const GemmParams& p, int index) {
+  const std::uint32_t ticket = atomicAdd(p.ticket, 1u);
+  // Every cluster's last ticket is past the tiles; who has the very last one leaves the counter as it was.
+  if (ticket + 1 == static_cast<std::uint32_t>(tile_prefix()[p.num_groups] + p.ticket_clusters))
+    *p.ticket = 0;
+#pragma unroll
+  for (int block = 0; block < kClusterSize; ++block)
+    ptx::store_cluster(ptx::map_shared(ticket_word(index), block), ticket,
+                       ptx::map_shared(ticket_barrier(index), block));
+}
+// When a tile's producer takes the next ticket: soon enough that it is there in time, late enough that who is slow takes
+// fewer.
+__device__ __forceinline__ bool takes_next(const GemmParams& p, std::uint32_t rank, int kb, int num_k) {
+  return p.ticket != nullptr && rank == 0 && kb == max(num_k - 6, 0);
+}
+// Each block's producer: its tile number `index`.
+__device__ __forceinline__ int tile_of(const GemmParams& p, int index) {
+  if (p.ticket == nullptr) return static_cast<int>(blockIdx.x + index * gridDim.x) / kClusterSize;
+  const std::uint32_t barrier = ticket_barrier(index);
+  ptx::mbarrier_arrive_expect(barrier, 4);
+  ptx::mbarrier_wait(barrier, static_cast<std::uint32_t>(index / kTicketSlots) & 1);
+  return static_cast<int>(ptx::load_shared(ticket_word(index)));
+}
+
 // Arrivals that empty a stage: each consumer warp of both blocks, because a block's Y tile is half written by the other.
 inline constexpr int kEmptyArrivals = kClusterSize * 8;
 
@@ -246,12 +285,12 @@ template <GemmOp kOp, bool kFew>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* map_x,
                                         const CUtensorMap* map_y, Ring<kFew> ring, std::uint32_t rank) {
   constexpr std::uint16_t kBoth = (1 << kClusterSize) - 1;
-  const int clusters = gridDim.x / kClusterSize;
   TileWalk<kOp> tile;
   bool expired = false;
   int index = 0;
-  for (int t = blockIdx.x / kClusterSize; tile.find(p, t); t += clusters) {
-    tell(index++, tile.tile());
+  if (p.ticket != nullptr && rank == 0) take_ticket(p, 0);
+  for (; tile.find(p, tile_of(p, index)); ++index) {
+    tell(index, tile.tile());
     const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX;
     const int boxes = ceil_div(tile.y_rows, 64);
     if (p.arrival.flags != nullptr) {
@@ -286,6 +325,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
           ptx::copy_2d_multicast(y, map_y, k, tile.group.begin + tile.y_begin + box * 64, full, kBoth);
         }
       }
+      if (takes_next(p, rank, kb, tile.num_k)) take_ticket(p, index + 1);
       ring.advance();
     }
   }
@@ -683,6 +723,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
       ptx::mbarrier_init(tile_written(i), 1);
       ptx::mbarrier_init(tile_read(i), 256);  // consumer threads
     }
+    for (int i = 0; i < kTicketSlots; ++i) ptx::mbarrier_init(ticket_barrier(i), 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -36,8 +36,13 @@ struct Params {
   Arrival arrival;
   std::int64_t num_rows, num_weights;
   int num_groups;
-  const Bits* a;  // rows: [num_rows, *]
+  const Bits* a;  // rows: [num_rows, *]; with an index [a_rows, *]
   std::int64_t a_stride;
+  const std::int32_t* index;  // forward: null, or where rows are (GatheredRows)
+  const Bits* second;
+  std::int64_t second_stride, a_rows, second_rows;
+  std::uint32_t* ticket;  // null: tiles by a fixed stride
+  unsigned ticket_blocks;
   const Bits* b;  // weights, or rows (wgrad)
   std::int64_t b_stride, b_group_stride;
   int m_extent;  // wgrad: out; else rows of the group
@@ -101,6 +106,19 @@ __device__ __forceinline__ void load_inner(Bits* to, const Bits* from, std::int6
     const std::int64_t row = row_of(line);
     const bool valid = row >= 0 && k + column < k_extent;
     copy_16(to + line * kInnerStride + column, valid ? from + row * stride + k + column : from, valid);
+  }
+}
+// The same of rows where the index says; `index` is of the tile's first row.
+__device__ __forceinline__ void load_gathered(Bits* to, const Params& p, const std::int32_t* index, int rows,
+                                              int k) {
+#pragma unroll
+  for (int step = 0; step < kTile * 4 / kThreads; ++step) {
+    const int at = step * kThreads + static_cast<int>(threadIdx.x), line = at / 4, column = at % 4 * 8;
+    const bool valid = line < rows && k + column < p.k_extent;
+    const std::int64_t where = valid ? index[line] : 0;
+    const Bits* const row = where < 0 ? p.second + min(~where, p.second_rows - 1) * p.second_stride
+                                      : p.a + min(where, p.a_rows - 1) * p.a_stride;
+    copy_16(to + line * kInnerStride + column, valid ? row + k + column : p.a, valid);
   }
 }
 // Rows k..k+31 of a k-outer operand, columns first..first+127.
@@ -167,9 +185,23 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const __grid_constant
     if (lane == 0) prefix[0] = 0;
   }
   __syncthreads();
+  __shared__ int ticket;
+  const auto next_tile = [&](int last) {
+    if (p.ticket == nullptr)
+      return last < 0 ? static_cast<int>(blockIdx.x) : last + static_cast<int>(gridDim.x);
+    __syncthreads();  // the last ticket was read
+    if (threadIdx.x == 0) {
+      const unsigned mine = atomicAdd(p.ticket, 1u);
+      // Every block's last ticket is past the tiles; who has the very last one leaves the counter as it was.
+      if (mine + 1 == prefix[p.num_groups] + p.ticket_blocks) *p.ticket = 0;
+      ticket = static_cast<int>(mine);
+    }
+    __syncthreads();
+    return ticket;
+  };
   bool expired = false;
   int position = 0;
-  for (int t = blockIdx.x; t < prefix[p.num_groups]; t += gridDim.x) {
+  for (int t = next_tile(-1); t < prefix[p.num_groups]; t = next_tile(t)) {
     while (t >= prefix[position + 1]) ++position;
     const Group group = group_at(p, position);
     const int local = t - prefix[position];
@@ -181,6 +213,11 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const __grid_constant
       if (threadIdx.x == 0) {
         if constexpr (kOp == Op::kWgrad) {
           wait_for_rows(p.arrival, static_cast<int>(group.begin), group.rows, expired);
+        } else if (p.index != nullptr) {
+          bool any_second = false;
+          for (int row = m; row < min(m + kTile, group.rows); ++row)
+            any_second |= p.index[group.begin + row] < 0;
+          if (any_second) wait_for_rows(p.arrival, 0, 1, expired);
         } else {
           wait_for_rows(p.arrival, static_cast<int>(group.begin) + m, min(kTile, group.rows - m), expired);
         }
@@ -196,6 +233,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const __grid_constant
       if (k < k_extent) {
         if constexpr (kAOuter) {
           load_outer(to, a, p.a_stride, k, k_extent, m, p.m_extent);
+        } else if (p.index != nullptr) {
+          load_gathered(to, p, p.index + group.begin + m, group.rows - m, k);
         } else {
           load_inner(to, a, p.a_stride, k, k_extent,
                      [&](int line) { return m + line < group.rows ? std::int64_t{m + line} : -1; });
@@ -302,6 +341,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const __grid_constant
 
 Params group_params(const GemmGroups& groups) {
   Params p{};
+  p.ticket = groups.tickets.next;
   p.group_ptr = groups.group_ptr;
   p.order = groups.order;
   p.weight_index = groups.weight_index;
@@ -322,18 +362,26 @@ void launch(const GemmGroups& groups, const Params& p, int processors, Stream st
   Require(blocks > 0, ErrorCode::kNotSupported, "grouped GEMM: this device has less than ", kSharedBytes,
           " bytes of shared memory a block");
   const int sms = groups.max_sms > 0 && groups.max_sms < processors ? groups.max_sms : processors;
-  gemm_kernel<kOp><<<static_cast<unsigned>(sms * blocks), kThreads, kSharedBytes, stream>>>(p);
+  const auto grid = static_cast<unsigned>(sms * blocks);
+  Params q = p;
+  q.ticket_blocks = groups.tickets.sms > 0 ? static_cast<unsigned>(groups.tickets.sms * blocks) : grid;
+  gemm_kernel<kOp><<<grid, kThreads, kSharedBytes, stream>>>(q);
   check_cuda(cudaGetLastError(), "grouped GEMM: launch");
 }
 
 }  // namespace
 
-void forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h, GemmRows act,
-             GemmActivation activation, int processors, Stream stream) {
+void forward(const GemmGroups& groups, const GemmWeights& weights, const GatheredRows& gathered, GemmRows h,
+             GemmRows act, GemmActivation activation, int processors, Stream stream) {
   Params p = group_params(groups);
   p.num_weights = weights.num_weights;
-  p.a = static_cast<const Bits*>(a.data);
-  p.a_stride = a.stride;
+  p.a = static_cast<const Bits*>(gathered.first.data);
+  p.a_stride = gathered.first.stride;
+  p.a_rows = gathered.first_rows;
+  p.index = gathered.index;
+  p.second = static_cast<const Bits*>(gathered.second.data);
+  p.second_stride = gathered.second.stride;
+  p.second_rows = gathered.second_rows;
   p.b = static_cast<const Bits*>(weights.base);
   p.b_stride = weights.in;
   p.b_group_stride = weights.stride;

@@ -9,8 +9,9 @@
 
 namespace sluice::kernels::cuda::portable {
 
-void forward(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows a, GemmRows h, GemmRows act,
-             GemmActivation activation, int processors, Stream stream);
+// gathered.index null: rows lie in gathered.first by position.
+void forward(const GemmGroups& groups, const GemmWeights& weights, const GatheredRows& gathered, GemmRows h,
+             GemmRows act, GemmActivation activation, int processors, Stream stream);
 void dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows dc, GemmRows da,
            int processors, Stream stream);
 void wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a, std::int64_t in,

@@ -105,6 +105,44 @@ __device__ __forceinline__ void copy_5d(std::uint32_t dst, const CUtensorMap* ma
       : "memory");
 }
 
+__device__ __forceinline__ void copy_3d_multicast(std::uint32_t dst, const CUtensorMap* map, int c0, int c1,
+                                                  int c2, std::uint32_t barrier, std::uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+__device__ __forceinline__ void copy_4d_multicast(std::uint32_t dst, const CUtensorMap* map, int c0, int c1,
+                                                  int c2, int c3, std::uint32_t barrier,
+                                                  std::uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+
+// ---- copies of 16 bytes: global -> shared ----------------------------------------------------------------------------
+// Zeros where `bytes` is 0; what `from` points to is not read then.
+__device__ __forceinline__ void copy_16(std::uint32_t dst, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(from), "r"(bytes)
+               : "memory");
+}
+// Arrives at the barrier once all earlier copies of this thread are there; one of the arrivals that the barrier counts.
+__device__ __forceinline__ void copy_16_arrive(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// ---- a word for another block of the cluster ----------------------------------------------------------------------
+// Stores to an address of map_shared() and completes 4 bytes on a barrier of the same block.
+__device__ __forceinline__ void store_cluster(std::uint32_t address, std::uint32_t value,
+                                              std::uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address),
+               "r"(value), "r"(barrier)
+               : "memory");
+}
+
 // ---- tensor copies: shared -> global, in groups of the issuing thread ----------------------------------------------
 // Parts outside the tensor are left out.
 // Adds to what is there, in the memory system.
@@ -128,6 +166,10 @@ __device__ __forceinline__ void bulk_wait_read() {
 // Ordinary accesses before it are seen by the copy engine and the tensor cores after it, and the other way round.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async;" ::: "memory");
+}
+// The same of shared memory alone.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -169,6 +211,11 @@ __device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ std::uint32_t load_shared(std::uint32_t address) {
+  std::uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ void store_shared_16(std::uint32_t address, uint4 v) {

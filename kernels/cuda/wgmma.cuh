@@ -20,9 +20,10 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t shared_
 }
 
 // Keeps the compiler from moving reads or writes of the accumulators across this point.
-__device__ __forceinline__ void fence_accumulators(float (&d)[128]) {
+template <int kSize>
+__device__ __forceinline__ void fence_accumulators(float (&d)[kSize]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define SLUICE_S0 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -133,6 +134,44 @@ __device__ __forceinline__ void fence_accumulators(float (&d)[128]) {
 #define SLUICE_D15                                                                                \
   SLUICE_D14, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), \
       "+f"(d[126]), "+f"(d[127])
+// Half as many again: n is an odd multiple of 8.
+#define SLUICE_SH0 "%0, %1, %2, %3"
+#define SLUICE_DH0 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define SLUICE_SH1 \
+  SLUICE_S0        \
+  ", "             \
+  "%8, %9, %10, %11"
+#define SLUICE_DH1 SLUICE_D0, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+#define SLUICE_SH2 \
+  SLUICE_S1        \
+  ", "             \
+  "%16, %17, %18, %19"
+#define SLUICE_DH2 SLUICE_D1, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+#define SLUICE_SH3 \
+  SLUICE_S2        \
+  ", "             \
+  "%24, %25, %26, %27"
+#define SLUICE_DH3 SLUICE_D2, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27])
+#define SLUICE_SH4 \
+  SLUICE_S3        \
+  ", "             \
+  "%32, %33, %34, %35"
+#define SLUICE_DH4 SLUICE_D3, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+#define SLUICE_SH5 \
+  SLUICE_S4        \
+  ", "             \
+  "%40, %41, %42, %43"
+#define SLUICE_DH5 SLUICE_D4, "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43])
+#define SLUICE_SH6 \
+  SLUICE_S5        \
+  ", "             \
+  "%48, %49, %50, %51"
+#define SLUICE_DH6 SLUICE_D5, "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51])
+#define SLUICE_SH7 \
+  SLUICE_S6        \
+  ", "             \
+  "%56, %57, %58, %59"
+#define SLUICE_DH7 SLUICE_D6, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59])
 #define SLUICE_WGMMA(N, I, X, Y, P, TX, TY)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                   \
                ", 0;\n"                                                                 \
@@ -142,10 +181,26 @@ __device__ __forceinline__ void fence_accumulators(float (&d)[128]) {
                : "l"(x), "l"(y), "r"(accumulate), "n"(kXOuter), "n"(kYOuter))
 
 // kXOuter, kYOuter: 1 if k is the outer dimension of that operand's tile, else 0. accumulate 0: d is overwritten.
-template <int kN, int kXOuter, int kYOuter>
-__device__ __forceinline__ void wgmma(float (&d)[128], std::uint64_t x, std::uint64_t y, int accumulate) {
-  static_assert(kN % 16 == 0 && kN >= 16 && kN <= 256);
-  if constexpr (kN == 16)
+template <int kN, int kXOuter, int kYOuter, int kSize>
+__device__ __forceinline__ void wgmma(float (&d)[kSize], std::uint64_t x, std::uint64_t y, int accumulate) {
+  static_assert((kN % 16 == 0 || (kN % 8 == 0 && kN < 128)) && kN >= 8 && kN <= 256 && kN <= 2 * kSize);
+  if constexpr (kN == 8)
+    SLUICE_WGMMA(8, H0, "4", "5", "6", "7", "8");
+  else if constexpr (kN == 24)
+    SLUICE_WGMMA(24, H1, "12", "13", "14", "15", "16");
+  else if constexpr (kN == 40)
+    SLUICE_WGMMA(40, H2, "20", "21", "22", "23", "24");
+  else if constexpr (kN == 56)
+    SLUICE_WGMMA(56, H3, "28", "29", "30", "31", "32");
+  else if constexpr (kN == 72)
+    SLUICE_WGMMA(72, H4, "36", "37", "38", "39", "40");
+  else if constexpr (kN == 88)
+    SLUICE_WGMMA(88, H5, "44", "45", "46", "47", "48");
+  else if constexpr (kN == 104)
+    SLUICE_WGMMA(104, H6, "52", "53", "54", "55", "56");
+  else if constexpr (kN == 120)
+    SLUICE_WGMMA(120, H7, "60", "61", "62", "63", "64");
+  else if constexpr (kN == 16)
     SLUICE_WGMMA(16, 0, "8", "9", "10", "11", "12");
   else if constexpr (kN == 32)
     SLUICE_WGMMA(32, 1, "16", "17", "18", "19", "20");
@@ -180,6 +235,22 @@ __device__ __forceinline__ void wgmma(float (&d)[128], std::uint64_t x, std::uin
 }
 
 #undef SLUICE_WGMMA
+#undef SLUICE_SH0
+#undef SLUICE_DH0
+#undef SLUICE_SH1
+#undef SLUICE_DH1
+#undef SLUICE_SH2
+#undef SLUICE_DH2
+#undef SLUICE_SH3
+#undef SLUICE_DH3
+#undef SLUICE_SH4
+#undef SLUICE_DH4
+#undef SLUICE_SH5
+#undef SLUICE_DH5
+#undef SLUICE_SH6
+#undef SLUICE_DH6
+#undef SLUICE_SH7
+#undef SLUICE_DH7
 #undef SLUICE_S0
 #undef SLUICE_S1
 #undef SLUICE_S2

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <string>
@@ -317,8 +318,9 @@ TEST_P(GroupedGemmCuda, RowsAreIndependent) {
   const std::int64_t rows = 700, out = 512, in = 1024;
   Problem p({rows}, out, in, 18);
   OnDevice d(p);
+  DeviceArray<std::uint32_t> ticket({0});
   const auto run = [&](const std::vector<std::int64_t>& ptr, std::vector<std::int32_t> order, int max_sms,
-                       bool dgrad) {
+                       bool dgrad, bool tickets = false) {
     const int groups = static_cast<int>(ptr.size()) - 1;
     DeviceArray<std::int64_t> group_ptr(ptr);
     DeviceArray<std::int32_t> weight_index(std::vector<std::int32_t>(static_cast<std::size_t>(groups), 0));
@@ -332,6 +334,7 @@ TEST_P(GroupedGemmCuda, RowsAreIndependent) {
     g.num_rows = p.num_rows;
     g.max_sms = max_sms;
     g.path = g_path;
+    if (tickets) g.tickets.next = ticket.data();
     if (dgrad) {
       grouped_gemm_dgrad(g, d.weight_view(p), {d.dc.data(), p.dc.stride}, {c.data(), in}, nullptr);
     } else {
@@ -354,6 +357,10 @@ TEST_P(GroupedGemmCuda, RowsAreIndependent) {
                                             kLead + 90, kLead + 347, kLead + rows};
     EXPECT_EQ(whole, run(some, {4, 0, 3, 1, 2}, 0, dgrad));
     EXPECT_EQ(whole, run(some, {}, 2, dgrad));
+    EXPECT_EQ(whole, run(ones, {}, 0, dgrad, true));
+    EXPECT_EQ(whole, run(few, {}, 0, dgrad, true));
+    EXPECT_EQ(whole, run(some, {4, 0, 3, 1, 2}, 6, dgrad, true));
+    EXPECT_EQ(ticket.get()[0], 0u);
   }
 }
 
@@ -440,6 +447,204 @@ TEST_P(GroupedGemmCuda, TilesWaitForTheirRows) {
   cudaStreamDestroy(stream);
 }
 
+// Rows in two places, some of them several times, and rows laid out by position: the same bits.
+struct Gathered {
+  Matrix first, second;
+  std::vector<std::int32_t> index;
+  // p.a becomes what the index says.
+  Gathered(Problem& p, std::int64_t first_rows, std::int64_t second_rows)
+      : first(first_rows, p.in, p.in + 16), second(second_rows, p.in, p.in + 8) {
+    first.fill(p.random, 0, first_rows);
+    second.fill(p.random, 0, second_rows);
+    // What belongs to no group points nowhere.
+    index.assign(static_cast<std::size_t>(p.num_rows), std::int32_t{0x7FFFFFFF});
+    for (std::int64_t row = p.group_ptr.front(); row < p.group_ptr.back(); ++row) {
+      const bool other = first_rows == 0 || (second_rows > 0 && p.random() % 3 == 0);
+      const Matrix& from = other ? second : first;
+      const auto at = static_cast<std::int64_t>(p.random() % static_cast<unsigned>(from.rows));
+      index[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(other ? ~at : at);
+      std::copy_n(from.bits.begin() + at * from.stride, p.in, p.a.bits.begin() + row * p.a.stride);
+    }
+  }
+};
+
+struct GatheredOnDevice {
+  DeviceArray<std::int32_t> index;
+  DeviceArray<std::uint16_t> first, second;
+  GatheredRows rows;
+  explicit GatheredOnDevice(const Gathered& g) : index(g.index), first(g.first.bits), second(g.second.bits) {
+    rows.index = index.data();
+    if (g.first.rows > 0) rows.first = {first.data(), g.first.stride};
+    rows.first_rows = g.first.rows;
+    if (g.second.rows > 0) rows.second = {second.data(), g.second.stride};
+    rows.second_rows = g.second.rows;
+  }
+};
+
+struct Outputs {
+  DeviceArray<std::uint16_t> h, act;
+  GemmRows h_rows, act_rows;
+  Outputs(const Problem& p, GemmActivation kind, bool keep_h)
+      : h(poisoned(p.num_rows, p.out + 8)), act(poisoned(p.num_rows, p.out + 24)) {
+    if (keep_h || kind == GemmActivation::kNone) h_rows = {h.data(), p.out + 8};
+    if (kind != GemmActivation::kNone) act_rows = {act.data(), p.out + 24};
+  }
+};
+
+enum class Take { kShares, kTickets, kTwoLaunches };
+
+void expect_same_bits_gathered(Problem p, GemmActivation kind, bool keep_h, Take take,
+                               std::int64_t first_rows = 50, std::int64_t second_rows = 20) {
+  SCOPED_TRACE("out " + std::to_string(p.out) + " in " + std::to_string(p.in) + " activation " +
+               std::to_string(static_cast<int>(kind)) + " h " + std::to_string(keep_h) + " take " +
+               std::to_string(static_cast<int>(take)));
+  const Gathered gathered(p, first_rows, second_rows);
+  OnDevice d(p);
+  GatheredOnDevice rows(gathered);
+  Outputs want(p, kind, keep_h), got(p, kind, keep_h);
+  DeviceArray<std::uint32_t> ticket({0});
+  GemmGroups groups = d.groups(p);
+  grouped_gemm_forward(groups, d.weight_view(p), {d.a.data(), p.a.stride}, want.h_rows, want.act_rows, kind,
+                       nullptr);
+  if (take != Take::kShares) groups.tickets.next = ticket.data();
+  if (take == Take::kTwoLaunches) {
+    groups.tickets.sms = 6;
+    cudaStream_t streams[2];
+    CUDA_OK(cudaDeviceSynchronize());
+    for (int i = 0; i < 2; ++i) {
+      CUDA_OK(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+      groups.max_sms = 2 + 2 * i;
+      grouped_gemm_forward(groups, d.weight_view(p), rows.rows, got.h_rows, got.act_rows, kind, streams[i]);
+    }
+    CUDA_OK(cudaDeviceSynchronize());
+    for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
+  } else {
+    grouped_gemm_forward(groups, d.weight_view(p), rows.rows, got.h_rows, got.act_rows, kind, nullptr);
+  }
+  CUDA_OK(cudaDeviceSynchronize());
+  EXPECT_EQ(ticket.get()[0], 0u);
+  const auto expect_equal = [&](const std::vector<std::uint16_t>& a, const std::vector<std::uint16_t>& b,
+                                const char* what) {
+    const auto at = std::mismatch(a.begin(), a.end(), b.begin()).first - a.begin();
+    if (at == static_cast<std::ptrdiff_t>(a.size())) return;
+    const auto stride = static_cast<std::ptrdiff_t>(a.size()) / p.num_rows;
+    ADD_FAILURE() << what << " differs first at row " << at / stride << " column " << at % stride << ": "
+                  << a[static_cast<std::size_t>(at)] << ", " << b[static_cast<std::size_t>(at)];
+  };
+  expect_equal(want.h.get(), got.h.get(), "h");
+  expect_equal(want.act.get(), got.act.get(), "act");
+  // Against double sums too, where that is cheap: both could be wrong alike.
+  if (kind == GemmActivation::kNone && p.num_rows < 1000) {
+    const Reference reference(p);
+    expect_rows(p, got.h.get(), p.out, p.out + 8, static_cast<double>(p.in), "h",
+                [&](std::int64_t row, int g, std::vector<double>& e) { reference.forward(row, g, e); });
+  }
+}
+
+TEST_P(GroupedGemmCuda, GatheredRowsGiveTheSameBits) {
+  using A = GemmActivation;
+  std::vector<std::int64_t> every(257);
+  std::iota(every.begin(), every.end(), 1);
+  for (const Take take : {Take::kShares, Take::kTickets, Take::kTwoLaunches}) {
+    for (const bool keep_h : {true, false}) {
+      expect_same_bits_gathered(Problem(kRagged, 256, 64, 30), A::kSwiGLU, keep_h, take);
+      expect_same_bits_gathered(Problem({17, 0, 300}, 208, 576, 31), A::kSwiGLU, keep_h, take);
+      expect_same_bits_gathered(Problem({17, 0, 300}, 264, 72, 32), A::kGelu, keep_h, take);
+      expect_same_bits_gathered(Problem({17, 0, 300}, 264, 72, 33), A::kRelu, keep_h, take);
+    }
+    expect_same_bits_gathered(Problem(kRagged, 328, 136, 34), A::kNone, true, take);
+    expect_same_bits_gathered(Problem({5, 70}, 8, 8, 35), A::kNone, true, take);
+    expect_same_bits_gathered(Problem({1}, 16, 8, 36), A::kSwiGLU, true, take);
+    expect_same_bits_gathered(Problem(every, 64, 64, 37), A::kNone, true, take);
+    expect_same_bits_gathered(Problem({0, 0, 3000, 0}, 512, 64, 38), A::kNone, true, take);
+    expect_same_bits_gathered(Problem({0, 0, 0}, 256, 64, 39), A::kNone, true, take);
+    expect_same_bits_gathered(Problem({700, 1, 40}, 784, 1536, 40), A::kSwiGLU, true, take);
+    expect_same_bits_gathered(Problem({700, 1, 40}, 784, 1608, 41), A::kSwiGLU, false, take);
+    // All rows in one place; one row for all.
+    expect_same_bits_gathered(Problem(kRagged, 256, 64, 42), A::kSwiGLU, false, take, 1, 0);
+    expect_same_bits_gathered(Problem(kRagged, 256, 64, 43), A::kSwiGLU, false, take, 0, 33);
+  }
+}
+
+TEST_P(GroupedGemmCuda, GatherFollowsNoIndexOutOfItsPlace) {
+  Problem p({100, 30}, 256, 128, 44);
+  Gathered gathered(p, 7, 3);
+  const std::int64_t row = p.group_ptr.front() + 4;
+  gathered.index[static_cast<std::size_t>(row)] = 7;
+  gathered.index[static_cast<std::size_t>(row) + 1] = 0x7FFFFFFF;
+  gathered.index[static_cast<std::size_t>(row) + 2] = ~3;
+  gathered.index[static_cast<std::size_t>(row) + 3] = std::numeric_limits<std::int32_t>::min();
+  for (int i = 0; i < 4; ++i) {
+    const Matrix& from = i < 2 ? gathered.first : gathered.second;
+    std::copy_n(from.bits.begin() + (from.rows - 1) * from.stride, p.in,
+                p.a.bits.begin() + (row + i) * p.a.stride);
+  }
+  OnDevice d(p);
+  GatheredOnDevice rows(gathered);
+  Outputs got(p, GemmActivation::kNone, true);
+  grouped_gemm_forward(d.groups(p), d.weight_view(p), rows.rows, got.h_rows, {}, GemmActivation::kNone,
+                       nullptr);
+  CUDA_OK(cudaDeviceSynchronize());
+  const Reference reference(p);
+  expect_rows(p, got.h.get(), p.out, p.out + 8, static_cast<double>(p.in), "h",
+              [&](std::int64_t r, int g, std::vector<double>& e) { reference.forward(r, g, e); });
+}
+
+// Tiles of rows in the first place are done while the others' are waited for; two launches share the tiles, and the
+// second one begins when those are there.
+TEST_P(GroupedGemmCuda, GatheredTilesWaitForTheSecondPlace) {
+  Problem p({300, 70, 129, 500}, 256, 640, 45);
+  Gathered gathered(p, 200, 90);
+  for (const bool comes : {true, false}) {
+    OnDevice d(p);
+    GatheredOnDevice rows(gathered);
+    rows.second.put(poisoned(gathered.second.rows, gathered.second.stride));
+    Outputs got(p, GemmActivation::kNone, true);
+    DeviceArray<std::uint32_t> flag({6}), ticket({0});
+    DeviceArray<WaitDiagnosis> diagnosis(std::vector<WaitDiagnosis>(1));
+    cudaStream_t stream, arrivals;
+    CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_OK(cudaStreamCreateWithFlags(&arrivals, cudaStreamNonBlocking));
+    GemmGroups groups = d.groups(p);
+    groups.max_sms = 4;
+    groups.tickets = {ticket.data(), 8};
+    groups.arrival = {flag.data(), 64, 7, comes ? 5'000'000'000u : 20'000'000u, diagnosis.data()};
+    const auto start = std::chrono::steady_clock::now();
+    const auto launch = [&](cudaStream_t on) {
+      grouped_gemm_forward(groups, d.weight_view(p), rows.rows, got.h_rows, {}, GemmActivation::kNone, on);
+    };
+    launch(stream);
+    if (comes) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      const std::uint32_t arrived = 7;
+      CUDA_OK(cudaMemcpyAsync(rows.second.data(), gathered.second.bits.data(),
+                              gathered.second.bits.size() * 2, cudaMemcpyHostToDevice, arrivals));
+      CUDA_OK(cudaMemcpyAsync(flag.data(), &arrived, 4, cudaMemcpyHostToDevice, arrivals));
+      launch(arrivals);
+      CUDA_OK(cudaStreamSynchronize(arrivals));
+    } else {
+      launch(arrivals);
+    }
+    CUDA_OK(cudaDeviceSynchronize());
+    EXPECT_EQ(ticket.get()[0], 0u);
+    const WaitDiagnosis record = diagnosis.get()[0];
+    if (comes) {
+      EXPECT_EQ(record.expired, 0u);
+      const Reference reference(p);
+      expect_rows(p, got.h.get(), p.out, p.out + 8, static_cast<double>(p.in), "rows that arrived",
+                  [&](std::int64_t row, int g, std::vector<double>& e) { reference.forward(row, g, e); });
+    } else {
+      EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(2));
+      EXPECT_EQ(record.expired, 1u);
+      EXPECT_EQ(record.flag_index, 0u);
+      EXPECT_EQ(record.expected, 7u);
+      EXPECT_EQ(record.observed, 6u);
+    }
+    cudaStreamDestroy(arrivals);
+    cudaStreamDestroy(stream);
+  }
+}
+
 // Arguments are checked before the device is asked for, so this runs anywhere.
 TEST(GroupedGemmCudaArguments, Refusals) {
   alignas(16) static std::uint16_t memory[64];
@@ -476,6 +681,23 @@ TEST(GroupedGemmCudaArguments, Refusals) {
   g = groups;
   g.max_sms = 3;
   expect_names(code(g, weights, {memory, 8}, {memory, 8}), "max_sms is 3");
+
+  alignas(16) static std::int32_t index[1];
+  alignas(16) static std::uint32_t ticket[1];
+  const auto gathered = [&](GemmGroups of, const GatheredRows& a, const GemmTickets& tickets) {
+    of.tickets = tickets;
+    try {
+      grouped_gemm_forward(of, weights, a, {memory, 8}, {}, GemmActivation::kNone, nullptr);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  expect_names(gathered(groups, {nullptr, {memory, 8}, 1, {}, 0}, {}), "index of gathered rows is null");
+  expect_names(gathered(groups, {index, {memory, 8}, 0, {}, 0}, {}), "no rows to gather from");
+  expect_names(gathered(groups, {index, {memory, 8}, 1, {memory, 12}, 1}, {}), "row stride 12 of a.second");
+  expect_names(gathered(groups, {index, {memory, 8}, -1, {}, 0}, {}), "-1 rows in a.first");
+  expect_names(gathered(groups, {index, {memory, 8}, 1, {}, 0}, {ticket, 4}), "tickets.sms is 4");
 }
 
 INSTANTIATE_TEST_SUITE_P(Paths, GroupedGemmCuda, testing::Values(GemmPath::kBest, GemmPath::kPortable),
