@@ -307,6 +307,15 @@ struct Bench {
           std::exit(1);
         }
       }
+      CHECK(cudaMemset(y.data, 0xFF, y0.size() * 2));
+      CHECK(cudaDeviceSynchronize());
+      forward(options_of(GpuSchedule::kAuto, 0, false));
+      CHECK(cudaStreamSynchronize(stream));
+      CHECK(cudaMemcpy(y1.data(), y.data, y1.size() * 2, cudaMemcpyDeviceToHost));
+      if (y0 != y1) {
+        std::fprintf(stderr, "rank %d %s: without keeping, y differs\n", rank.rank, shape.name);
+        std::exit(1);
+      }
       // Dense products of the heaviest rank's FLOPs.
       const std::int64_t m = *std::max_element(all.begin(), all.end()), hidden = shape.hidden,
                          ffn = shape.ffn;
@@ -335,26 +344,30 @@ struct Bench {
               hidden, true);
       };
       const GpuLayerOptions sequential = options_of(GpuSchedule::kSequential, 0, false),
-                            sequential_kept = options_of(GpuSchedule::kSequential, 0, true);
+                            sequential_kept = options_of(GpuSchedule::kSequential, 0, true),
+                            best = options_of(GpuSchedule::kAuto, 0, false);
       std::vector<std::function<void()>> arms = {
           dense_forward,
           [&] {
             dense_forward();
             dense_backward();
           },
-          [&] { layer.gemms_only(experts, sequential, stream); },
-          [&] { layer.local_only(experts, x.data, y.data, sequential, stream); },
+          [&] { layer.gemms_only(experts, x.data, best, stream); },
+          [&] { layer.local_only(experts, x.data, y.data, best, stream); },
           [&] { layer.exchange_only(x.data, y.data, sequential, stream); },
           [&] { forward(sequential); },
           [&] {
             forward(sequential_kept);
             backward(sequential_kept);
           }};
-      std::vector<std::pair<std::string, GpuLayerOptions>> ways = {
-          {"", options_of(GpuSchedule::kAuto, 0, false)}};
+      std::vector<std::pair<std::string, GpuLayerOptions>> ways = {{"", best}};
       for (const int sms : wanted)
         ways.emplace_back(sms == 0 ? "_overlapped" : "_overlapped, comm " + std::to_string(sms),
                           options_of(GpuSchedule::kOverlapped, sms, false));
+      for (const int sms : wanted)
+        if (sms != 0)
+          ways.emplace_back("_gathered, comm " + std::to_string(sms),
+                            options_of(GpuSchedule::kGathered, sms, false));
       for (const auto& [name, way] : ways) {
         GpuLayerOptions kept = way;
         kept.keep = true;

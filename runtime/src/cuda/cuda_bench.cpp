@@ -308,7 +308,7 @@ class Bench {
     layer_->backward(experts(), {g1_.get(), g2_.get()}, dy_.get(), dx_.get(), dweight_.get(), o, stream());
   }
   void exchange_only(const GpuLayerOptions& o) { layer_->exchange_only(x_.get(), y_.get(), o, stream()); }
-  void gemms_only(const GpuLayerOptions& o) { layer_->gemms_only(experts(), o, stream()); }
+  void gemms_only(const GpuLayerOptions& o) { layer_->gemms_only(experts(), x_.get(), o, stream()); }
   void local_only(const GpuLayerOptions& o) {
     layer_->local_only(experts(), x_.get(), y_.get(), o, stream());
   }

@@ -31,6 +31,9 @@ constexpr double kRoutesOfRow = 2;  // a row crosses once for at least so many r
 constexpr double kMostShare = 0.5;  // of a GEMM that should have a push beside it
 constexpr double kMargin = 1.15;
 constexpr int kFewestSms = 8, kMostSms = 16;
+// With fewer rows an expert, by the size of the buffers, a GEMM only reads weights, and the one that fetches its rows has
+// half as many bytes of them on their way.
+constexpr std::int64_t kRowsToGather = 128;
 
 // Every expert has two slots: of own rows, and behind them of others'.
 __global__ void split_slots_kernel(const std::int32_t* slot, const std::int64_t* source_route_ptr, int rank,
@@ -42,9 +45,50 @@ __global__ void split_slots_kernel(const std::int32_t* slot, const std::int64_t*
     split[i] = 2 * slot[i] + (i >= own && i < end ? 0 : 1);
 }
 
-__global__ void merge_groups_kernel(const std::int64_t* split_ptr, int experts, std::int64_t* group_ptr) {
-  for (int e = static_cast<int>(threadIdx.x); e <= experts; e += static_cast<int>(blockDim.x))
-    group_ptr[e] = split_ptr[2 * e];
+// What GEMMs need of a finished plan.
+struct Groups {
+  const std::int64_t* split_ptr;
+  std::int64_t* group_ptr;   // [experts + 1]: own and others' rows together
+  std::int64_t* gather_ptr;  // [2 experts + 1]: of the first `own_first` experts own rows before all others
+  int experts, own_first;
+  // Where the row of each position lies: a token of this rank, or ~ its place in the receive list.
+  const std::int64_t* source_ptr;
+  const std::int64_t* route_ptr;
+  const std::int32_t* position;
+  const std::int64_t* rank_ptr;
+  const std::int32_t* send_row;
+  std::int32_t* gather_index;
+  int rank, ranks;
+};
+__global__ void groups_kernel(Groups g) {
+  const std::int64_t thread = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
+  const std::int64_t threads = std::int64_t{gridDim.x} * blockDim.x;
+  for (std::int64_t e = thread; e <= g.experts; e += threads) {
+    const std::int64_t begin = g.split_ptr[2 * e];
+    g.group_ptr[e] = begin;
+    g.gather_ptr[2 * e] = begin;
+    if (e == g.experts) break;
+    // Whole tiles of the GEMM, so that cutting makes no more of them: where an expert's own rows end within one, that
+    // tile is done with the others'.
+    constexpr std::int64_t kTile = 256, kStep = 16;
+    const std::int64_t all = g.split_ptr[2 * e + 2] - begin,
+                       tiles = max((all + kTile - 1) / kTile, std::int64_t{1});
+    const std::int64_t step = max(((all + tiles - 1) / tiles + kStep - 1) / kStep * kStep, kStep);
+    g.gather_ptr[2 * e + 1] =
+        begin + (e < g.own_first ? (g.split_ptr[2 * e + 1] - begin) / step * step : std::int64_t{0});
+  }
+  const std::int64_t own = g.source_ptr[g.rank], own_end = g.source_ptr[g.rank + 1];
+  for (std::int64_t row = thread; row < g.source_ptr[g.ranks]; row += threads) {
+    const bool is_own = row >= own && row < own_end;
+    const auto where = is_own ? g.send_row[g.rank_ptr[g.rank] + row - own] : static_cast<std::int32_t>(~row);
+    for (std::int64_t i = g.route_ptr[row]; i < g.route_ptr[row + 1]; ++i)
+      g.gather_index[g.position[i]] = where;
+  }
+}
+
+__global__ void raise_kernel(std::uint32_t* flag) {
+  __threadfence();
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 
 template <typename T>
@@ -95,6 +139,11 @@ struct GpuLayer::Impl {
   // Expert rows of local expert e: split_ptr[2e] .. split_ptr[2e+1] are own ones, those up to split_ptr[2e+2] others';
   // group_ptr[e] .. group_ptr[e+1] both.
   Device<std::int64_t> split_ptr, group_ptr;
+  // kGathered: the same rows, cut where tiles end (groups_kernel), and in which order; where each row lies.
+  Device<std::int64_t> gather_ptr;
+  Device<std::int32_t> gather_order, gather_index;
+  Device<std::uint32_t> arrived_flag, ticket;  // others' rows are here; tiles taken of the GEMM of the moment
+  Device<gpu::WaitDiagnosis> diagnosis;
   Device<std::int32_t> only_own, only_others, rest,
       expert_of_split;  // which groups of split_ptr, and their weights
   Device<std::int32_t> send_row, send_route, send_slot, home_position, split_slot, position;
@@ -145,8 +194,10 @@ struct GpuLayer::Impl {
     home_ptr = Device<std::int64_t>(rows.max_tokens + 1);
     split_ptr = Device<std::int64_t>(2 * local + 1);
     group_ptr = Device<std::int64_t>(local + 1);
-    std::vector<std::int32_t> own, others, expert;
+    gather_ptr = Device<std::int64_t>(2 * local + 1);
+    std::vector<std::int32_t> own, others, expert, own_first;
     for (int i = 0; i < 2 * local; ++i) {
+      own_first.push_back(i < local ? 2 * i : 2 * (i - local) + 1);
       own.push_back(i % 2 == 0 ? i : -1);
       others.push_back(i % 2 == 1 ? i : -1);
       expert.push_back(i / 2);
@@ -155,6 +206,11 @@ struct GpuLayer::Impl {
     for (int after = 0; after <= local; ++after)
       for (int i = 0; i < 2 * local; ++i) from.push_back(i % 2 == 1 || i / 2 >= after ? i : -1);
     rest = Device<std::int32_t>(from);
+    gather_order = Device<std::int32_t>(own_first);
+    gather_index = Device<std::int32_t>(routes);
+    arrived_flag = Device<std::uint32_t>(std::vector<std::uint32_t>{0});
+    ticket = Device<std::uint32_t>(std::vector<std::uint32_t>{0});
+    diagnosis = Device<gpu::WaitDiagnosis>(std::vector<gpu::WaitDiagnosis>(1));
     only_own = Device<std::int32_t>(own);
     only_others = Device<std::int32_t>(others);
     expert_of_split = Device<std::int32_t>(expert);
@@ -205,8 +261,16 @@ struct GpuLayer::Impl {
     check_cuda(cudaStreamWaitEvent(to, event, 0), "GPU layer");
   }
   bool is_sequential(const GpuLayerOptions& options) const {
-    return options.schedule == GpuSchedule::kSequential ||
+    return options.schedule == GpuSchedule::kSequential || options.schedule == GpuSchedule::kGathered ||
            (options.schedule == GpuSchedule::kAuto && exchange.link() == comm::cuda::Link::kNvlink);
+  }
+  bool gathers(const GpuLayerOptions& options) const {
+    const bool wanted =
+        options.schedule == GpuSchedule::kGathered ||
+        (options.schedule == GpuSchedule::kAuto && routes >= kRowsToGather * std::max(local, 1) &&
+         (ranks > 1 || gpu::gathering_pays(pre)));
+    return wanted && exchange.link() == comm::cuda::Link::kNvlink && rows.wire == comm::cuda::Wire::kRows &&
+           !(shape.training && options.keep);
   }
   void check_options(const GpuLayerOptions& options) const {
     Require(options.comm_sms >= 0 && options.comm_sms % 2 == 0 && options.comm_sms <= processors / 2, kBad,
@@ -222,8 +286,9 @@ struct GpuLayer::Impl {
     int max_sms;       // 0: all
     int after = 0;
   };
-  gpu::GemmGroups groups(const Part& p) const {
+  gpu::GemmGroups groups(const Part& p, bool tickets = true) const {
     gpu::GemmGroups g;
+    if (tickets) g.tickets.next = ticket.get();
     if (p.rows == Rows::kAll) {
       g.group_ptr = group_ptr.get() + p.first;
       g.num_groups = p.count;
@@ -316,6 +381,44 @@ struct GpuLayer::Impl {
     gemm(Part{of, 0, b.experts, (processors - b.sms) / 2 * 2});
     gemm(Part{of, b.experts, local - b.experts, 0});
   }
+  // GEMM 1 over rows where they are. `sharing`: one of two launches that share the tiles, on `sms` processors, while others'
+  // rows may be on their way; else all are here.
+  void gemm1_gathering(const GpuExperts& e, const void* x, bool sharing, int sms, Stream stream) const {
+    if (local == 0 || (num_tokens == 0 && ranks == 1)) return;
+    gpu::GemmGroups g;
+    g.group_ptr = gather_ptr.get();
+    g.order = gather_order.get();
+    g.weight_index = expert_of_split.get();
+    g.num_groups = 2 * local;
+    g.num_rows = routes;
+    g.max_sms = sms;
+    // The push ends by its own deadlines, and raises the flag in any case.
+    if (sharing)
+      g.arrival = {arrived_flag.get(), 1, 1, 8 * static_cast<std::uint64_t>(rows.deadline.count()),
+                   diagnosis.get()};
+    const gpu::GatheredRows from{gather_index.get(),
+                                 {x, hidden},
+                                 num_tokens,
+                                 {exchange.received(channel), hidden},
+                                 ranks > 1 ? rows.max_received : 0};
+    g.tickets = {ticket.get(), sharing ? processors / 2 * 2 : 0};
+    gpu::grouped_gemm_forward(g, weights(e.w1, all_of(Rows::kAll), pre, hidden), from, {}, {act.get(), ffn},
+                              gemm_activation(), stream);
+  }
+  // The processors of the push take tiles when it is done. They are never given to the GEMM before: it would wait for a push
+  // that waits for them.
+  void bring_gathering(const GpuExperts& e, const void* x, const Beside& b, Stream stream) const {
+    if (ranks == 1) return gemm1_gathering(e, x, false, 0, stream);
+    check_cuda(cudaMemsetAsync(arrived_flag.get(), 0, arrived_flag.bytes(), stream), "GPU layer");
+    meet(ready, stream, comm);
+    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
+    raise_kernel<<<1, 1, 0, comm>>>(arrived_flag.get());
+    check_cuda(cudaGetLastError(), "GPU layer");
+    gemm1_gathering(e, x, true, b.sms, comm);
+    check_cuda(cudaEventRecord(arrived, comm), "GPU layer");
+    gemm1_gathering(e, x, true, processors / 2 * 2 - b.sms, stream);
+    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+  }
   Part all_of(Rows of) const { return {of, 0, local, 0}; }
 
   void bring(const void* x, Bf16* to, Stream stream) const {
@@ -331,9 +434,13 @@ struct GpuLayer::Impl {
   void forward(const GpuExperts& e, const void* x, void* y, const GpuLayerOptions& options, Stream stream) {
     const auto first = [&](const Part& p) { gemm1(e, p, options.keep, stream); };
     const auto second = [&](const Part& p) { gemm2(e, p, stream); };
-    if (is_sequential(options)) {
-      bring(x, expert_rows.get(), stream);
-      first(all_of(Rows::kAll));
+    if (is_sequential(options) || gathers(options)) {
+      if (gathers(options)) {
+        bring_gathering(e, x, beside(pre, hidden, options.comm_sms), stream);
+      } else {
+        bring(x, expert_rows.get(), stream);
+        first(all_of(Rows::kAll));
+      }
       second(all_of(Rows::kAll));
       exchange.combine(channel, send_plan(), results(true), y, hidden, num_tokens, all_processors(), stream);
       return;
@@ -375,10 +482,10 @@ struct GpuLayer::Impl {
     const auto wgrads = [&](bool second, const Part& p) {
       if (p.count == 0) return;
       if (second) {
-        gpu::grouped_gemm_wgrad(groups(p), {gradient_rows.get(), hidden}, hidden, {u.get(), ffn}, ffn,
+        gpu::grouped_gemm_wgrad(groups(p, false), {gradient_rows.get(), hidden}, hidden, {u.get(), ffn}, ffn,
                                 g.w2 + p.first * hidden * ffn, hidden * ffn, stream);
       } else {
-        gpu::grouped_gemm_wgrad(groups(p), {h.get(), pre}, pre, {expert_rows.get(), hidden}, hidden,
+        gpu::grouped_gemm_wgrad(groups(p, false), {h.get(), pre}, pre, {expert_rows.get(), hidden}, hidden,
                                 g.w1 + p.first * pre * hidden, pre * hidden, stream);
       }
     };
@@ -454,7 +561,12 @@ void GpuLayer::plan(const kernels::cuda::ConstRouting& routing, std::int64_t num
   gpu::build_plan({list.route_ptr, i.split_slot.get(), list.weight}, i.rows.max_received,
                   {i.local_rank_of.get(), i.local_slot_of.get(), 2 * i.local, 1}, receive, i.scratch.get(),
                   stream);
-  merge_groups_kernel<<<1, 256, 0, stream>>>(i.split_ptr.get(), i.local, i.group_ptr.get());
+  // A push beside a GEMM takes up to twice as long as alone, so own rows of twice the experts come first.
+  const int own_first = i.ranks == 1 ? 0 : std::min(i.local, 2 * i.beside(i.pre, i.hidden, 0).experts);
+  groups_kernel<<<64, 256, 0, stream>>>({i.split_ptr.get(), i.group_ptr.get(), i.gather_ptr.get(), i.local,
+                                         own_first, list.source_ptr, list.route_ptr, i.position.get(),
+                                         i.rank_ptr.get(), i.send_row.get(), i.gather_index.get(),
+                                         i.exchange.rank(), i.ranks});
   check_cuda(cudaGetLastError(), "GPU layer: plan");
 }
 
@@ -481,18 +593,23 @@ void GpuLayer::exchange_only(const void* x, void* y, const GpuLayerOptions& opti
   i.exchange.combine(i.channel, i.send_plan(), i.results(true), y, i.hidden, i.num_tokens, i.all_processors(),
                      stream);
 }
-void GpuLayer::gemms_only(const GpuExperts& experts, const GpuLayerOptions& options, Stream stream) {
-  impl_->gemm1(experts, impl_->all_of(Impl::Rows::kAll), options.keep, stream);
+void GpuLayer::gemms_only(const GpuExperts& experts, const void* x, const GpuLayerOptions& options,
+                          Stream stream) {
+  if (impl_->gathers(options))
+    impl_->gemm1_gathering(experts, x, false, 0, stream);
+  else
+    impl_->gemm1(experts, impl_->all_of(Impl::Rows::kAll), options.keep, stream);
   impl_->gemm2(experts, impl_->all_of(Impl::Rows::kAll), stream);
 }
 
 void GpuLayer::local_only(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
                           Stream stream) {
   Impl& i = *impl_;
-  for (const RowExchange::Rows rows : {RowExchange::Rows::kOwn, RowExchange::Rows::kOthers})
-    i.exchange.expand(i.channel, i.send_plan(), rows, x, i.hidden,
-                      {i.expert_rows.get(), i.hidden, i.position.get(), {}}, {1, 0}, stream);
-  gemms_only(experts, options, stream);
+  if (!i.gathers(options))
+    for (const RowExchange::Rows rows : {RowExchange::Rows::kOwn, RowExchange::Rows::kOthers})
+      i.exchange.expand(i.channel, i.send_plan(), rows, x, i.hidden,
+                        {i.expert_rows.get(), i.hidden, i.position.get(), {}}, {1, 0}, stream);
+  gemms_only(experts, x, options, stream);
   i.exchange.reduce_results(i.channel, i.results(true), i.reduced.get(), {1, 0}, stream);
   i.exchange.sum_again(i.channel, i.send_plan(), i.results(true), y, i.hidden, i.num_tokens, stream);
 }

@@ -9,13 +9,17 @@
 //              exchange  rows leave .........................  |
 //              compute   GEMM 2 others | reduce | GEMM 2 own ...                      | sums
 //              exchange                         | results leave ...|
+//   gathered   compute   GEMM 1 own and others ............... GEMM 2 all | reduce and sums
+//              exchange  rows leave ...| GEMM 1 too ......... |                results leave
 //   backward   the same with dgrad 2, then dgrad 1, and with both wgrads in the place of GEMM 2 own
 //
 // Only the link is slow enough to hide: while rows travel, the few processors that keep it busy belong to the exchange, and
 // the GEMM of the moment leaves them alone; it is cut by experts, so that only as much of it as the rows take runs on fewer
 // processors. What is bound by memory (one row a route, reduced rows, sums) is done on all of them: beside a GEMM it takes as
 // much from the GEMM as it saves. How many processors, and where the cut is, comes from a cost model (gpu_layer.cu) that
-// knows shapes only, so that ranks need not agree and nothing is read back. kSequential does one thing after the other on
+// knows shapes only, so that ranks need not agree and nothing is read back. kGathered lays no rows out: GEMM 1 fetches
+// them where they are, the caller's own ones first, and waits inside for those of others; the exchange's processors join it
+// when they are done. kSequential does one thing after the other on
 // all processors, with the same results: forward the same bits; gradients of weights are added up own rows first in both.
 //
 // Ownership: the layer owns its buffers (docs/cuda_dispatch.md has the formula) and a stream for the exchange; weights,
@@ -43,12 +47,16 @@ struct GpuLayerShape {
 enum class GpuSchedule {
   kSequential,
   kOverlapped,
-  kAuto,  // over Link::kNvlink kSequential: there dispatch() and combine() hide the link behind the rows' own way through
-  // memory, and GEMMs in one piece gain more than a push beside them (docs/benchmarks.md); else kOverlapped
+  kGathered,  // over Link::kNvlink with Wire::kRows, a forward() that keeps nothing for backward(), whose gradients of w1
+  // need the rows laid out; all else as kSequential
+  kAuto,  // over Link::kNvlink kGathered, or kSequential where experts have few rows: dispatch() and combine() hide the link
+  // behind the rows' own way through memory, and GEMMs in one piece gain more than a push beside them
+  // (docs/benchmarks.md); else kOverlapped
 };
 struct GpuLayerOptions {
   GpuSchedule schedule = GpuSchedule::kAuto;
-  int comm_sms = 0;  // even; kOverlapped: of the exchange while it runs beside GEMMs; 0: by the cost model
+  int comm_sms =
+      0;  // even; kOverlapped, kGathered: of the exchange while it runs beside GEMMs; 0: by the cost model
   bool keep = true;  // forward() keeps what backward() needs, where the layer is for training
   // backward(): recorded on its stream when dx and dweight are there; kSequential adds to the weights' gradients after that
   cudaEvent_t results_done = nullptr;
@@ -87,7 +95,8 @@ class GpuLayer {
 
   // For measurements: the exchange of forward() alone (expert outputs are what is there), and its GEMMs alone.
   void exchange_only(const void* x, void* y, const GpuLayerOptions& options, comm::cuda::Stream stream);
-  void gemms_only(const GpuExperts& experts, const GpuLayerOptions& options, comm::cuda::Stream stream);
+  void gemms_only(const GpuExperts& experts, const void* x, const GpuLayerOptions& options,
+                  comm::cuda::Stream stream);
   // And with all else that this rank's processors do in forward() wherever rows come from: one row a route, reduced rows,
   // sums at home, of what the last pass brought.
   void local_only(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,

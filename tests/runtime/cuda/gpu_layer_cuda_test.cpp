@@ -83,6 +83,20 @@ void check_layer(Rank& rank, Activation activation, Link link) {
         all_g2.push_back(g2.get());
         rank.barrier();
       }
+      // Without what backward() needs, GEMM 1 may fetch its rows itself; several times, with other processors.
+      for (const int sms : {8, 0, 32}) {
+        DeviceArray<std::uint16_t> y(n(tokens * kHidden), 0x7FFF);
+        rank.barrier();
+        GpuLayerOptions options;
+        options.schedule = sms == 0 ? GpuSchedule::kAuto : GpuSchedule::kGathered;
+        options.comm_sms = sms;
+        options.keep = false;
+        layer.forward({w1_d.data(), w2_d.data()}, x_d.data(), y.data(), options, stream);
+        exchange.wait(0, stream);
+        ASSERT_EQ(cudaGetLastError(), cudaSuccess);
+        EXPECT_EQ(all_y[0], y.get()) << "gathered, " << sms << " processors for the exchange";
+        rank.barrier();
+      }
       cudaStreamDestroy(stream);
       EXPECT_EQ(all_y[0], all_y[1]);
       EXPECT_EQ(all_dx[0], all_dx[1]);
