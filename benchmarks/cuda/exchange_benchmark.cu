@@ -14,6 +14,7 @@
 //   dispatch_expanded   plan ready -> one row a route, grouped by expert, own ones as well
 //   dispatch_uncached   routing ready -> rows of others in the receive list, and the receiver's plan
 //   combine_rows        one reduced row a token and rank ready -> sums at home       (a)
+//   combine_rows_pull   the same, home reads the rows where they are made; processors: of home
 //   combine_experts     expert outputs ready -> sums at home                         (b)
 //   floor               copy engines move as many bytes as rows cross, one copy a peer
 // With 128 tokens a call is 1/20 of a graph of 20.
@@ -293,6 +294,17 @@ struct Case {
     CHECK(cudaStreamWaitEvent(stream, join, 0));
   }
   CombineSource reduced() const { return {partial->data, shape.hidden, nullptr, false}; }
+  // One reduced row a receive list entry where peers read them.
+  void put_results() {
+    void* place = exchange->result_rows(0, stream);
+    CHECK(cudaMemcpyAsync(place, partial->data, static_cast<std::size_t>(received_rows * shape.hidden) * 2,
+                          cudaMemcpyDeviceToDevice, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    rank.barrier();
+  }
+  void pull(int sms) {
+    exchange->combine_by_pull(0, send_plan(), y.data, shape.hidden, shape.tokens, sms, stream);
+  }
   CombineSource outputs() const { return {expert_rows->data, shape.hidden, position.data, true}; }
   void combine(const CombineSource& source, MoverOptions movers) {
     exchange->combine(0, send_plan(), source, y.data, shape.hidden, shape.tokens, movers, stream);
@@ -371,6 +383,26 @@ struct Case {
       }
     }
     rank.barrier();
+  }
+  // Of the same reduced rows, both ways must give the same bits.
+  std::vector<std::uint16_t> sums() {
+    std::vector<std::uint16_t> got(static_cast<std::size_t>(shape.tokens * shape.hidden));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaMemcpy(got.data(), y.data, got.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemset(y.data, 0xFF, got.size() * 2));
+    CHECK(cudaDeviceSynchronize());
+    rank.barrier();
+    return got;
+  }
+  void verify_pull(int sms) {
+    combine(reduced(), {8, 32});
+    const std::vector<std::uint16_t> want = sums();
+    put_results();
+    pull(sms);
+    if (sums() != want) {
+      std::fprintf(stderr, "rank %d, %s: pulled sums differ from pushed ones\n", rank.rank, shape.name);
+      std::exit(1);
+    }
   }
   void poison() {
     CHECK(cudaMemset(expert_rows->data, 0xFF, static_cast<std::size_t>(received_routes * shape.hidden) * 2));
@@ -512,7 +544,7 @@ struct Case {
       const MoverOptions m{p, all - p};
       measure("dispatch_expanded", m, true, [&] { dispatch_expanded(m); });
     }
-    splits = {32, 48, 64, 88};
+    splits = {32, 40, 48, 64, 88};
     if (options.sweep) splits = {16, 24, 32, 40, 48, 56, 64, 80};
     if (brief) splits = {48};
     for (const int p : splits) {
@@ -528,6 +560,13 @@ struct Case {
         const MoverOptions m{p, std::min(local, all - p)};
         measure("combine_rows", m, true, [&] { combine(reduced(), m); });
       }
+    }
+    if (wanted("combine_rows_pull")) verify_pull(all);
+    std::vector<int> pulls = {8, 12, 16, 32, all};
+    if (brief) pulls = {8, all};
+    for (const int p : pulls) {
+      const MoverOptions m{p, 0};
+      measure("combine_rows_pull", m, false, [&] { pull(p); });
     }
     if (brief || !options.cases.empty()) return;
     const auto push = [&](const CombineSource& source, int sms) {
@@ -634,6 +673,11 @@ struct Case {
       measure("combine_experts", m, true, [&] { combine(outputs(), m); });
       if (wanted("combine_experts") && wanted("dispatch_expanded")) verify("combine_experts");
       measure("combine_rows", m, true, [&] { combine(reduced(), m); });
+    }
+    if (wanted("combine_rows_pull")) verify_pull(32);
+    for (const int p : {8, 16, 32, 64, 128}) {
+      const MoverOptions m{p, 0};
+      measure("combine_rows_pull", m, false, [&] { pull(p); });
     }
     measure("plan_and_dispatch", {16, 0}, false, [&] {
       plan();

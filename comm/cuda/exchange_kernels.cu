@@ -27,6 +27,12 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* p) {
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// Orders nothing, and so leaves the L1 as it is.
+__device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* p) {
+  std::uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_release(std::uint32_t* p, std::uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -87,8 +93,11 @@ __device__ bool wait_for_slow(const ChannelView& c, const std::uint32_t* flag, s
   // Many warps may wait for one flag: the longer it takes, the less often they look, so that they leave the memory system to
   // the rows.
   for (unsigned pause = 32;; pause = min(pause * 2, 1024u)) {
-    const std::uint32_t seen = load_acquire(flag);
-    if (static_cast<std::int32_t>(seen - value) >= 0) return true;
+    const std::uint32_t seen = load_relaxed(flag);
+    if (static_cast<std::int32_t>(seen - value) >= 0) {
+      load_acquire(flag);
+      return true;
+    }
     if (has_failed(c)) return false;
     const std::uint64_t waited = now_ns() - start;
     if (waited > c.deadline_ns) {
@@ -117,6 +126,15 @@ __device__ __forceinline__ bool wait_for(const ChannelView& c, const std::uint32
 template <typename T>
 __device__ __forceinline__ T* in_window(const ChannelView& c, int rank, std::size_t offset) {
   return reinterpret_cast<T*>(c.window[rank] + offset);
+}
+
+// The view in shared memory: what is read of it in global memory seems to come back behind all the rows that the processor
+// has on their way.
+__device__ __forceinline__ void load_view(ChannelView& to, const ChannelView* from) {
+  static_assert(sizeof(ChannelView) % 8 == 0);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(ChannelView) / 8); i += blockDim.x)
+    reinterpret_cast<std::uint64_t*>(&to)[i] = reinterpret_cast<const std::uint64_t*>(from)[i];
+  __syncthreads();
 }
 
 // The last of `blocks` blocks to come gets true (all its threads), and sees what the others wrote.
@@ -303,10 +321,12 @@ __global__ void __launch_bounds__(kPlanThreads) check_headers_kernel(const Chann
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
+// Arrays of loads that may be left out begin with zeros here and below: else what is left out keeps what was there the last
+// time, which takes registers, and more than there are.
 template <int kAhead>
 __device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int units, int lane) {
   for (int base = lane; base < units; base += 32 * kAhead) {
-    uint4 v[kAhead];
+    uint4 v[kAhead] = {};
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (base + 32 * j < units) v[j] = load_row(from + base + 32 * j);
@@ -532,7 +552,7 @@ __device__ __forceinline__ void expand_row(const ChannelView& c, const DispatchC
     const int position = lane < routes ? call.position_of_route[first + lane] : 0;
     for (int turn = span.begin; turn < units; turn += 32 * kAhead) {  // all lanes together
       const int base = turn + lane;
-      uint4 v[kAhead];
+      uint4 v[kAhead] = {};  // as in copy_row
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         const int unit = base + 32 * j;
@@ -575,11 +595,12 @@ __device__ __forceinline__ void expand_row(const ChannelView& c, const DispatchC
 template <bool kFp8>
 __global__ void __launch_bounds__(kCopyThreads, 1)
     dispatch_kernel(const ChannelView* view, DispatchCall call) {
-  begin_behind(view->row_parts > 1);
+  begin_behind(view->few_rows);
   __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
   __shared__ std::int64_t push_base[kMaxExchangeRanks];
   __shared__ std::uint32_t progress[kCopyThreads / 32];
-  const ChannelView& c = *view;
+  __shared__ ChannelView c;
+  load_view(c, view);
   ChannelState& s = *c.state;
   const int ranks = c.num_ranks, me = c.rank;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -685,27 +706,7 @@ struct Unit<float> {
 };
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
-constexpr int kSide = 2;   // units (unit, unit + 32) a lane works on side by side
-constexpr int kTerms = 2;  // terms of a stage ...
-// ... of the ring in which a lane's terms arrive; stages so that the rings of a block fill a processor's shared memory.
-template <int kThreads>
-struct Ring {
-  static constexpr int kStages = kThreads == kReduceThreads ? 6 : 3;
-  static constexpr int kWarpBytes = kStages * kTerms * kSide * 512;
-  static constexpr int kBytes = kThreads / 32 * kWarpBytes;
-};
-
-__device__ __forceinline__ void copy_async(std::uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(std::uint32_t shared) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(shared)
-               : "memory");
-  return v;
-}
+constexpr int kSide = 2;  // units (unit, unit + 32) a lane works on side by side
 
 // One row of a sum in two levels: terms of a rank are added, in order, and rounded to T; ranks are added, in order.
 // Lane i has term i of a group of up to 32.
@@ -744,81 +745,53 @@ struct Sum {
     }
   }
 };
-// Rows come through a ring in shared memory, of which each lane reads what it has asked for itself: what is on its way takes
-// no registers.
-template <typename T, int kStages>
-__device__ __forceinline__ void sum_few_terms(const Term& term, int terms, Span span, uint4* out,
-                                              std::uint32_t ring, int lane) {
-  const int term_batches = (terms + kTerms - 1) / kTerms;
-  const int batches = (span.end - span.begin + 32 * kSide - 1) / (32 * kSide) * term_batches;
-  const auto place = [&](int stage, int t, int j) {
-    return ring + ((stage * kTerms + t) * kSide + j) * 512 + lane * 16;
-  };
-  int issue_unit = span.begin + lane, issue_term = 0, issue_stage = 0, issued = 0;
-  const auto issue = [&] {
-    if (issued < batches) {
+// kTerms terms are on their way together. kLevels 1: the terms are of one rank, or of one each; rounding a row again
+// changes nothing.
+template <typename T, int kTerms, int kLevels>
+__device__ __forceinline__ void sum_few_terms(const Term& term, int terms, Span span, uint4* out, int lane) {
+  for (int turn = span.begin; turn < span.end; turn += 32 * kSide) {  // all lanes together
+    Sum<T> sum;
+    sum.clear();
+    // Behind the end lanes read the last unit again: conditions would take registers.
+    int unit[kSide];
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) unit[j] = min(turn + lane + 32 * j, span.end - 1);
+    for (int first = 0; first < terms; first += kTerms) {
+      uint4 v[kTerms][kSide] = {};  // as in copy_row
 #pragma unroll
       for (int t = 0; t < kTerms; ++t) {
-        const std::uint64_t row =
-            __shfl_sync(kAll, reinterpret_cast<std::uint64_t>(term.row), issue_term + t);
-        if (issue_term + t < terms) {
+        const auto row = reinterpret_cast<const uint4*>(
+            __shfl_sync(kAll, reinterpret_cast<std::uint64_t>(term.row), (first + t) % 32));
+        if (first + t >= terms) continue;
 #pragma unroll
-          for (int j = 0; j < kSide; ++j)
-            if (issue_unit + 32 * j < span.end)
-              copy_async(place(issue_stage, t, j), reinterpret_cast<const uint4*>(row) + issue_unit + 32 * j);
-        }
+        for (int j = 0; j < kSide; ++j) v[t][j] = load_row(row + unit[j]);
       }
-      ++issued;
-      issue_term += kTerms;
-      if (issue_term >= terms) {
-        issue_term = 0;
-        issue_unit += 32 * kSide;
-      }
-      if (++issue_stage == kStages) issue_stage = 0;
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) issue();
-  Sum<T> sum;
-  sum.clear();
-  int unit = span.begin + lane, first_term = 0, stage = 0;
-  for (int b = 0; b < batches; ++b) {
-    issue();
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+      for (int t = 0; t < kTerms; ++t) {
+        const float weight = __shfl_sync(kAll, term.weight, (first + t) % 32);
+        const bool closes = __shfl_sync(kAll, term.closes, (first + t) % 32);
+        if (first + t >= terms) continue;
 #pragma unroll
-    for (int t = 0; t < kTerms; ++t) {
-      const float weight = __shfl_sync(kAll, term.weight, first_term + t);
-      const bool closes = __shfl_sync(kAll, term.closes, first_term + t);
-      if (first_term + t < terms) {
-#pragma unroll
-        for (int j = 0; j < kSide; ++j) sum.add(j, load_shared(place(stage, t, j)), weight);
-        if (closes) sum.close();
+        for (int j = 0; j < kSide; ++j) sum.add(j, v[t][j], weight);
+        if (kLevels == 2 && closes) sum.close();
       }
     }
-    if (++stage == kStages) stage = 0;
-    first_term += kTerms;
-    if (first_term >= terms) {
-      first_term = 0;
 #pragma unroll
-      for (int j = 0; j < kSide; ++j)
-        if (unit + 32 * j < span.end) store_row(out + unit + 32 * j, Unit<T>::put(sum.all[j]));
-      unit += 32 * kSide;
-      sum.clear();
-    }
+    for (int j = 0; j < kSide; ++j)
+      if (turn + lane + 32 * j < span.end)
+        store_row(out + unit[j], Unit<T>::put(kLevels == 2 ? sum.all[j] : sum.rank[j]));
   }
 }
 
-// One block of the first `push_blocks` sends rows home, all sum what is there. Rows of others are terms with weight 1.
+// Terms of this rank's expert outputs. Values, no references, which would put what they refer to into local memory.
 struct Terms {
-  const ChannelView& c;
-  const CombineCall& call;
-  const std::int64_t* route_ptr;
-  const float* weight;
-  // Term i of a row of the receive list.
+  const std::byte* source;
+  std::int64_t stride_bytes;
+  const std::int32_t* position_of_route;
+  const float* weight;  // null: 1
   __device__ __forceinline__ Term of_route(std::int64_t route, bool closes) const {
-    return {call.source + static_cast<std::int64_t>(call.position_of_route[route]) * call.source_stride_bytes,
-            call.weighted ? weight[route] : 1.0f, closes};
+    return {source + static_cast<std::int64_t>(position_of_route[route]) * stride_bytes,
+            weight != nullptr ? weight[route] : 1.0f, closes};
   }
 };
 // Any number of terms, one after the other; `term_of(i)` gives term i to all lanes.
@@ -848,34 +821,41 @@ __device__ __forceinline__ void fill_row(uint4* out, Span span, float value, int
   for (int unit = span.begin + lane; unit < span.end; unit += 32) store_row(out + unit, Unit<T>::put(f));
 }
 
+// Blocks of the first `push_blocks` send rows home, all sum what is there. Rows of others are terms with weight 1.
 // kReduce: the source holds expert outputs; else a row a receive list entry.
 template <typename T, bool kReduce, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView* view, CombineCall call) {
-  begin_behind(view->row_parts > 1);
-  extern __shared__ __align__(16) unsigned char rings[];
+  begin_behind(view->few_rows);
+  __shared__ ChannelView c;
   __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1], receive_ptr[kMaxExchangeRanks + 1];
-  __shared__ std::int64_t home_base[kMaxExchangeRanks];
+  __shared__ const std::byte* rows[kMaxExchangeRanks];  // from each rank, where the sums find them
+  __shared__ std::byte* targets[kMaxExchangeRanks];     // to each rank
   __shared__ std::uint32_t progress[kThreads / 32];
-  const ChannelView& c = *view;
+  load_view(c, view);
   ChannelState& s = *c.state;
-  const int ranks = c.num_ranks, me = c.rank;
+  const int ranks = c.num_ranks, me = c.rank, row_bytes = c.row_bytes;
+  const std::int64_t source_stride = call.source_stride_bytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kWarps = kThreads / 32;
   if (lane == 0) progress[warp] = 0;
   const int block = blockIdx.x;
-  const std::uint32_t ring =
-      static_cast<std::uint32_t>(__cvta_generic_to_shared(rings)) + warp * Ring<kThreads>::kWarpBytes;
   for (int d = threadIdx.x; d <= ranks; d += kThreads) {
-    send_ptr[d] = call.rank_ptr != nullptr ? call.rank_ptr[d] : 0;
-    receive_ptr[d] = s.receive_ptr[d];
-    if (d < ranks) home_base[d] = s.home_base[d];
+    const std::int64_t sent = call.rank_ptr != nullptr ? call.rank_ptr[d] : 0, received = s.receive_ptr[d];
+    send_ptr[d] = sent;
+    receive_ptr[d] = received;
+    if (d == ranks) continue;
+    rows[d] = d == me ? call.source + received * source_stride
+                      : in_window<std::byte>(c, me, c.at.home) + sent * row_bytes;
+    targets[d] = call.staging != nullptr ? call.staging + received * row_bytes
+                                         : in_window<std::byte>(c, d, c.at.home) + s.home_base[d] * row_bytes;
   }
   __syncthreads();
   const std::uint32_t push_epoch = static_cast<volatile ChannelState&>(s).push_epoch + 1;
   const std::uint32_t sum_epoch = static_cast<volatile ChannelState&>(s).sum_epoch + 1;
   const bool sendable = (s.status & kExchangeOverflow) == 0;
   const std::int64_t* route_ptr = in_window<std::int64_t>(c, me, c.at.route_ptr);
-  const Terms terms{c, call, route_ptr, in_window<float>(c, me, c.at.weight)};
+  const Terms terms{call.source, source_stride, call.position_of_route,
+                    call.weighted ? in_window<float>(c, me, c.at.weight) : nullptr};
   if (call.push && block < call.push_blocks) {
     // Peers say when their sums of the last pass are done.
     const bool ok = call.staging != nullptr ||
@@ -889,10 +869,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
           progress, {c.at.combine_flags, c.combine_done, push_epoch},
           [&](const Turn& turn, int part, int parts) {
             const std::int64_t row = receive_ptr[turn.peer] + turn.row;
-            uint4* target = reinterpret_cast<uint4*>(
-                call.staging != nullptr ? call.staging + row * c.row_bytes
-                                        : in_window<std::byte>(c, turn.peer, c.at.home) +
-                                              (home_base[turn.peer] + turn.row) * c.row_bytes);
+            uint4* target = reinterpret_cast<uint4*>(targets[turn.peer] + std::int64_t{turn.row} * row_bytes);
             const Span span = span_of(c, part, parts);
             if constexpr (kReduce) {
               const std::int64_t begin = route_ptr[row];
@@ -900,39 +877,47 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
               if (count <= 32) {
                 Term term{nullptr, 0, false};
                 if (lane < count) term = terms.of_route(begin + lane, lane == count - 1);
-                sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, target, ring, lane);
+                sum_few_terms<T, 4, 1>(term, count, span, target, lane);
               } else {
-                sum_many_terms<T>([&](int i) { return terms.of_route(begin + i, i == count - 1); }, count,
-                                  span, target, lane);
+                const Terms of = terms;
+                sum_many_terms<T>([=](int i) { return of.of_route(begin + i, i == count - 1); }, count, span,
+                                  target, lane);
               }
             } else {
-              copy_row<8>(
-                  reinterpret_cast<const uint4*>(call.source + row * call.source_stride_bytes) + span.begin,
-                  target + span.begin, span.end - span.begin, lane);
+              copy_row<8>(reinterpret_cast<const uint4*>(terms.source + row * source_stride) + span.begin,
+                          target + span.begin, span.end - span.begin, lane);
             }
           });
     }
   }
   if (call.sum) {
     const std::uint32_t* flags = in_window<std::uint32_t>(c, me, c.at.combine_flags);
-    const std::byte* home = in_window<std::byte>(c, me, c.at.home);
+    const int parts = c.row_parts, tokens = static_cast<int>(call.end_token - call.first_token);
     for (;;) {
-      std::int64_t piece = 0;
-      if (lane == 0) piece = atomicAdd(&s.sum_ticket, 1u);
+      int piece = 0;
+      if (lane == 0) piece = static_cast<int>(atomicAdd(&s.sum_ticket, 1u));
       piece = __shfl_sync(kAll, piece, 0);
-      const int parts = c.row_parts;
+      if (piece / parts >= tokens) break;
       const std::int64_t t = call.first_token + piece / parts;
-      if (t >= call.end_token) break;
-      const Span span = span_of(c, static_cast<int>(piece % parts), parts);
+      const Span span = span_of(c, piece % parts, parts);
       uint4* out = reinterpret_cast<uint4*>(call.y + t * call.y_stride_bytes);
-      const std::int64_t begin = call.home_ptr[t], end = call.home_ptr[t + 1];
-      // Wait for what comes from others.
+      const std::int64_t begin = call.home_ptr[t];
+      const int num_rows = static_cast<int>(call.home_ptr[t + 1] - begin);
+      const std::int32_t* places = call.home_position + begin;
+      // A token's rows, ranks ascending; its own one may stand for several routes. Waits for what comes from others.
       bool ok = sendable;
-      for (std::int64_t i = begin + lane; i < end && ok; i += 32) {
-        const std::int64_t place = call.home_position[i];
+      int own_at = -1, own_place = 0;
+      for (int first = 0; first < num_rows; first += 32) {
+        const bool mine = first + lane < num_rows;
+        const int place = mine ? places[first + lane] : 0;
         int d = 0;
-        while (place >= send_ptr[d + 1]) ++d;
-        if (d == me || call.arrived) continue;
+        while (mine && place >= send_ptr[d + 1]) ++d;
+        const unsigned own = __ballot_sync(kAll, mine && d == me);
+        if (own != 0) {
+          own_at = first + __ffs(static_cast<int>(own)) - 1;
+          own_place = __shfl_sync(kAll, place, own_at - first);
+        }
+        if (!mine || d == me || call.arrived || !ok) continue;
         const int chunk = static_cast<int>(place - send_ptr[d]) / c.chunk_rows;
         ok = wait_for(c, flags + d * c.max_chunks + chunk, sum_epoch, WaitFor::kCombineRows, d, chunk);
       }
@@ -940,43 +925,37 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
         fill_row<T>(out, span, __int_as_float(0x7FC00000), lane);
         continue;
       }
-      if (begin == end) {
+      if (num_rows == 0) {
         fill_row<T>(out, span, 0.0f, lane);
         continue;
       }
-      // A token's rows, ranks ascending; its own one may stand for several routes.
-      std::int64_t own_place = -1, own_routes = 0, own_count = 1;
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t place = call.home_position[i];
-        if (place < send_ptr[me] || place >= send_ptr[me + 1]) continue;
-        own_place = i - begin;
-        if constexpr (kReduce) {
-          const std::int64_t row = receive_ptr[me] + place - send_ptr[me];
-          own_routes = route_ptr[row];
-          own_count = max(std::int64_t{0}, route_ptr[row + 1] - own_routes);
-        }
+      int own_count = 1;
+      std::int64_t own_routes = 0;
+      if (kReduce && own_at >= 0) {
+        const std::int64_t row = receive_ptr[me] + own_place - send_ptr[me];
+        own_routes = route_ptr[row];
+        own_count = max(0, static_cast<int>(route_ptr[row + 1] - own_routes));
       }
-      const auto term_of = [&](int i) -> Term {
-        std::int64_t at = i;
-        if (own_place >= 0 && at >= own_place) {
-          if (at < own_place + own_count) {
-            if constexpr (kReduce) {
-              const std::int64_t route = own_routes + at - own_place;
-              return terms.of_route(route, at - own_place == own_count - 1);
-            } else {
-              const std::int64_t row = receive_ptr[me] + call.home_position[begin + at] - send_ptr[me];
-              return {call.source + row * call.source_stride_bytes, 1.0f, true};
-            }
-          }
+      const Terms of = terms;
+      const std::int64_t* ptr = send_ptr;
+      const std::byte* const* base = rows;
+      const auto term_of = [=](int i) -> Term {
+        int at = i;
+        if (kReduce && own_at >= 0 && at >= own_at) {
+          if (at < own_at + own_count)
+            return of.of_route(own_routes + at - own_at, at - own_at == own_count - 1);
           at -= own_count - 1;
         }
-        return {home + call.home_position[begin + at] * c.row_bytes, 1.0f, true};
+        const std::int64_t place = places[at];
+        int d = 0;
+        while (place >= ptr[d + 1]) ++d;
+        return {base[d] + (place - ptr[d]) * (d == me ? source_stride : row_bytes), 1.0f, true};
       };
-      const int count = static_cast<int>(end - begin + (own_place >= 0 ? own_count - 1 : 0));
+      const int count = num_rows + own_count - 1;
       if (count <= 32) {
         Term term{nullptr, 0, false};
         if (lane < count) term = term_of(lane);
-        sum_few_terms<T, Ring<kThreads>::kStages>(term, count, span, out, ring, lane);
+        sum_few_terms<T, kReduce ? 4 : 2, kReduce ? 2 : 1>(term, count, span, out, lane);
       } else {
         sum_many_terms<T>(term_of, count, span, out, lane);
       }
@@ -994,11 +973,163 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
   }
 }
 
-__global__ void combine_handshake_kernel(const ChannelView* view) {
+// ---- combine by pull -------------------------------------------------------------------------------------------------
+// Every rank's rows lie in its window; home reads and adds them. Plain loads: 16 processors have enough of them on their way
+// for the link. (cp.async of near and far rows through one ring comes to three quarters of that, bulk copies to as much.)
+constexpr int kPullThreads = 768;            // registers for two rows on their way and what comes next
+constexpr int kPullUnits = 4;                // of a lane and row ...
+constexpr int kPullWidth = 32 * kPullUnits;  // ... so that a warp's piece of a row is 2 KB
+// One or two rows' pieces from their first unit: all loads are on their way together. Without conditions, which would
+// take registers.
+template <typename T, bool kTwo>
+__device__ __forceinline__ void add_pieces(const uint4* first, const uint4* second, uint4* out) {
+  uint4 a[kPullUnits], b[kPullUnits];
+#pragma unroll
+  for (int j = 0; j < kPullUnits; ++j) a[j] = load_row(first + 32 * j);
+#pragma unroll
+  for (int j = 0; kTwo && j < kPullUnits; ++j) b[j] = load_row(second + 32 * j);
+#pragma unroll
+  for (int j = 0; j < kPullUnits; ++j) {
+    float sum[Unit<T>::kValues];
+    Unit<T>::get(a[j], sum);
+    if constexpr (kTwo) {
+      float f[Unit<T>::kValues];
+      Unit<T>::get(b[j], f);
+#pragma unroll
+      for (int i = 0; i < Unit<T>::kValues; ++i) sum[i] = sum[i] + f[i];
+    }
+    store_row(out + 32 * j, Unit<T>::put(sum));
+  }
+}
+// Of any number of rows and any width, four rows at a time. Not in line: it must take no registers from the common case.
+template <typename T, typename RowAt>
+__device__ __noinline__ void add_rows(RowAt row_at, int count, Span span, uint4* out, int lane) {
+  constexpr int kValues = Unit<T>::kValues, kRows = 4;
+  for (int turn = span.begin; turn < span.end; turn += 32) {  // all lanes together
+    const int unit = turn + lane;
+    float sum[kValues];
+#pragma unroll
+    for (float& v : sum) v = -0.0f;  // -0 + x is x, for every x
+    for (int first = 0; first < count; first += kRows) {
+      uint4 v[kRows] = {};  // as in copy_row
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (first + r >= count) continue;
+        const uint4* row = row_at(first + r);
+        if (unit < span.end) v[r] = load_row(row + unit);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (first + r >= count) continue;
+        float f[kValues];
+        Unit<T>::get(v[r], f);
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) sum[i] = sum[i] + f[i];
+      }
+    }
+    if (unit < span.end) store_row(out + unit, Unit<T>::put(sum));
+  }
+}
+
+// Registers are what it must be careful with: with what did not fit in local memory it was four times slower.
+template <typename T>
+__global__ void __launch_bounds__(kPullThreads, 1) pull_kernel(const ChannelView* view, CombineCall call) {
+  begin_behind(view->few_rows);
+  __shared__ std::int64_t send_ptr[kMaxExchangeRanks + 1];
+  __shared__ const std::byte* rows[kMaxExchangeRanks];  // of each rank, those of this one's tokens
+  __shared__ bool may_sum;
+  const int lane = threadIdx.x % 32;
+  const int row_bytes = view->row_bytes, units = row_bytes / 16;
+  const int tokens = static_cast<int>(call.end_token);
+  const int parts = (units + kPullWidth - 1) / kPullWidth;
+  // Piece `part` of a token's row. The next one of a warp is as many pieces further on as there are warps.
+  const int stride = kPullThreads / 32 * call.blocks, step_tokens = stride / parts,
+            step_parts = stride % parts;
+  const auto step = [&](int& token, int& part) {
+    token += step_tokens;
+    part += step_parts;
+    if (part >= parts) part -= parts, ++token;
+  };
+  // Where a piece's rows lie is looked up one piece ahead, and how many they are two.
+  const auto places_of = [&](int token, int& begin, int& count) {
+    begin = count = 0;
+    if (token >= tokens) return;
+    begin = static_cast<int>(call.home_ptr[token]);
+    count = static_cast<int>(call.home_ptr[token + 1]) - begin;
+  };
+  const auto place_of = [&](int begin, int count) {  // each lane one
+    return lane < count ? call.home_position[begin + lane] : 0;
+  };
+  const int start = threadIdx.x / 32 * call.blocks + static_cast<int>(blockIdx.x);
+  int token = start / parts, part = start % parts, next_token = token, next_part = part;
+  step(next_token, next_part);
+  int begin, count, next_begin, next_count;
+  places_of(token, begin, count);
+  places_of(next_token, next_begin, next_count);
+  int place = place_of(begin, count);
+  {
+    const ChannelView& c = *view;
+    const ChannelState& s = *c.state;
+    for (int d = threadIdx.x; d <= c.num_ranks; d += kPullThreads) {
+      send_ptr[d] = call.rank_ptr[d];
+      if (d < c.num_ranks) rows[d] = in_window<std::byte>(c, d, c.at.home) + s.push_base[d] * row_bytes;
+    }
+    const std::uint32_t epoch = static_cast<const volatile ChannelState&>(s).sum_epoch + 1;
+    const bool there = announce_and_wait(c, c.at.result_flag, epoch, WaitFor::kCombineRows, blockIdx.x == 0);
+    if (threadIdx.x == 0) may_sum = there && (s.status & kExchangeOverflow) == 0;
+    __syncthreads();
+  }
+  while (token < tokens) {
+    // Before this piece's rows are asked for.
+    const int next_place = place_of(next_begin, next_count);
+    int last_token = next_token, last_part = next_part, last_begin, last_count;
+    step(last_token, last_part);
+    places_of(last_token, last_begin, last_count);
+    const Span span{part * kPullWidth, min(units, (part + 1) * kPullWidth)};
+    uint4* out = reinterpret_cast<uint4*>(call.y + token * call.y_stride_bytes);
+    if (!may_sum || count == 0) {
+      fill_row<T>(out, span, may_sum ? 0.0f : __int_as_float(0x7FC00000), lane);
+    } else {
+      const std::int64_t* ptr = send_ptr;
+      const std::byte* const* base = rows;
+      const auto row_of = [=](std::int64_t p) {
+        int d = 0;
+        while (p >= ptr[d + 1]) ++d;
+        return reinterpret_cast<const uint4*>(base[d] + (p - ptr[d]) * row_bytes);
+      };
+      if (count <= 2 && span.end - span.begin == kPullWidth) {
+        const auto mine = reinterpret_cast<std::uint64_t>(lane < count ? row_of(place) : nullptr);
+        const auto* first = reinterpret_cast<const uint4*>(__shfl_sync(kAll, mine, 0)) + span.begin + lane;
+        const auto* second = reinterpret_cast<const uint4*>(__shfl_sync(kAll, mine, 1)) + span.begin + lane;
+        if (count == 2) {
+          add_pieces<T, true>(first, second, out + span.begin + lane);
+        } else {
+          add_pieces<T, false>(first, second, out + span.begin + lane);
+        }
+      } else {
+        const std::int32_t* places = call.home_position + begin;
+        add_rows<T>([=](int i) { return row_of(places[i]); }, count, span, out, lane);
+      }
+    }
+    token = next_token, part = next_part, begin = next_begin, count = next_count, place = next_place;
+    next_token = last_token, next_part = last_part, next_begin = last_begin, next_count = last_count;
+  }
   const ChannelView& c = *view;
-  const std::uint32_t epoch = c.state->push_epoch + 1;
-  announce_and_wait(c, c.at.combine_ready, epoch - 1, WaitFor::kCombineReady, false);
-  if (threadIdx.x == 0) c.state->push_epoch = epoch;
+  ChannelState& s = *c.state;
+  if (last_block(&s.sum_exits, call.blocks)) {
+    const std::uint32_t epoch = static_cast<volatile ChannelState&>(s).sum_epoch + 1;
+    __syncthreads();
+    for (int d = threadIdx.x; d < c.num_ranks; d += kPullThreads)
+      if (d != c.rank) store_release(in_window<std::uint32_t>(c, d, c.at.combine_ready) + c.rank, epoch);
+    if (threadIdx.x == 0) s.push_epoch = s.sum_epoch = epoch;
+  }
+}
+
+__global__ void combine_handshake_kernel(const ChannelView* view, bool begin) {
+  const ChannelView& c = *view;
+  const std::uint32_t epoch = c.state->push_epoch;
+  announce_and_wait(c, c.at.combine_ready, epoch, WaitFor::kCombineReady, false);
+  if (begin && threadIdx.x == 0) c.state->push_epoch = epoch + 1;
 }
 
 // ---- copy engines ----------------------------------------------------------------------------------------------------
@@ -1133,16 +1264,12 @@ cudaError_t run_paired(void (*kernel)(const ChannelView*, Call), int threads, in
 }
 template <typename T>
 cudaError_t run_combine(const ChannelView* view, const CombineCall& call, int processors, Stream stream) {
-  const auto run = [&](auto* kernel, int threads, int bytes) {
-    // Per device: the attribute is part of its context.
-    const cudaError_t result =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (result != cudaSuccess) return result;
-    return run_paired(kernel, threads, bytes, view, call, processors, stream);
-  };
+  if (call.pull) return run_paired(pull_kernel<T>, kPullThreads, 0, view, call, processors, stream);
   if (call.position_of_route == nullptr)
-    return run(combine_kernel<T, false, kCopyThreads>, kCopyThreads, Ring<kCopyThreads>::kBytes);
-  return run(combine_kernel<T, true, kReduceThreads>, kReduceThreads, Ring<kReduceThreads>::kBytes);
+    return run_paired(combine_kernel<T, false, kCopyThreads>, kCopyThreads, 0, view, call, processors,
+                      stream);
+  return run_paired(combine_kernel<T, true, kReduceThreads>, kReduceThreads, 0, view, call, processors,
+                    stream);
 }
 
 }  // namespace
@@ -1161,6 +1288,8 @@ cudaError_t preload_kernels() {
   load(combine_kernel<Bf16, false, kCopyThreads>);
   load(combine_kernel<float, true, kReduceThreads>);
   load(combine_kernel<float, false, kCopyThreads>);
+  load(pull_kernel<Bf16>);
+  load(pull_kernel<float>);
   load(combine_handshake_kernel);
   load(pack_kernel<false>);
   load(pack_kernel<true>);
@@ -1212,8 +1341,8 @@ cudaError_t launch_raise_flags(const ChannelView* view, int peer, bool dispatch,
   raise_flags_kernel<<<1, 128, 0, stream>>>(view, peer, dispatch, first_chunk, end_chunk);
   return cudaGetLastError();
 }
-cudaError_t launch_combine_handshake(const ChannelView* view, Stream stream) {
-  combine_handshake_kernel<<<1, kPlanThreads, 0, stream>>>(view);
+cudaError_t launch_combine_handshake(const ChannelView* view, bool begin, Stream stream) {
+  combine_handshake_kernel<<<1, kPlanThreads, 0, stream>>>(view, begin);
   return cudaGetLastError();
 }
 cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,

@@ -40,6 +40,7 @@ struct WindowLayout {
   std::size_t header_flag;
   std::size_t dispatch_ready;
   std::size_t combine_ready;
+  std::size_t result_flag;  // results that peers may read are there
   std::size_t scalar_ready;
   std::size_t scalar_flag;
   std::size_t dispatch_flags;  // uint32 [R][max_chunks]
@@ -50,7 +51,7 @@ struct WindowLayout {
   std::size_t scalars;         // f32 [max_routes]
   std::size_t scale;           // f32 [max_received]
   std::size_t rows;            // [max_received][wire row]
-  std::size_t home;            // [max_home][row]
+  std::size_t home;            // [max_home][row]; in a pass by pull: [max_received][row], this rank's results
   std::size_t bytes;
 };
 
@@ -82,7 +83,8 @@ struct ChannelView {
   std::int64_t hidden;
   int rank, num_ranks, channel;
   int chunk_rows, max_chunks;
-  int row_parts;  // pieces of a row that different warps expand or sum, where there are few rows
+  int row_parts;  // pieces of a row that different warps expand or sum
+  int few_rows;   // 1: the start of a kernel is much of its time
   int row_bytes, wire_row_bytes;
   int num_local_slots;
 };
@@ -116,6 +118,7 @@ struct CombineCall {
   bool push, sum, last;  // which parts; `last`: the sums of this pass end with this call
   int push_blocks, blocks;
   bool arrived;  // the rows of others are there already: no flags
+  bool pull;  // rows lie in their rank's window and are read there: nothing but y, counts and blocks matters
   std::byte*
       staging;  // not null: rows go here, at their place in the receive list, and nowhere else; no part of the pass
 };
@@ -156,7 +159,8 @@ cudaError_t launch_pack(const ChannelView* view, const PackCall& call, bool fp8,
 cudaError_t launch_wait_dispatch(const ChannelView* view, Stream stream);
 cudaError_t launch_raise_flags(const ChannelView* view, int peer, bool dispatch, int first_chunk,
                                int end_chunk, Stream stream);
-cudaError_t launch_combine_handshake(const ChannelView* view, Stream stream);
+// Until peers have ended the sums of the last pass. begin: one by copy engines begins.
+cudaError_t launch_combine_handshake(const ChannelView* view, bool begin, Stream stream);
 cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,
                            Stream stream);
 

@@ -97,6 +97,7 @@ WindowLayout layout_of(const ExchangeShape& s, int num_ranks, int max_chunks) {
   at.header_flag = place(ranks * 4);
   at.dispatch_ready = place(ranks * 4);
   at.combine_ready = place(ranks * 4);
+  at.result_flag = place(ranks * 4);
   at.scalar_ready = place(ranks * 4);
   at.scalar_flag = place(ranks * 4);
   at.dispatch_flags = place(ranks * chunks * 4);
@@ -220,12 +221,15 @@ struct RowExchange::Impl {
       v.channel = i;
       v.chunk_rows = shape.chunk_rows;
       v.max_chunks = max_chunks;
-      // Enough pieces for some thousand warps; an fp8 row has one scale and is one piece.
-      v.row_parts =
-          shape.wire == Wire::kFp8
-              ? 1
-              : static_cast<int>(std::min<std::int64_t>(
-                    std::clamp<std::int64_t>(2048 / shape.max_tokens, 1, 8), v.row_bytes / 1024 + 1));
+      // Enough pieces for some thousand warps, and none much longer than 4 KB: then the rows that all warps work on at a
+      // time are fewer, and lie closer together. An fp8 row has one scale and is one piece.
+      v.row_parts = shape.wire == Wire::kFp8
+                        ? 1
+                        : static_cast<int>(std::min<std::int64_t>(
+                              std::clamp<std::int64_t>(
+                                  std::max<std::int64_t>(2048 / shape.max_tokens, v.row_bytes / 3584), 1, 8),
+                              v.row_bytes / 1024 + 1));
+      v.few_rows = shape.max_tokens <= 1024;
       v.wire_row_bytes = shape.wire == Wire::kFp8 ? v.row_bytes / 2 : v.row_bytes;
       v.num_local_slots = shape.num_local_slots;
       c.on_device = upload(v);
@@ -689,6 +693,28 @@ void RowExchange::sum_at_home(int channel, const SendPlan& plan, const CombineSo
              "sum_at_home");
 }
 
+void* RowExchange::result_rows(int channel, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->require_nvlink("result_rows");
+  check_cuda(launch_combine_handshake(c.on_device.get(), false, stream), "result_rows");
+  return c.view.window[impl_->rank] + c.view.at.home;
+}
+void RowExchange::combine_by_pull(int channel, const SendPlan& plan, void* y, std::int64_t y_stride,
+                                  std::int64_t num_tokens, int sms, Stream stream) {
+  Impl::Channel& c = impl_->channel(channel);
+  impl_->require_nvlink("combine_by_pull");
+  impl_->check_home(plan, y, y_stride, num_tokens);
+  Require(sms >= 0 && sms <= impl_->processors, kBad, "combine_by_pull: ", sms, " processors of ",
+          impl_->processors);
+  const void* rows = c.view.window[impl_->rank] + c.view.at.home;
+  CombineCall call = impl_->combine_call(plan, {rows, impl_->shape.hidden}, y, y_stride);
+  call.pull = true;
+  call.end_token = num_tokens;
+  call.blocks = sms > 0 ? sms : impl_->processors;
+  check_cuda(launch_combine(c.on_device.get(), call, impl_->shape.dtype, impl_->processors, stream),
+             "combine_by_pull");
+}
+
 void RowExchange::sum_again(int channel, const SendPlan& plan, const CombineSource& source, void* y,
                             std::int64_t y_stride, std::int64_t num_tokens, Stream stream) {
   Impl::Channel& c = impl_->channel(channel);
@@ -840,7 +866,7 @@ void RowExchange::combine_by_copy(int channel, const SendPlan& plan, const HostC
     impl_->make_copy_streams();
     const ChannelView& v = c.view;
     const int me = impl_->rank, ranks = impl_->num_ranks;
-    check_cuda(launch_combine_handshake(c.on_device.get(), stream), "combine_by_copy");
+    check_cuda(launch_combine_handshake(c.on_device.get(), true, stream), "combine_by_copy");
     check_cuda(cudaEventRecord(impl_->packed->event, stream), "combine_by_copy");
     const auto bytes = static_cast<std::size_t>(v.row_bytes);
     for (int step = 1; step < ranks; ++step)

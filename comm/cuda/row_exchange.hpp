@@ -183,6 +183,15 @@ class RowExchange {
   // not it travels.  y: dtype [num_tokens, hidden]
   void combine(int channel, const SendPlan& plan, const CombineSource& source, void* y, std::int64_t y_stride,
                std::int64_t num_tokens, const MoverOptions& options, Stream stream);
+  // The same sums the other way round, for callers that make the reduced rows themselves: rows stay at their rank, and home
+  // reads them there while it sums. No row is stored on the way. All ranks of a pass must do the same.
+  // Where the rows go: one a receive list entry of this rank, own ones as well, without gaps.  dtype [max_received, hidden]
+  // What the stream does next may write there: this waits on the device until peers have read those of the last pass.
+  // They stay until another pass begins.
+  void* result_rows(int channel, Stream stream);
+  // All rows are there, in stream order. sms: processors at home, 0 for all; 16 are enough for the link.
+  void combine_by_pull(int channel, const SendPlan& plan, void* y, std::int64_t y_stride,
+                       std::int64_t num_tokens, int sms, Stream stream);
   // The halves of combine(), for callers that let others work between them. What others get of expert outputs, one row a
   // receive list entry (own ones are left out), is made ...   rows: dtype [max_received, hidden]
   void reduce_results(int channel, const CombineSource& source, void* rows, const MoverOptions& options,

@@ -142,8 +142,9 @@ class Endpoint {
     x_.put(x);
     routes_ = static_cast<std::int64_t>(routing.expert.size());
   }
+  void poison_y() { y_.put(std::vector<std::uint16_t>(n(shape_.max_tokens * shape_.hidden), 0x7FFF)); }
   void poison() {
-    y_.put(std::vector<std::uint16_t>(n(shape_.max_tokens * shape_.hidden), 0x7FFF));
+    poison_y();
     rows_.put(std::vector<std::uint16_t>(n(shape_.max_routes * shape_.hidden), 0x7FFF));
   }
   void plan() {
@@ -204,7 +205,38 @@ class Endpoint {
   void combine(const MoverOptions& options) {
     exchange_.combine(channel_, send_plan(), outputs(), y_.data(), shape_.hidden, tokens_, options, stream);
   }
+  // Of the rows that put_results() has put where peers read them.
+  void combine_by_pull(int sms) {
+    exchange_.combine_by_pull(channel_, send_plan(), y_.data(), shape_.hidden, tokens_, sms, stream);
+  }
   void sync() { exchange_.wait(channel_, stream); }
+
+  // ---- results where peers read them ------------------------------------------------------------------------------
+  void put_results(const std::vector<std::uint16_t>& values) {
+    void* place = exchange_.result_rows(channel_, stream);
+    EXPECT_EQ(cudaMemcpyAsync(place, values.data(), values.size() * 2, cudaMemcpyHostToDevice, stream),
+              cudaSuccess);
+    sync();
+  }
+  // One row a receive list entry: this rank's experts' sum, rounded; poison behind the last.
+  std::vector<std::uint16_t> reduced_rows(const Batch& batch) const {
+    std::vector<std::uint16_t> rows(n(shape_.max_received * shape_.hidden), 0x7FFF);
+    const auto list = expected_list(batch);
+    for (std::size_t row = 0; row < list.size(); ++row)
+      for (std::int64_t h = 0; h < shape_.hidden; ++h)
+        rows[row * n(shape_.hidden) + n(h)] =
+            to_bf16(partial_of(batch, list[row].first, list[row].second, exchange_.rank(), h).value);
+    return rows;
+  }
+  // Nobody has written where peers read.
+  void expect_results(const std::vector<std::uint16_t>& want) {
+    std::vector<std::uint16_t> got(want.size());
+    const void* place = exchange_.result_rows(channel_, stream);
+    EXPECT_EQ(cudaMemcpyAsync(got.data(), place, got.size() * 2, cudaMemcpyDeviceToHost, stream),
+              cudaSuccess);
+    sync();
+    ASSERT_EQ(got, want);
+  }
 
   // ---- what should be there -------------------------------------------------------------------------------------
   // The receive list: (source, token) of every row.
@@ -277,27 +309,36 @@ class Endpoint {
         values[p * n(shape_.hidden) + h] = expert_value(rows[p].expert, values[p * n(shape_.hidden) + h]);
     rows_.put(values);
   }
+  // What rank d's experts make of a value, before it is rounded.
+  struct Partial {
+    float value = 0;
+    bool any = false;
+  };
+  Partial partial_of(const Batch& batch, int source, std::int64_t t, int d, std::int64_t h) const {
+    const HostRouting& r = batch.routing[n(source)];
+    Partial partial;
+    for (std::int64_t i = r.row_ptr[n(t)]; i < r.row_ptr[n(t + 1)]; ++i) {
+      const int e = r.expert[n(i)];
+      if (rank_of(e) != d) continue;
+      const float value =
+          r.weight[n(i)] * from_bf16(expert_value(e, batch.x[n(source)][n(t * shape_.hidden + h)]));
+      partial.value = partial.any ? partial.value + value : value;
+      partial.any = true;
+    }
+    return partial;
+  }
   // y in the order of the tree.
   std::vector<std::uint16_t> expected_y(const Batch& batch) const {
     const HostRouting& r = batch.routing[n(exchange_.rank())];
-    const auto& x = batch.x[n(exchange_.rank())];
     std::vector<std::uint16_t> y(n(r.tokens() * shape_.hidden), 0);
     for (std::int64_t t = 0; t < r.tokens(); ++t)
       for (std::int64_t h = 0; h < shape_.hidden; ++h) {
         float sum = 0;
         bool first_rank = true;
         for (int d = 0; d < ranks_; ++d) {
-          float partial = 0;
-          bool first = true;
-          for (std::int64_t i = r.row_ptr[n(t)]; i < r.row_ptr[n(t + 1)]; ++i) {
-            const int e = r.expert[n(i)];
-            if (rank_of(e) != d) continue;
-            const float value = r.weight[n(i)] * from_bf16(expert_value(e, x[n(t * shape_.hidden + h)]));
-            partial = first ? value : partial + value;
-            first = false;
-          }
-          if (first) continue;
-          const float rounded = from_bf16(to_bf16(partial));
+          const Partial partial = partial_of(batch, exchange_.rank(), t, d, h);
+          if (!partial.any) continue;
+          const float rounded = from_bf16(to_bf16(partial.value));
           sum = first_rank ? rounded : sum + rounded;
           first_rank = false;
         }

@@ -77,12 +77,12 @@ void pass(Rank& rank, RowExchange& exchange, Endpoint& end, const Batch& batch, 
   end.expect_y(batch);
 }
 
-void random_plans(Rank& rank, int plans, Link link, PeerPath path, bool integers) {
+void random_plans(Rank& rank, int plans, Link link, PeerPath path, bool integers, std::int64_t hidden = 72) {
   std::unique_ptr<NcclCommunicator> nccl;
   if (link == Link::kNccl || path == PeerPath::kNccl)
     nccl = std::make_unique<NcclCommunicator>(rank.bootstrap(), 60s, path == PeerPath::kNccl);
   {
-    RowExchange exchange(rank.bootstrap(), small_shape(), link, path, nccl.get());
+    RowExchange exchange(rank.bootstrap(), small_shape(hidden), link, path, nccl.get());
     Endpoint end(exchange, 0, kExperts);
     for (int i = 0; i < plans && !testing::Test::HasFailure(); ++i) {
       SCOPED_TRACE(testing::Message() << "plan " << i << " rank " << rank.rank);
@@ -91,6 +91,44 @@ void random_plans(Rank& rank, int plans, Link link, PeerPath path, bool integers
            draw_batch(seed, rank.num_ranks, exchange.shape().max_tokens, exchange.shape().hidden, kExperts,
                       integers),
            seed);
+    }
+    rank.barrier();
+  }
+  rank.barrier();
+}
+// Each plan's results by reads, twice, and by stores: the same bits every time, and the rows that are read stay as they are.
+void random_pulls(Rank& rank, int plans, bool integers, std::int64_t hidden = 72) {
+  {
+    RowExchange exchange(rank.bootstrap(), small_shape(hidden));
+    Endpoint end(exchange, 0, kExperts);
+    const auto me = static_cast<std::size_t>(rank.rank);
+    for (int i = 0; i < plans && !testing::Test::HasFailure(); ++i) {
+      SCOPED_TRACE(testing::Message() << "plan " << i << " rank " << rank.rank);
+      const auto seed = static_cast<unsigned>(i);
+      const Batch batch = draw_batch(seed + 20000, rank.num_ranks, exchange.shape().max_tokens,
+                                     exchange.shape().hidden, kExperts, integers);
+      end.put(batch.routing[me], batch.x[me]);
+      end.poison();
+      end.plan();
+      end.dispatch(small_movers(seed));
+      end.sync();
+      end.compute(batch);
+      const auto rows = end.reduced_rows(batch);
+      for (int again = 0; again < 2; ++again) {
+        if (again == 0) end.put_results(rows);
+        end.poison_y();
+        end.combine_by_pull(static_cast<int>(seed % 4));
+        end.sync();
+        end.expect_y(batch);
+      }
+      end.expect_results(rows);
+      rank.barrier();       // the next pass may write there
+      if (seed % 3 == 0) {  // movers may change from pass to pass
+        end.poison_y();
+        end.combine(small_movers(seed / 3));
+        end.sync();
+        end.expect_y(batch);
+      }
     }
     rank.barrier();
   }
@@ -113,10 +151,28 @@ TEST(RowExchange, RandomPlansBetweenThreadsOfOneProcess) {
     random_plans(rank, std::min(60, num_plans()), Link::kNvlink, PeerPath::kBest, false);
   });
 }
+TEST(RowExchange, ThousandRandomPlansByPull) {
+  NEED_DEVICES(2);
+  run(
+      As::kProcesses, 2, [](Rank& rank) { random_pulls(rank, num_plans(), true); }, 300s);
+}
+TEST(RowExchange, RandomPullsBetweenThreadsOfOneProcess) {
+  NEED_DEVICES(2);
+  run(As::kThreads, 2, [](Rank& rank) { random_pulls(rank, std::min(60, num_plans()), false); });
+}
+// Rows that warps share: whole pieces and a rest.
+TEST(RowExchange, RandomPlansOfWideRows) {
+  NEED_DEVICES(2);
+  run(As::kThreads, 2, [](Rank& rank) {
+    random_plans(rank, std::min(30, num_plans()), Link::kNvlink, PeerPath::kBest, false, 2312);
+    random_pulls(rank, std::min(30, num_plans()), false, 2312);
+  });
+}
 TEST(RowExchange, OneRank) {
   NEED_DEVICES(1);
   run(As::kThreads, 1, [](Rank& rank) {
     random_plans(rank, std::min(25, num_plans()), Link::kNvlink, PeerPath::kBest, true);
+    random_pulls(rank, std::min(25, num_plans()), true);
   });
 }
 TEST(RowExchange, AsManyRanksAsGpus) {
@@ -124,6 +180,7 @@ TEST(RowExchange, AsManyRanksAsGpus) {
   for (const int ranks : {3, std::min(8, devices())})
     run(As::kProcesses, ranks, [](Rank& rank) {
       random_plans(rank, std::min(200, num_plans()), Link::kNvlink, PeerPath::kBest, true);
+      random_pulls(rank, std::min(200, num_plans()), true);
     });
 }
 TEST(RowExchange, WindowsOfNccl) {
@@ -226,11 +283,14 @@ TEST(RowExchange, AllMoversGiveTheSameBits) {
                                                [static_cast<std::size_t>(list[row].second) * 72 + h]);
         a.partial().put(partial);
         std::vector<std::vector<std::uint16_t>> homes;
-        for (int way = 0; way < 5; ++way) {
+        for (int way = 0; way < 6; ++way) {
+          if (way == 5) a.put_results(partial);
           a.poison();
           rank.barrier();
           const CombineSource source{a.partial().data(), 72, nullptr, false};
-          if (way >= 3) {  // by choice: differently, then both by copy engines
+          if (way == 5) {
+            a.combine_by_pull(3);
+          } else if (way >= 3) {  // by choice: differently, then both by copy engines
             const bool copies = way == 4 || rank.rank == 0;
             const MoverChoice made =
                 a.combine_by_choice(copies ? &counts : nullptr, a.partial().data(), copies ? 0 : 2);
@@ -292,8 +352,16 @@ TEST(RowExchange, InterleavedGroupsAndPlans) {
           ends[i]->sync();
           ends[i]->expect_expert_rows(batches[i]);
           ends[i]->compute(batches[i]);
+          if ((i + round) % 3 == 0) ends[i]->put_results(ends[i]->reduced_rows(batches[i]));
         }
-        for (unsigned i = 0; i < 4; ++i) ends[(i + round + 1) % 4]->combine({1, 1});
+        for (unsigned turn = 0; turn < 4; ++turn) {
+          const unsigned i = (turn + round + 1) % 4;
+          if ((i + round) % 3 == 0) {
+            ends[i]->combine_by_pull(2);
+          } else {
+            ends[i]->combine({1, 1});
+          }
+        }
         for (unsigned i = 0; i < 4; ++i) {
           ends[i]->sync();
           ends[i]->expect_y(batches[i]);
@@ -326,8 +394,8 @@ TEST(RowExchange, GraphIsReplayedOnOtherRoutings) {
       };
       const Batch first = batch_of(1);
       end.put(first.routing[me], first.x[me]);
-      cudaGraph_t dispatch_graph, combine_graph;
-      cudaGraphExec_t dispatch, combine;
+      cudaGraph_t dispatch_graph, combine_graph, pull_graph;
+      cudaGraphExec_t dispatch, combine, pull;
       CUDA_OK(cudaStreamBeginCapture(end.stream, cudaStreamCaptureModeThreadLocal));
       end.plan();
       end.dispatch({2, 2}, true);
@@ -337,6 +405,11 @@ TEST(RowExchange, GraphIsReplayedOnOtherRoutings) {
       end.combine({2, 2});
       CUDA_OK(cudaStreamEndCapture(end.stream, &combine_graph));
       CUDA_OK(cudaGraphInstantiate(&combine, combine_graph, 0));
+      CUDA_OK(cudaStreamBeginCapture(end.stream, cudaStreamCaptureModeThreadLocal));
+      end.combine_by_pull(4);
+      end.combine_by_pull(1);
+      CUDA_OK(cudaStreamEndCapture(end.stream, &pull_graph));
+      CUDA_OK(cudaGraphInstantiate(&pull, pull_graph, 0));
       for (unsigned seed = 1; seed < 12 && !testing::Test::HasFailure(); ++seed) {
         const Batch batch = batch_of(seed);
         end.put(batch.routing[me], batch.x[me]);
@@ -349,9 +422,16 @@ TEST(RowExchange, GraphIsReplayedOnOtherRoutings) {
         CUDA_OK(cudaGraphLaunch(combine, end.stream));
         end.sync();
         end.expect_y(batch);
+        end.put_results(end.reduced_rows(batch));
+        end.poison_y();
+        CUDA_OK(cudaGraphLaunch(pull, end.stream));
+        end.sync();
+        end.expect_y(batch);
       }
       cudaGraphExecDestroy(dispatch);
       cudaGraphExecDestroy(combine);
+      cudaGraphExecDestroy(pull);
+      cudaGraphDestroy(pull_graph);
       cudaGraphDestroy(dispatch_graph);
       cudaGraphDestroy(combine_graph);
       rank.barrier();
@@ -392,6 +472,11 @@ TEST(RowExchange, OverflowIsReportedSendsNothingAndPoisonsTheSums) {
       }
       const auto y = end.y();
       for (std::size_t i = 0; i < 40 * 72; ++i) ASSERT_TRUE(std::isnan(from_bf16(y[i]))) << i;
+      end.y_array().put(std::vector<std::uint16_t>(45 * 72, 0));
+      end.combine_by_pull(2);
+      EXPECT_THROW(end.sync(), Error);
+      const auto pulled = end.y();
+      for (std::size_t i = 0; i < 40 * 72; ++i) ASSERT_TRUE(std::isnan(from_bf16(pulled[i]))) << i;
       exchange.clear(0, end.stream);
       pass(rank, exchange, end, fits, 1);
       rank.barrier();
@@ -400,9 +485,10 @@ TEST(RowExchange, OverflowIsReportedSendsNothingAndPoisonsTheSums) {
   });
 }
 
-// A rank is killed between the plan and its dispatch, or while rows travel: the other reports it within the deadline,
+// A rank is killed between the plan and what it sends, or while rows travel: the other reports it within the deadline,
 // another group of the same process goes on, and so does a new one of the survivor alone.
-void peer_dies(bool while_rows_travel) {
+enum class Travels { kDispatch, kPulledRows };
+void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch) {
   const auto deadline = 2s;
   const auto results = gpu_ranks::run_processes(
       2,
@@ -427,16 +513,22 @@ void peer_dies(bool while_rows_travel) {
         end->plan();
         end->sync();
         rank.barrier();
+        // One processor: hundreds of milliseconds... of rows.
+        const auto send = [&] {
+          for (int i = 0; i < 20; ++i) {
+            if (what == Travels::kDispatch) end->dispatch_compact({1, 0});
+            if (what == Travels::kPulledRows) end->combine_by_pull(1);
+          }
+        };
         if (rank.rank == 1) {
-          if (while_rows_travel) {
-            // One processor: hundreds of milliseconds... of rows; the process goes while they travel.
-            for (int i = 0; i < 20; ++i) end->dispatch_compact({1, 0});
+          if (while_rows_travel) {  // the process goes while they travel
+            send();
             std::this_thread::sleep_for(8ms);
           }
           kill(getpid(), SIGKILL);
         }
         const auto start = std::chrono::steady_clock::now();
-        for (int i = 0; i < 20; ++i) end->dispatch_compact({1, 0});
+        send();
         try {
           end->sync();
           ADD_FAILURE() << "no error";
@@ -468,6 +560,14 @@ TEST(RowExchange, PeerKilledBeforeItsDispatch) {
 TEST(RowExchange, PeerKilledWhileRowsTravel) {
   NEED_DEVICES(2);
   peer_dies(true);
+}
+TEST(RowExchange, PeerKilledBeforeItsRowsAreRead) {
+  NEED_DEVICES(2);
+  peer_dies(false, Travels::kPulledRows);
+}
+TEST(RowExchange, PeerKilledWhileItsRowsAreRead) {
+  NEED_DEVICES(2);
+  peer_dies(true, Travels::kPulledRows);
 }
 TEST(RowExchange, NcclPeerKilled) {
   NEED_DEVICES(2);
@@ -655,6 +755,8 @@ TEST(RowExchange, RefusesWhatItCannotDo) {
     EXPECT_THROW(exchange.dispatch(1, end.send_plan(), end.rows().data(), 72, {}, {1, 0}, end.stream), Error);
     EXPECT_THROW(exchange.dispatch(0, end.send_plan(), end.rows().data(), 71, {}, {1, 0}, end.stream), Error);
     EXPECT_THROW(end.combine_by_choice(nullptr, end.partial().data(), 0), Error);
+    EXPECT_THROW(end.combine_by_pull(-1), Error);
+    EXPECT_THROW(end.combine_by_pull(1000), Error);
   });
 }
 
