@@ -425,8 +425,8 @@ struct GpuLayer::Impl {
     exchange.dispatch(channel, send_plan(), x, hidden, {to, hidden, position.get(), {}}, all_processors(),
                       stream);
   }
-  MoverOptions all_processors() const {
-    const int push = std::min(64, processors / 2);
+  MoverOptions all_processors() const {  // as measured with many tokens and with few
+    const int push = std::min(rows.max_tokens > 1024 ? 48 : 64, processors / 2);
     return {push, processors - push};
   }
   CombineSource results(bool weighted) const { return {out.get(), hidden, position.get(), weighted}; }
