@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "sluice/base/error.hpp"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
 #include "sluice/kernels/cuda/grouped_gemm_gather.cuh"
 #include "sluice/kernels/cuda/grouped_gemm_impl.cuh"
+#include "sluice/kernels/cuda/grouped_wgrad_impl.cuh"
 #include "sluice/kernels/cuda/portable_gemm.hpp"
 
 namespace sluice::kernels::cuda {
@@ -175,16 +177,20 @@ Forward forward_of(const GemmGroups& groups, const GemmWeights& weights, GemmRow
   return {p, swiglu};
 }
 
+template <typename... Arguments>
+void start(void (*kernel)(Arguments...), int blocks, Stream stream,
+           const std::type_identity_t<Arguments>&... arguments) {
+  // Per device: the attribute is part of its context.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+  kernel<<<blocks, kThreads, kSharedBytes, stream>>>(arguments...);
+  check(cudaGetLastError(), "launch");
+}
 template <GemmOp kOp>
 void launch(const GemmGroups& groups, GemmParams params, const CUtensorMap& x, const CUtensorMap& y,
-            const CUtensorMap& grads, int processors, Stream stream) {
-  // Per device: the attribute is part of its context.
-  check(cudaFuncSetAttribute(grouped_gemm_kernel<kOp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kSharedBytes),
-        "cudaFuncSetAttribute");
+            int processors, Stream stream) {
   const int blocks = grid_of(groups, processors, params);
-  grouped_gemm_kernel<kOp><<<blocks, kThreads, kSharedBytes, stream>>>(x, y, grads, params);
-  check(cudaGetLastError(), "launch");
+  start(grouped_gemm_kernel<kOp>, blocks, stream, x, y, params);
 }
 
 }  // namespace
@@ -209,14 +215,14 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
                                     {ffn / 8, 8 * weights.in, kBlockX / 16},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForwardSwiGLU>(groups, f.params, x, y, y, device.processors, stream);
+    launch<GemmOp::kForwardSwiGLU>(groups, f.params, x, y, device.processors, stream);
   } else {
     const CUtensorMap x = make_map(weights.base,
                                    {{weights.in, 1, kBlockK},
                                     {weights.out, weights.in, kBlockX},
                                     {weights.num_weights, weights.stride, 1}},
                                    "weights");
-    launch<GemmOp::kForward>(groups, f.params, x, y, y, device.processors, stream);
+    launch<GemmOp::kForward>(groups, f.params, x, y, device.processors, stream);
   }
 }
 
@@ -250,12 +256,7 @@ void grouped_gemm_forward(const GemmGroups& groups, const GemmWeights& weights, 
   p.first_rows = static_cast<int>(rows.first_rows);
   p.second_rows = static_cast<int>(rows.second_rows);
   const int blocks = grid_of(groups, device.processors, p.gemm);
-  const auto run = [&](auto* kernel, const CUtensorMap& x) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-          "cudaFuncSetAttribute");
-    kernel<<<blocks, kThreads, kSharedBytes, stream>>>(x, p);
-    check(cudaGetLastError(), "launch");
-  };
+  const auto run = [&](auto* kernel, const CUtensorMap& x) { start(kernel, blocks, stream, x, p); };
   if (f.swiglu) {
     const std::int64_t ffn = weights.out / 2;
     run(gathering_gemm_kernel<true>, make_map(weights.base,
@@ -294,7 +295,7 @@ void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, Co
       "weights");
   const CUtensorMap y =
       make_map(dc.data, {{weights.out, 1, kBlockK}, {groups.num_rows, dc.stride, 64}}, "dc");
-  launch<GemmOp::kDgrad>(groups, p, x, y, y, device.processors, stream);
+  launch<GemmOp::kDgrad>(groups, p, x, y, device.processors, stream);
 }
 
 void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
@@ -317,11 +318,12 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
   p.num_weights = groups.num_groups;
   p.x_extent = static_cast<int>(out);
   p.y_extent = static_cast<int>(in);
-  const CUtensorMap x = make_map(dc.data, {{out, 1, 64}, {groups.num_rows, dc.stride, kBlockK}}, "dc");
-  const CUtensorMap y = make_map(a.data, {{in, 1, 64}, {groups.num_rows, a.stride, kBlockK}}, "a");
+  const CUtensorMap x = make_map(dc.data, {{out, 1, 64}, {groups.num_rows, dc.stride, wgrad::kBlockK}}, "dc");
+  const CUtensorMap y = make_map(a.data, {{in, 1, 64}, {groups.num_rows, a.stride, wgrad::kBlockK}}, "a");
   const CUtensorMap c = make_map(grads, {{in, 1, 32}, {out, in, 64}, {groups.num_groups, grad_stride, 1}},
                                  "grads", CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
-  launch<GemmOp::kWgrad>(groups, p, x, y, c, device.processors, stream);
+  const int blocks = grid_of(groups, device.processors, p);
+  start(wgrad::grouped_wgrad_kernel, blocks, stream, x, y, c, p);
 }
 
 }  // namespace sluice::kernels::cuda

@@ -1,15 +1,15 @@
-// The kernel of the grouped GEMM. Persistent, one block of three warpgroups on each processor, two blocks a cluster:
-// a producer thread keeps a ring of shared-memory stages full by tensor copies; two consumer warpgroups multiply.
+// The Hopper kernel of the grouped GEMM's forward and dgrad, and what it shares with wgrad's (grouped_wgrad_impl.cuh).
+// Persistent, one block of three warpgroups on each processor, two blocks a cluster: a producer thread keeps a ring of
+// shared-memory stages full by tensor copies; two consumer warpgroups multiply.
 //
 // Operands change places: X = weights give the 64 rows of a matrix instruction (128 a block, 256 a cluster), and
 // Y = token rows its n columns, 16..256 in steps of 16. So a ragged group costs its rows rounded up to 16, and the
 // cluster's two blocks share one Y tile (each loads half of it for both), whatever the group's size.
 //   forward  D[out, p]  = sum over in   W[out, in]  * A[p, in]     X, Y: k inner
 //   dgrad    D[in, p]   = sum over out  W[out, in]  * dC[p, out]   X: k outer, Y: k inner
-//   wgrad    D[out, in] = sum over p    dC[p, out]  * A[p, in]     X, Y: k outer; n in steps of 64; rows past the
-//                                                                  group's end are zeroed in shared memory
-// A finished tile's results wait in registers (rounded to bf16; of wgrad's fp32 sums half) and are stored between the next
-// tile's matrix instructions, so the tensor cores hardly wait for memory. Both warpgroups stay close together: a stage is
+//   wgrad    D[out, in] = sum over p    dC[p, out]  * A[p, in]     X, Y: k outer; n in steps of 64
+// A finished tile's results wait in registers, rounded to bf16, and are stored between the next tile's matrix
+// instructions, so the tensor cores hardly wait for memory. Both warpgroups stay close together: a stage is
 // free again when both have read it, and running them apart, so that one stores while the other multiplies, costs as
 // many stages of prefetch (measured: 4% slower two blocks apart).
 #pragma once
@@ -103,6 +103,13 @@ struct GroupShape {
   int y_tiles;
 };
 
+// Equal tiles rather than full ones and a small rest: a small tile is bound by loading X.
+template <GemmOp kOp>
+__device__ __forceinline__ int y_step(int extent) {
+  constexpr int kUnit = kOp == GemmOp::kWgrad ? 64 : 16;
+  return ceil_div(ceil_div(extent, ceil_div(extent, kMaxY)), kUnit) * kUnit;
+}
+
 template <GemmOp kOp>
 __device__ __forceinline__ GroupShape group_shape(const GemmParams& p, int position) {
   const int g = p.order != nullptr ? p.order[position] : position;
@@ -113,17 +120,15 @@ __device__ __forceinline__ GroupShape group_shape(const GemmParams& p, int posit
   if (begin < 0 || end > p.num_rows || begin >= end || s.weight < 0 || s.weight >= p.num_weights) return s;
   s.begin = static_cast<int>(begin);
   s.rows = static_cast<int>(end - begin);
-  // Equal tiles rather than full ones and a small rest: a small tile is bound by loading X.
   const int extent = kOp == GemmOp::kWgrad ? p.y_extent : s.rows;
-  const int even = ceil_div(extent, ceil_div(extent, kMaxY));
-  s.y_step = kOp == GemmOp::kWgrad ? ceil_div(even, 64) * 64 : ceil_div(even, 16) * 16;
+  s.y_step = y_step<kOp>(extent);
   s.y_tiles = ceil_div(extent, s.y_step);
   return s;
 }
 
 // What consumers know of a tile.
 struct alignas(16) Tile {
-  int num_k;    // blocks of 64 of the reduction index; 0: there are no more tiles
+  int num_k;    // blocks of the reduction index (wgrad: of 32); 0: there are no more tiles
   int y_rows;   // real Y rows
   int y_first;  // first Y row among all rows (wgrad: first column of A)
   int x_pair;   // which 256 rows of X
@@ -157,7 +162,7 @@ struct TileWalk {
   GroupShape group{};
   // The tile found by find()
   int x_pair;   // which 256 rows of X
-  int y_begin;  // first Y row within the group (wgrad: first column of A)
+  int y_begin;  // first Y row within the group
   int y_rows;   // real Y rows
   int num_k;    // blocks of 64 of the reduction index
 
@@ -178,18 +183,12 @@ struct TileWalk {
     const int in_swath = local - first_y * x_pairs;
     x_pair = in_swath / width;
     y_begin = (first_y + in_swath % width) * group.y_step;
-    if constexpr (kOp == GemmOp::kWgrad) {
-      y_rows = min(group.y_step, p.y_extent - y_begin);
-      num_k = ceil_div(group.rows, kBlockK);
-    } else {
-      y_rows = min(group.y_step, group.rows - y_begin);
-      num_k = ceil_div(p.k_extent, kBlockK);
-    }
+    y_rows = min(group.y_step, group.rows - y_begin);
+    num_k = ceil_div(p.k_extent, kBlockK);
     return true;
   }
   __device__ __forceinline__ Tile tile() const {
-    return {num_k,        y_rows, (kOp == GemmOp::kWgrad ? 0 : group.begin) + y_begin, x_pair, group.rows,
-            group.weight, {}};
+    return {num_k, y_rows, group.begin + y_begin, x_pair, group.rows, group.weight, {}};
   }
 };
 
@@ -294,11 +293,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
     const int x_first = tile.x_pair * kClusterSize * kBlockX + rank * kBlockX;
     const int boxes = ceil_div(tile.y_rows, 64);
     if (p.arrival.flags != nullptr) {
-      if constexpr (kOp == GemmOp::kWgrad) {
-        wait_for_rows(p.arrival, tile.group.begin, tile.group.rows, expired);
-      } else {
-        wait_for_rows(p.arrival, tile.group.begin + tile.y_begin, tile.y_rows, expired);
-      }
+      wait_for_rows(p.arrival, tile.group.begin + tile.y_begin, tile.y_rows, expired);
       ptx::fence_proxy_async();
     }
     for (int kb = 0; kb < tile.num_k; ++kb) {
@@ -310,20 +305,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
         ptx::copy_3d(ring.x(), map_x, k, x_first, tile.group.weight, full);
       } else if constexpr (kOp == GemmOp::kForwardSwiGLU) {
         ptx::copy_5d(ring.x(), map_x, k, 0, 0, x_first / 16, tile.group.weight, full);
-      } else if constexpr (kOp == GemmOp::kDgrad) {
+      } else {
         ptx::copy_3d(ring.x(), map_x, x_first, k, tile.group.weight, full);
         ptx::copy_3d(ring.x() + kBoxBytes, map_x, x_first + 64, k, tile.group.weight, full);
-      } else {
-        ptx::copy_2d(ring.x(), map_x, x_first, tile.group.begin + k, full);
-        ptx::copy_2d(ring.x() + kBoxBytes, map_x, x_first + 64, tile.group.begin + k, full);
       }
       for (int box = rank; box < boxes; box += kClusterSize) {
-        const std::uint32_t y = ring.y() + box * kBoxBytes;
-        if constexpr (kOp == GemmOp::kWgrad) {
-          ptx::copy_2d_multicast(y, map_y, tile.y_begin + box * 64, tile.group.begin + k, full, kBoth);
-        } else {
-          ptx::copy_2d_multicast(y, map_y, k, tile.group.begin + tile.y_begin + box * 64, full, kBoth);
-        }
+        ptx::copy_2d_multicast(ring.y() + box * kBoxBytes, map_y, k,
+                               tile.group.begin + tile.y_begin + box * 64, full, kBoth);
       }
       if (takes_next(p, rank, kb, tile.num_k)) take_ticket(p, index + 1);
       ring.advance();
@@ -338,15 +326,6 @@ inline constexpr int kStagingBarrier = 1;  // +0, +1: one a warpgroup
 template <bool kFew>
 __device__ __forceinline__ void release(const Ring<kFew>& ring, int stage, int lane) {
   if (lane < kClusterSize) ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane));
-}
-
-// Zeroes rows first..last-1 of boxes of 64 rows of 128 bytes.
-__device__ __forceinline__ void zero_rows(std::uint32_t boxes, int num_boxes, int first, int last,
-                                          int thread) {
-  const int per_box = (last - first) * 8;
-  for (int i = thread; i < per_box * num_boxes; i += 128) {
-    ptx::store_shared_16(boxes + i / per_box * kBoxBytes + first * 128 + i % per_box * 16, uint4{0, 0, 0, 0});
-  }
 }
 
 // Where a warpgroup's columns of a tile go.
@@ -451,63 +430,6 @@ struct Deferred {
   }
 };
 
-// Adds 32 columns of 64 rows to the gradient, through a buffer in shared memory: the copy engine adds them in the memory
-// system. The buffers take turns; one is written again once the engine has read it.
-__device__ __forceinline__ void add_box(const float* sums, int box, const CUtensorMap* map,
-                                        const GemmParams& p, const Tile* tile, std::uint32_t rank,
-                                        std::uint32_t staging, int warpgroup, int thread) {
-  const int lane = thread % 32, warp = thread / 32;
-  const std::uint32_t buffer = staging + box % kBuffers * kPieceBytes;
-  if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
-  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      const int line = warp * 16 + lower * 8 + lane / 4;
-      const int chunk = j * 2 + lane % 4 / 2;
-      ptx::store_shared_f32x2(buffer + line * 128 + ((chunk ^ (line % 8)) << 4) + lane % 2 * 8,
-                              sums[j * 4 + lower * 2], sums[j * 4 + lower * 2 + 1]);
-    }
-  }
-  ptx::fence_proxy_async();
-  ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-  if (thread == 0) {
-    const int row = tile->x_pair * kClusterSize * kBlockX + rank * kBlockX + warpgroup * 64;
-    const int column = tile->y_first + box * 32;
-    if (row < p.x_extent && box * 32 < tile->y_rows)
-      ptx::reduce_add_3d(map, column, row, tile->weight, buffer);
-    ptx::bulk_commit();
-  }
-}
-
-// wgrad: the last columns' sums. (The memory system adds 1.26 TB/s of sums however many are under way, half of what reading,
-// adding and writing takes alone; but loading and storing the first columns by threads was measured: 11% slower with
-// uniform sizes, 4% faster with skewed ones.)
-template <>
-struct Deferred<GemmOp::kWgrad> {
-  static constexpr int kPieces = 4;
-  static constexpr int kFirstBox = kMaxY / 32 - kPieces;
-  const CUtensorMap* map;
-  float sums[16 * kPieces];
-  __device__ __forceinline__ void pin() {
-#pragma unroll
-    for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-  }
-  template <int kPiece>
-  __device__ __forceinline__ void store(const GemmParams& p, const Tile* tile, std::uint32_t rank,
-                                        std::uint32_t staging, int warpgroup, int thread) const {
-    add_box(sums + 16 * kPiece, kFirstBox + kPiece, map, p, tile, rank, staging, warpgroup, thread);
-  }
-  __device__ __forceinline__ void store(int piece, const GemmParams& p, const Tile* tile, std::uint32_t rank,
-                                        std::uint32_t staging, int warpgroup, int thread) const {
-    if (piece == 0) store<0>(p, tile, rank, staging, warpgroup, thread);
-    if (piece == 1) store<1>(p, tile, rank, staging, warpgroup, thread);
-    if (piece == 2) store<2>(p, tile, rank, staging, warpgroup, thread);
-    if (piece == 3) store<3>(p, tile, rank, staging, warpgroup, thread);
-  }
-};
-
 // kSteps * 16 of the reduction index, as one group of matrix instructions.
 template <int kN, int kSteps, int kXOuter, int kYOuter>
 __device__ __forceinline__ void multiply_block(float (&acc)[128], std::uint64_t x, std::uint64_t y,
@@ -525,48 +447,22 @@ __device__ __forceinline__ void multiply_block(float (&acc)[128], std::uint64_t 
 // Returns the stage whose matrix instructions are still running.
 template <GemmOp kOp, int kN, bool kFew>
 __device__ __forceinline__ int multiply(const GemmParams& p, float (&acc)[128], Ring<kFew>& ring, int num_k,
-                                        int k_rows, const Deferred<kOp>& deferred, const Tile* last_tile,
+                                        const Deferred<kOp>& deferred, const Tile* last_tile,
                                         std::uint32_t rank, std::uint32_t staging, int warpgroup,
                                         int thread) {
-  constexpr int kXOuter = kOp == GemmOp::kDgrad || kOp == GemmOp::kWgrad ? 1 : 0;
-  constexpr int kYOuter = kOp == GemmOp::kWgrad ? 1 : 0;
+  constexpr int kXOuter = kOp == GemmOp::kDgrad ? 1 : 0;
   const int lane = thread % 32;
   int previous = 0;
   int piece = last_tile == nullptr ? Deferred<kOp>::kPieces : 0;
-  // wgrad: the copy engine takes its time for each piece.
-  const int pieces_apart = kOp == GemmOp::kWgrad ? max(1, num_k / (Deferred<kOp>::kPieces + 1)) : 1;
-  int next_piece_at = kOp == GemmOp::kWgrad ? pieces_apart : 0;
   for (int kb = 0; kb < num_k; ++kb) {
     ptx::mbarrier_wait(ring.full(), ring.phase);
-    int steps = kBlockK / 16;
-    if constexpr (kOp == GemmOp::kWgrad) {
-      const int rows = k_rows - kb * kBlockK;
-      if (rows < kBlockK) {
-        steps = ceil_div(rows, 16);
-        zero_rows(ring.x() + warpgroup * kBoxBytes, 1, rows, steps * 16, thread);
-        zero_rows(ring.y(), ceil_div(kN, 64), rows, steps * 16, thread);
-        ptx::fence_proxy_async();
-        ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);
-      }
-    }
     const std::uint64_t x = matrix_descriptor(ring.x() + warpgroup * kBoxBytes, kBoxBytes);
     const std::uint64_t y = matrix_descriptor(ring.y(), kBoxBytes);
-    const int accumulate = kb != 0;
-    if (kOp != GemmOp::kWgrad || steps == 4) {
-      multiply_block<kN, 4, kXOuter, kYOuter>(acc, x, y, accumulate);
-    } else if (steps == 3) {
-      multiply_block<kN, 3, kXOuter, kYOuter>(acc, x, y, accumulate);
-    } else if (steps == 2) {
-      multiply_block<kN, 2, kXOuter, kYOuter>(acc, x, y, accumulate);
-    } else {
-      multiply_block<kN, 1, kXOuter, kYOuter>(acc, x, y, accumulate);
-    }
+    multiply_block<kN, 4, kXOuter, 0>(acc, x, y, kb != 0);
     ptx::wgmma_wait<1>();
     if (kb > 0) release(ring, previous, lane);
-    if (kb == next_piece_at && piece < Deferred<kOp>::kPieces) {
+    if (piece < Deferred<kOp>::kPieces)
       deferred.store(piece++, p, last_tile, rank, staging, warpgroup, thread);
-      next_piece_at += pieces_apart;
-    }
     previous = ring.stage;
     ring.advance();
   }
@@ -580,59 +476,47 @@ template <GemmOp kOp>
 __device__ __forceinline__ void finish_tile(const GemmParams& p, const Tile* tile, const float (&acc)[128],
                                             Deferred<kOp>& deferred, std::uint32_t rank,
                                             std::uint32_t staging, int warpgroup, int thread) {
-  if constexpr (kOp == GemmOp::kWgrad) {
+  constexpr bool kSwiGLU = kOp == GemmOp::kForwardSwiGLU;
+  constexpr int kActRegisters = kSwiGLU ? 32 : 64;
+  // Values 2i, 2i+1 of the activation.
+  const auto value = [&](int i) {
+    if constexpr (kSwiGLU)
+      return ptx::pack_bf16(silu(acc[4 * i]) * acc[4 * i + 2], silu(acc[4 * i + 1]) * acc[4 * i + 3]);
+    else
+      return ptx::pack_bf16(activate(p.activation, acc[2 * i]), activate(p.activation, acc[2 * i + 1]));
+  };
+  if (p.c == nullptr) {
 #pragma unroll
-    for (int box = 0; box < Deferred<kOp>::kFirstBox; ++box)
-      add_box(acc + 16 * box, box, deferred.map, p, tile, rank, staging, warpgroup, thread);
-#pragma unroll
-    for (int i = 0; i < 16 * Deferred<kOp>::kPieces; ++i)
-      deferred.sums[i] = acc[16 * Deferred<kOp>::kFirstBox + i];
-    deferred.pin();
+    for (int i = 0; i < kActRegisters; ++i) deferred.packed[i] = value(i);
   } else {
-    constexpr bool kSwiGLU = kOp == GemmOp::kForwardSwiGLU;
-    constexpr int kActRegisters = kSwiGLU ? 32 : 64;
-    // Values 2i, 2i+1 of the activation.
-    const auto value = [&](int i) {
-      if constexpr (kSwiGLU)
-        return ptx::pack_bf16(silu(acc[4 * i]) * acc[4 * i + 2], silu(acc[4 * i + 1]) * acc[4 * i + 3]);
-      else
-        return ptx::pack_bf16(activate(p.activation, acc[2 * i]), activate(p.activation, acc[2 * i + 1]));
-    };
-    if (p.c == nullptr) {
+    if (kOp != GemmOp::kDgrad && p.act != nullptr) {
+      const RowSink act = sink_of<kOp>(p, tile, true, rank, warpgroup);
 #pragma unroll
-      for (int i = 0; i < kActRegisters; ++i) deferred.packed[i] = value(i);
-    } else {
-      if (kOp != GemmOp::kDgrad && p.act != nullptr) {
-        const RowSink act = sink_of<kOp>(p, tile, true, rank, warpgroup);
+      for (int piece = 0; piece < kActRegisters / 16; ++piece) {
+        std::uint32_t packed[16];
 #pragma unroll
-        for (int piece = 0; piece < kActRegisters / 16; ++piece) {
-          std::uint32_t packed[16];
-#pragma unroll
-          for (int i = 0; i < 16; ++i) packed[i] = value(piece * 16 + i);
-          const int first = piece * (kSwiGLU ? 128 : 64);
-          if (piece == 0)
-            ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last results were read
-          if (first < act.rows)
-            store_piece<kSwiGLU>(act, first, packed, staging + piece % 2 * kPieceBytes, warpgroup, thread);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        const int at = kSwiGLU ? 4 * (i % 32) + i / 32 * 2 : 2 * i;
-        deferred.packed[i] = ptx::pack_bf16(acc[at], acc[at + 1]);
+        for (int i = 0; i < 16; ++i) packed[i] = value(piece * 16 + i);
+        const int first = piece * (kSwiGLU ? 128 : 64);
+        if (piece == 0)
+          ptx::named_barrier_sync(kStagingBarrier + warpgroup, 128);  // the last results were read
+        if (first < act.rows)
+          store_piece<kSwiGLU>(act, first, packed, staging + piece % 2 * kPieceBytes, warpgroup, thread);
       }
     }
-    deferred.pin();
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int at = kSwiGLU ? 4 * (i % 32) + i / 32 * 2 : 2 * i;
+      deferred.packed[i] = ptx::pack_bf16(acc[at], acc[at + 1]);
+    }
   }
+  deferred.pin();
 }
 
 template <GemmOp kOp, bool kFew>
-__device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* map_grads, Ring<kFew> ring,
-                                        std::uint32_t rank, std::uint32_t staging, int warpgroup,
-                                        int thread) {
+__device__ __forceinline__ void consume(const GemmParams& p, Ring<kFew> ring, std::uint32_t rank,
+                                        std::uint32_t staging, int warpgroup, int thread) {
   float acc[128];
   Deferred<kOp> deferred;
-  if constexpr (kOp == GemmOp::kWgrad) deferred.map = map_grads;
   const Tile* last_tile = nullptr;
   for (int index = 0;; ++index) {
     const Tile* const tile = tile_slot(index);
@@ -640,23 +524,13 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
     const int num_k = tile->num_k;
     if (num_k == 0) break;
     int last = 0;
-#define SLUICE_MULTIPLY(n)                                                                                  \
-  last = multiply<kOp, n>(p, acc, ring, num_k, tile->k_rows, deferred, last_tile, rank, staging, warpgroup, \
-                          thread)
+#define SLUICE_MULTIPLY(n) \
+  last = multiply<kOp, n>(p, acc, ring, num_k, deferred, last_tile, rank, staging, warpgroup, thread)
 #define SLUICE_CASE(i)       \
   case i:                    \
     SLUICE_MULTIPLY(16 * i); \
     break;
-    if constexpr (kOp == GemmOp::kWgrad) {
-      if (tile->y_rows > 192)
-        SLUICE_MULTIPLY(256);
-      else if (tile->y_rows > 128)
-        SLUICE_MULTIPLY(192);
-      else if (tile->y_rows > 64)
-        SLUICE_MULTIPLY(128);
-      else
-        SLUICE_MULTIPLY(64);
-    } else if constexpr (kFew) {
+    if constexpr (kFew) {
       switch (ceil_div(tile->y_rows, 16)) {
         SLUICE_CASE(1)
         SLUICE_CASE(2)
@@ -698,13 +572,12 @@ __device__ __forceinline__ void consume(const GemmParams& p, const CUtensorMap* 
   if (last_tile == nullptr) return;
   for (int piece = 0; piece < Deferred<kOp>::kPieces; ++piece)
     deferred.store(piece, p, last_tile, rank, staging, warpgroup, thread);
-  if constexpr (kOp == GemmOp::kWgrad) ptx::bulk_wait_read<0>();  // the last adds have read shared memory
 }
 
 template <GemmOp kOp>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
-                        const __grid_constant__ CUtensorMap map_grads, const __grid_constant__ GemmParams p) {
+                        const __grid_constant__ GemmParams p) {
   const std::uint32_t base = ptx::shared_address(gemm_shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::uint32_t rank = ptx::cluster_rank();
@@ -730,24 +603,23 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
-  const bool few =
-      kOp != GemmOp::kWgrad && *reinterpret_cast<const int*>(gemm_shared + kMaxStepOffset) <= kFewY;
+  const bool few = *reinterpret_cast<const int*>(gemm_shared + kMaxStepOffset) <= kFewY;
   if (warp < 4) {
     ptx::registers_fewer<40>();
     if (threadIdx.x == 0) {
-      if constexpr (kOp != GemmOp::kWgrad) {
-        if (few) produce<kOp>(p, &map_x, &map_y, Ring<true>{base}, rank);
-      }
-      if (!few) produce<kOp>(p, &map_x, &map_y, Ring<false>{base}, rank);
+      if (few)
+        produce<kOp>(p, &map_x, &map_y, Ring<true>{base}, rank);
+      else
+        produce<kOp>(p, &map_x, &map_y, Ring<false>{base}, rank);
     }
   } else {
     ptx::registers_more<232>();
     const int warpgroup = warp / 4 - 1;
     const std::uint32_t staging = base + kStagingOffset + warpgroup * kBuffers * kPieceBytes;
-    if constexpr (kOp != GemmOp::kWgrad) {
-      if (few) consume<kOp>(p, &map_grads, Ring<true>{base}, rank, staging, warpgroup, threadIdx.x % 128);
-    }
-    if (!few) consume<kOp>(p, &map_grads, Ring<false>{base}, rank, staging, warpgroup, threadIdx.x % 128);
+    if (few)
+      consume<kOp>(p, Ring<true>{base}, rank, staging, warpgroup, threadIdx.x % 128);
+    else
+      consume<kOp>(p, Ring<false>{base}, rank, staging, warpgroup, threadIdx.x % 128);
   }
   // The other block may still signal this one's barriers.
   ptx::cluster_arrive();

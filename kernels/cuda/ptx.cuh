@@ -145,13 +145,10 @@ __device__ __forceinline__ void store_cluster(std::uint32_t address, std::uint32
 
 // ---- tensor copies: shared -> global, in groups of the issuing thread ----------------------------------------------
 // Parts outside the tensor are left out.
-// Adds to what is there, in the memory system.
-__device__ __forceinline__ void reduce_add_3d(const CUtensorMap* map, int c0, int c1, int c2,
-                                              std::uint32_t src) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
-      "r"(c0), "r"(c1), "r"(c2), "r"(src)
-      : "memory");
+__device__ __forceinline__ void store_3d(const CUtensorMap* map, int c0, int c1, int c2, std::uint32_t src) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(src)
+               : "memory");
 }
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -170,6 +167,10 @@ __device__ __forceinline__ void fence_proxy_async() {
 // The same of shared memory alone.
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// `threads`: of those who arrive and those who wait.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -222,6 +223,11 @@ __device__ __forceinline__ void store_shared_16(std::uint32_t address, uint4 v) 
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+__device__ __forceinline__ float2 load_shared_f32x2(std::uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
 }
 __device__ __forceinline__ void store_shared_f32x2(std::uint32_t address, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");

@@ -311,6 +311,40 @@ TEST_P(GroupedGemmCuda, WgradRaggedGroups) {
   check_wgrad(Problem(sizes, 64, 64, 17));
   // Many tiles a processor, of more and of fewer blocks of rows than there are stages.
   check_wgrad(Problem({330, 70, 0, 1, 700}, 264, 600, 21), 2);
+  // Tiles of every width, and warpgroups without a row of the gradient.
+  check_wgrad(Problem({70, 1}, 8, 8, 26));
+  check_wgrad(Problem({3, 130, 0, 64}, 72, 128, 27), 2);
+  check_wgrad(Problem({40, 1, 200}, 136, 448, 28), 2);
+}
+
+// The sum of a gradient has the same bits in any order of the groups and on any number of processors, and is added to
+// what was there with one rounding.
+TEST_P(GroupedGemmCuda, WgradIsOneAdditionInAnyOrder) {
+  const Problem p({64, 0, 300, 1, 127, 40, 511}, 392, 520, 29);
+  OnDevice d(p);
+  const std::int64_t stride = p.out * p.in;
+  const auto run = [&](float start, std::vector<std::int32_t> order, int max_sms) {
+    DeviceArray<float> grads(std::vector<float>(static_cast<std::size_t>(stride * p.groups()), start));
+    DeviceArray<std::int32_t> order_d(order);
+    GemmGroups groups = d.groups(p);
+    groups.order = order.empty() ? nullptr : order_d.data();
+    groups.max_sms = max_sms;
+    grouped_gemm_wgrad(groups, {d.dc.data(), p.dc.stride}, p.out, {d.a.data(), p.a.stride}, p.in,
+                       grads.data(), stride, nullptr);
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    return grads.get();
+  };
+  const auto sums = run(0.0f, {}, 0);
+  EXPECT_EQ(sums, run(0.0f, {}, 2));
+  EXPECT_EQ(sums, run(0.0f, {6, 1, 5, 0, 3, 2, 4}, 0));
+  EXPECT_EQ(sums, run(0.0f, {3, 2, 6, 4, 0, 5, 1}, 4));
+  std::vector<float> added = sums;
+  for (float& value : added) value = 1024.0f + value;
+  EXPECT_EQ(added, run(1024.0f, {}, 6));
+  // A group that is not in the order is left alone.
+  auto some = sums;
+  std::fill(some.begin() + 2 * stride, some.begin() + 3 * stride, 0.0f);
+  EXPECT_EQ(some, run(0.0f, {3, -1, 6, 4, 0, 5, 1}, 0));
 }
 
 // A row's result has the same bits alone, in a large group, in any tile, in any order and on any number of processors.
