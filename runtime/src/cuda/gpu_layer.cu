@@ -265,10 +265,9 @@ struct GpuLayer::Impl {
            (options.schedule == GpuSchedule::kAuto && exchange.link() == comm::cuda::Link::kNvlink);
   }
   bool gathers(const GpuLayerOptions& options) const {
-    const bool wanted =
-        options.schedule == GpuSchedule::kGathered ||
-        (options.schedule == GpuSchedule::kAuto && routes >= kRowsToGather * std::max(local, 1) &&
-         (ranks > 1 || gpu::gathering_pays(pre)));
+    const bool wanted = options.schedule == GpuSchedule::kGathered ||
+                        (options.schedule == GpuSchedule::kAuto &&
+                         routes >= kRowsToGather * std::max(local, 1) && gpu::gathering_pays(pre));
     return wanted && exchange.link() == comm::cuda::Link::kNvlink && rows.wire == comm::cuda::Wire::kRows &&
            !(shape.training && options.keep);
   }
@@ -493,8 +492,7 @@ struct GpuLayer::Impl {
     const auto scalars = [&](Stream on) {
       if (dweight != nullptr)
         exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
-      if (options.results_done != nullptr)
-        check_cuda(cudaEventRecord(options.results_done, on), "GPU layer");
+      if (options.results_done != nullptr) check_cuda(cudaEventRecord(options.results_done, on), "GPU layer");
     };
     if (sequential) {
       exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, all_processors(),

@@ -49,9 +49,9 @@ enum class GpuSchedule {
   kOverlapped,
   kGathered,  // over Link::kNvlink with Wire::kRows, a forward() that keeps nothing for backward(), whose gradients of w1
   // need the rows laid out; all else as kSequential
-  kAuto,  // over Link::kNvlink kGathered, or kSequential where experts have few rows: dispatch() and combine() hide the link
-  // behind the rows' own way through memory, and GEMMs in one piece gain more than a push beside them
-  // (docs/benchmarks.md); else kOverlapped
+  kAuto,  // over Link::kNvlink kGathered, or kSequential where experts have few rows or gathering_pays() says no: dispatch()
+  // and combine() hide the link behind the rows' own way through memory, and GEMMs in one piece gain more than a push
+  // beside them (docs/benchmarks.md); else kOverlapped
 };
 struct GpuLayerOptions {
   GpuSchedule schedule = GpuSchedule::kAuto;
