@@ -507,10 +507,22 @@ void validate(const LoadedConfig& loaded) {
         fail(named(key), ": a layer over ", over, " keeps one pass at a time; set ", key,
              " = 1, or choose another transport");
     using Schedule = Config::Schedule::Policy;
-    if (c.schedule.policy == Schedule::kPipelined || c.schedule.policy == Schedule::kHierarchical ||
+    if (c.schedule.policy == Schedule::kPipelined ||
         (c.schedule.policy == Schedule::kBySource && c.schedule.num_chunks > 1))
       fail(named("schedule.policy"), " with ", named("schedule.num_chunks"), ": a layer over ", over,
-           " has the schedules sequential, auto, and by-source with schedule.num_chunks = 1");
+           " has the schedules sequential, auto, by-source with schedule.num_chunks = 1, and over nccl "
+           "hierarchical");
+    if (c.schedule.policy == Schedule::kHierarchical) {
+      if (c.comm.transport == "nvlink")
+        fail(named("schedule.policy"), ": ", over,
+             " reaches the GPUs of one host, which has one level of links; set comm.transport = nccl, or "
+             "another "
+             "schedule");
+      constexpr std::int64_t kMostChunks = 16;  // of GpuTwoHopLayer
+      if (c.schedule.num_chunks > kMostChunks)
+        fail(named("schedule.num_chunks"), " with ", named("schedule.policy"), ": a layer over ", over,
+             " cuts tokens into at most ", kMostChunks, " parts");
+    }
     if (c.runtime.save == Config::Runtime::Save::kRows)
       fail(named("runtime.save"), ": a layer over ", over,
            " keeps the experts' inner rows; set runtime.save = activations");

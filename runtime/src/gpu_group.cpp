@@ -12,6 +12,45 @@ std::string_view to_string(GpuLink link) {
   return link == GpuLink::kNvlink ? "nvlink" : "nccl";
 }
 
+namespace {
+
+// "", or why two hops cannot have these nodes: ranks are numbered node by node, and each has a peer on every node.
+std::string why_not_two_hops(const Topology& topology) {
+  const std::size_t each = topology.ranks_of(NodeId(0)).size();
+  for (std::int32_t n = 0; n < topology.num_nodes(); ++n) {
+    const std::vector<std::int32_t>& ranks = topology.ranks_of(NodeId(n));
+    if (ranks.size() != each) return str("node 0 has ", each, " ranks and node ", n, " has ", ranks.size());
+    const std::int32_t first = n * static_cast<std::int32_t>(each);
+    for (std::size_t i = 0; i < each; ++i)
+      if (const std::int32_t want = first + static_cast<std::int32_t>(i); ranks[i] != want)
+        return str("node ", n, " has rank ", ranks[i], " where rank ", want, " would be");
+  }
+  return {};
+}
+
+}  // namespace
+
+GpuWay gpu_way(const ScheduleOptions& schedule, bool chunks_by_model, GpuLink link,
+               const Topology& topology) {
+  if (schedule.policy != SchedulePolicy::kHierarchical || topology.num_nodes() == 1)
+    return {.overlapped = schedule.policy == SchedulePolicy::kBySource ||
+                          schedule.policy == SchedulePolicy::kHierarchical};
+  Require(link == GpuLink::kNccl, ErrorCode::kNotSupported,
+          "the schedule hierarchical has two hops, of which ", to_string(link),
+          " has none between nodes; use nccl");
+  const std::string why_not = why_not_two_hops(topology);
+  Require(
+      why_not.empty(), ErrorCode::kNotSupported,
+      "over nccl the schedule hierarchical needs nodes of equally many ranks, numbered node by node, but ",
+      why_not, " (", topology.describe(), "); use by-source or auto");
+  return {.two_hops = true, .chunks = chunks_by_model ? 0 : schedule.num_chunks};
+}
+
+bool auto_is_two_hops(GpuLink link, const Topology& topology) {
+  return link == GpuLink::kNccl && topology.num_nodes() > 1 && topology.ranks_of(NodeId(0)).size() > 1 &&
+         why_not_two_hops(topology).empty();
+}
+
 GpuPlacement gpu_placement(const Placement& placement) {
   GpuPlacement out;
   out.number_of.assign(static_cast<std::size_t>(placement.num_experts), -1);

@@ -16,10 +16,12 @@
 #include <string_view>
 #include <vector>
 
+#include "sluice/base/topology.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/scheduler/placement.hpp"
 #include "sluice/scheduler/routing.hpp"
+#include "sluice/scheduler/template.hpp"
 
 namespace sluice {
 
@@ -47,11 +49,26 @@ struct GpuRouting {
   void assign(const RoutingView& routing, const GpuPlacement& placement);
 };
 
+// How a layer's rows travel between the GPUs.
+struct GpuWay {
+  bool overlapped = false;  // one hop: exchange beside GEMMs, else one after the other; the same results
+  bool two_hops = false;    // to a node once, and on inside it (cuda/gpu_two_hop_layer.hpp)
+  int chunks = 0;           // two hops: parts that tokens are cut into; 0: by the layer's cost model
+};
+// What a schedule means on these nodes. Hierarchical is two hops where there are several nodes; on one there is one level of
+// links, rows have one hop, and what is left of the schedule is by-source (own rows beside those that travel), in one piece.
+// Throws kNotSupported for several nodes over nvlink, and for nodes without equally many ranks in a row.
+GpuWay gpu_way(const ScheduleOptions& schedule, bool chunks_by_model, GpuLink link, const Topology& topology);
+// Whether auto is two hops on these nodes: where a node's ranks share what comes from others, so that a row crosses to it
+// once instead of once a rank. Of nodes of one rank each the rows that cross are the same with one hop, which needs no
+// gateway; and nodes that two hops cannot have get one.
+bool auto_is_two_hops(GpuLink link, const Topology& topology);
+
 struct GpuRowsOptions {
   std::int64_t hidden = 0, ffn = 0;
   kernels::Activation activation = kernels::Activation::kSwiGLU;
-  bool training = false;    // keeps what backward() needs
-  bool overlapped = false;  // the schedule: exchange beside GEMMs, else one after the other; the same results
+  bool training = false;  // keeps what backward() needs
+  GpuWay way;
 };
 
 // The passes of one layer on the GPUs, from and to host memory. Buffers grow to what a batch needs and stay.

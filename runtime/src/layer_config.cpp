@@ -71,12 +71,13 @@ MoeLayerOptions layer_options(const Config& config) {
                               ? Exchange::kGateway
                               : Exchange::kDirect;
   if (rows_go_between_gpus(config)) {
-    // A row goes straight to each GPU that needs it. NCCL's sends hide behind GEMMs, stores over NVLink need not
-    // (docs/cuda_dispatch.md).
-    out.schedule.exchange = Exchange::kDirect;
+    // With one hop a row goes straight to each GPU that needs it. NCCL's sends hide behind GEMMs, stores over NVLink need
+    // not (docs/cuda_dispatch.md). Whether auto is two hops depends on the nodes: choose_automatically().
+    const bool two_hops = out.schedule.policy == SchedulePolicy::kHierarchical;
+    out.schedule.exchange = two_hops ? Exchange::kGateway : Exchange::kDirect;
     if (config.schedule.policy == Config::Schedule::Policy::kAuto && config.comm.transport == "nccl")
       out.schedule.policy = SchedulePolicy::kBySource;
-    out.schedule.num_chunks = 1;
+    if (!two_hops) out.schedule.num_chunks = 1;
   }
   out.save = config.runtime.save == Config::Runtime::Save::kRows ? Save::kRows : Save::kActivations;
   return out;

@@ -151,14 +151,15 @@ struct MoeLayer::State {
                                       {options.combine_dtype, "sums on their way home"}})
       Require(dtype == DType::kBF16, ErrorCode::kNotSupported, "over ", link, " ", what,
               " are bf16, but the layer's are ", to_string(dtype));
-    Require(!options.auto_profile, ErrorCode::kNotSupported, "over ", link,
-            " a layer has the schedules sequential and by-source; it cannot choose by a profile");
-    gpu_rows =
-        group.make_rows(placement, {.hidden = options.hidden,
-                                    .ffn = options.ffn,
-                                    .activation = activation,
-                                    .training = options.save != Save::kNone,
-                                    .overlapped = options.schedule.policy == SchedulePolicy::kBySource});
+    Require(
+        !options.auto_profile, ErrorCode::kNotSupported, "over ", link,
+        " a layer has the schedules sequential, by-source and hierarchical; it cannot choose by a profile");
+    gpu_rows = group.make_rows(placement, {.hidden = options.hidden,
+                                           .ffn = options.ffn,
+                                           .activation = activation,
+                                           .training = options.save != Save::kNone,
+                                           .way = gpu_way(options.schedule, options.chunks_by_gpu_model,
+                                                          group.link(), runtime.topology())});
   }
   void remember(const Plan& plan, const RoutingView& routing);
   void run_on_gpus(ContextStorage& storage, const Plan& plan, PassKind kind, ConstMatrixView in,

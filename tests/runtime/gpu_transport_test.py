@@ -19,6 +19,7 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_") or k =
 BF16 = ["--set", "model.dtype=bf16"]
 BENCH = ["bench", "--json", "--device", "cuda", "--set", "bench.iterations=3", "--set", "bench.warmup=1", "--set",
          "bench.tokens_per_rank=300", "--set", "model.hidden=136", "--set", "model.ffn=72", "--set", "bench.skew=1"]
+HIERARCHICAL = ["--set", "schedule.policy=hierarchical"]
 TRAIN = ["train", "--json", "--config", os.path.join(SOURCE, "configs", "quickstart.toml"), "--text", os.path.join(SOURCE, "docs"),
          "--set", "train.steps=12", "--set", "train.tokens_per_step=512", "--set", "topology.nodes=0", "--set",
          "topology.ranks=0", "--set", "schedule.policy=sequential", "--set", "runtime.log_level=error", *BF16]
@@ -96,6 +97,24 @@ class TwoGpus(Gpus):
                         out[int(entry.split(b"=")[1])] = pid
         return out
 
+    def need_nccl(self):
+        if "nccl" not in USABLE:
+            self.skipTest("NCCL cannot be loaded")
+
+    def kill_one(self, link, *sets):
+        endless = [word.replace("iterations=3", "iterations=1000000") for word in BENCH]
+        job = subprocess.Popen([PROGRAM, "launch", "-n", "2", "--", PROGRAM, *endless, *BF16, "--set", f"comm.transport={link}",
+                                "--set", "comm.timeout_ms=5000", *sets], env=ENV, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+        time.sleep(8)
+        self.assertIsNone(job.poll(), job.poll() and job.communicate()[1])
+        began = time.monotonic()
+        os.kill(self.ranks_of(job)[1], signal.SIGKILL)
+        out, err = job.communicate(timeout=40)
+        self.assertEqual((job.returncode, out), (1, ""), err)
+        self.assertRegex(err, "error rank 0 [^\n]*rank 1")  # the survivor says who was lost
+        print(f"{link} {' '.join(sets)}: ended after {time.monotonic() - began:.1f} s: {err.strip()}", file=sys.stderr)
+
     def test_bench_is_the_same_over_both_links(self):
         reports = {}
         for link in USABLE:
@@ -115,6 +134,63 @@ class TwoGpus(Gpus):
             self.assert_checked(report)
             self.assertGreater(report["bytes"]["across_nodes"], 0)
 
+    def test_hierarchical_is_two_hops_between_nodes(self):
+        self.need_nccl()
+        nodes = ["--set", "comm.transport=nccl", "--set", "topology.nodes=2x1"]
+        one_hop = self.launched(2, *BENCH, *BF16, *nodes, "--set", "schedule.policy=sequential")
+        for chunks in (1, 3):
+            report = self.launched(2, *BENCH, *BF16, *nodes, *HIERARCHICAL, "--set", f"schedule.num_chunks={chunks}")
+            self.assert_checked(report)
+            schedule = report["schedule"]
+            self.assertEqual((schedule["policy"], schedule["exchange"], schedule["num_chunks"]), ("hierarchical", "gateway", chunks))
+            # Nodes of one rank: no more is rounded, and the same rows cross.
+            for key in ("y_bits", "dx_bits"):
+                self.assertEqual(report["check"][key], one_hop["check"][key])
+            self.assertEqual(report["bytes"], one_hop["bytes"])
+            self.assertGreater(report["bytes"]["across_nodes"], 0)
+        # Without a second rank a node, and without a second node, there is one hop.
+        for sets in (["--set", "schedule.policy=auto", *nodes], [*HIERARCHICAL, "--set", "comm.transport=nccl"]):
+            report = self.launched(2, *BENCH, *BF16, *sets)
+            self.assert_checked(report)
+            self.assertEqual((report["schedule"]["policy"], report["schedule"]["exchange"]), ("by-source", "direct"))
+
+    def test_training_with_two_hops_is_that_with_one_within_rounding(self):
+        self.need_nccl()
+        job = [*TRAIN, "--device", "cuda", "--set", "comm.transport=nccl"]
+        job[job.index("topology.nodes=0")] = "topology.nodes=2x1"
+        one_hop = self.launched(2, *job)
+        for chunks in (1, 3):
+            two_hops = self.launched(2, *job, *HIERARCHICAL, "--set", f"schedule.num_chunks={chunks}")
+            self.assertEqual(len(two_hops["losses"]), 12)
+            self.assertEqual(two_hops["losses"][0], one_hop["losses"][0])  # sums of nodes of one rank have the same bits
+            for step, (a, b) in enumerate(zip([*one_hop["losses"], one_hop["heldout_bpb"]],
+                                              [*two_hops["losses"], two_hops["heldout_bpb"]])):
+                self.assertTrue(abs(a - b) <= 0.01 * abs(a), f"{chunks} chunks, step {step}: {a} with one hop, {b} with two")
+            print(f"bits per byte: one hop {one_hop['heldout_bpb']:.5f}, two hops in {chunks} {two_hops['heldout_bpb']:.5f}",
+                  file=sys.stderr)
+
+    def test_two_nodes_of_two(self):
+        self.need_nccl()
+        if INFO["gpus"] < 4:
+            self.skipTest(f"4 GPUs are needed, this process sees {INFO['gpus']}")
+        nodes = ["--set", "comm.transport=nccl", "--set", "topology.nodes=2x2"]
+        one_hop = self.launched(4, *BENCH, *BF16, *nodes, "--set", "schedule.policy=sequential")
+        for sets in (["--set", "schedule.policy=auto"], [*HIERARCHICAL, "--set", "schedule.num_chunks=3"]):
+            report = self.launched(4, *BENCH, *BF16, *nodes, *sets)
+            self.assert_checked(report)
+            self.assertEqual(report["schedule"]["policy"], "hierarchical")
+            # A row crosses to a node once, not once a rank.
+            self.assertLess(report["bytes"]["across_nodes"], one_hop["bytes"]["across_nodes"])
+        job = [*TRAIN, "--device", "cuda", "--set", "comm.transport=nccl"]
+        job[job.index("topology.nodes=0")] = "topology.nodes=2x2"
+        one_hop, two_hops = self.launched(4, *job), self.launched(4, *job, "--set", "schedule.policy=auto")
+        for step, (a, b) in enumerate(zip(one_hop["losses"], two_hops["losses"])):
+            self.assertTrue(abs(a - b) <= 0.02 * abs(a), f"step {step}: {a} with one hop, {b} with two")
+
+    def test_a_rank_that_dies_between_two_hops_is_told(self):
+        self.need_nccl()
+        self.kill_one("nccl", "--set", "topology.nodes=2x1", *HIERARCHICAL, "--set", "schedule.num_chunks=3")
+
     def test_training_is_the_cpus_within_rounding(self):
         for sets in ([], ["--set", "model.zero_experts=1", "--set", "model.copy_experts=1", "--set",
                           "model.constant_experts=1"]):
@@ -131,51 +207,49 @@ class TwoGpus(Gpus):
 
     def test_a_rank_that_dies_is_told_and_nobody_hangs(self):
         for link in USABLE:
-            endless = [word.replace("iterations=3", "iterations=1000000") for word in BENCH]
-            job = subprocess.Popen([PROGRAM, "launch", "-n", "2", "--", PROGRAM, *endless, *BF16, "--set", f"comm.transport={link}",
-                                    "--set", "comm.timeout_ms=5000"], env=ENV, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
-            time.sleep(8)
-            self.assertIsNone(job.poll(), job.poll() and job.communicate()[1])
+            self.kill_one(link)
+
+    def survive_one(self, link, *sets):
+        with tempfile.TemporaryDirectory() as root:
+            folder = os.path.join(root, "ckpt")
+            job = [word.replace("train.steps=12", "train.steps=400") for word in TRAIN]
+            job += ["--device", "cuda"]
+            for pair in (f"comm.transport={link}", "comm.timeout_ms=5000", "train.on_failure=shrink", "train.checkpoint_every=25",
+                         "train.checkpoint_keep=1000", f"train.checkpoint_dir={folder}"):
+                job += ["--set", pair]
+            launch = subprocess.Popen([PROGRAM, "launch", "--keep-going", "-n", "2", "--", PROGRAM, *job, *sets], env=ENV, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            end = time.monotonic() + 40
+            while not os.path.exists(os.path.join(folder, "step-0000000025", "manifest.sluice")):
+                self.assertTrue(launch.poll() is None and time.monotonic() < end, launch.poll() and launch.communicate()[1])
+                time.sleep(0.01)
             began = time.monotonic()
-            os.kill(self.ranks_of(job)[1], signal.SIGKILL)
-            out, err = job.communicate(timeout=40)
-            self.assertEqual((job.returncode, out), (1, ""), err)
-            self.assertRegex(err, "error rank 0 [^\n]*rank 1")  # the survivor says who was lost
-            print(f"{link}: ended after {time.monotonic() - began:.1f} s: {err.strip()}", file=sys.stderr)
+            os.kill(self.ranks_of(launch)[1], signal.SIGKILL)
+            out, err = launch.communicate(timeout=60)
+            self.assertEqual(launch.returncode, 0, err)
+            report = json.loads(out)
+            self.assertEqual(len(report["recoveries"]), 1, err)
+            self.assertEqual(report["recoveries"][0]["lost_rank"], 1)
+            self.assertEqual((report["world"]["ranks"], report["world"]["transport"]), (1, link))
+            print(f"{link} {' '.join(sets)}: done {time.monotonic() - began:.1f} s after the loss: {report['recoveries'][0]}",
+                  file=sys.stderr)
+            step = report["resumed_from"]
+            self.assertGreaterEqual(step, 25)
+            for name in os.listdir(folder):
+                if int(name.split("-")[1]) > step:
+                    shutil.rmtree(os.path.join(folder, name))
+            undisturbed = self.launched(1, *job, *[word.replace("nodes=2x1", "nodes=1x1") for word in sets], "--resume")
+            self.assertEqual(undisturbed["resumed_from"], step)
+            self.assertEqual(report["losses"], undisturbed["losses"])
 
     def test_the_survivor_of_a_killed_rank_goes_on_alone(self):
         for link in USABLE:
-            with self.subTest(link=link), tempfile.TemporaryDirectory() as root:
-                folder = os.path.join(root, "ckpt")
-                job = [word.replace("train.steps=12", "train.steps=400") for word in TRAIN]
-                job += ["--device", "cuda"]
-                for pair in (f"comm.transport={link}", "comm.timeout_ms=5000", "train.on_failure=shrink", "train.checkpoint_every=25",
-                             "train.checkpoint_keep=1000", f"train.checkpoint_dir={folder}"):
-                    job += ["--set", pair]
-                launch = subprocess.Popen([PROGRAM, "launch", "--keep-going", "-n", "2", "--", PROGRAM, *job], env=ENV, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                end = time.monotonic() + 40
-                while not os.path.exists(os.path.join(folder, "step-0000000025", "manifest.sluice")):
-                    self.assertTrue(launch.poll() is None and time.monotonic() < end, launch.poll() and launch.communicate()[1])
-                    time.sleep(0.01)
-                began = time.monotonic()
-                os.kill(self.ranks_of(launch)[1], signal.SIGKILL)
-                out, err = launch.communicate(timeout=60)
-                self.assertEqual(launch.returncode, 0, err)
-                report = json.loads(out)
-                self.assertEqual(len(report["recoveries"]), 1, err)
-                self.assertEqual(report["recoveries"][0]["lost_rank"], 1)
-                self.assertEqual((report["world"]["ranks"], report["world"]["transport"]), (1, link))
-                print(f"{link}: done {time.monotonic() - began:.1f} s after the loss: {report['recoveries'][0]}", file=sys.stderr)
-                step = report["resumed_from"]
-                self.assertGreaterEqual(step, 25)
-                for name in os.listdir(folder):
-                    if int(name.split("-")[1]) > step:
-                        shutil.rmtree(os.path.join(folder, name))
-                undisturbed = self.launched(1, *job, "--resume")
-                self.assertEqual(undisturbed["resumed_from"], step)
-                self.assertEqual(report["losses"], undisturbed["losses"])
+            with self.subTest(link=link):
+                self.survive_one(link)
+
+    def test_the_survivor_of_two_hops_goes_on_with_one(self):
+        self.need_nccl()
+        self.survive_one("nccl", "--set", "topology.nodes=2x1", *HIERARCHICAL)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ struct MoeLayerOptions {
   // the machine of this profile with the demand of the batch (choose_schedule.hpp); schedule.exchange stays. Equal on
   // all ranks (checked by plan()).
   std::shared_ptr<const MachineProfile> auto_profile;
+  // kHierarchical between GPUs: the number of chunks is by that layer's own cost model, not schedule.num_chunks.
+  bool chunks_by_gpu_model = false;
   Save save = Save::kActivations;
 };
 

@@ -22,8 +22,9 @@ std::string host_rows_reason(Runtime& runtime, std::span<const LoadedConfig> con
     return "model.hidden and model.ffn are no multiples of 8";  // and DeviceExperts says so
   if (c.runtime.save == Config::Runtime::Save::kRows)
     return "runtime.save is rows; layers whose rows stay on GPUs keep activations";
-  if (o.schedule.num_chunks > 1 || o.schedule.policy == SchedulePolicy::kHierarchical ||
-      o.schedule.policy == SchedulePolicy::kPipelined)
+  const bool hierarchical = o.schedule.policy == SchedulePolicy::kHierarchical;
+  if (hierarchical ? !state.gpu_group
+                   : o.schedule.num_chunks > 1 || o.schedule.policy == SchedulePolicy::kPipelined)
     return "schedules with chunks or levels (schedule.policy, schedule.num_chunks) are the host's";
   if (c.model.num_ffn_experts() != c.model.num_experts)
     return "zero, copy and constant experts are computed on the host";

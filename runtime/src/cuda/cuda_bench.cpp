@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <tuple>
 
 #include "sluice/base/hash.hpp"
 #include "sluice/runtime/src/bench/dense_gemms.hpp"
@@ -15,12 +16,12 @@
 #include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice {
 namespace {
 
 using comm::cuda::check_cuda;
-using comm::cuda::RowExchange;
 using kernels::Activation;
 
 constexpr std::string_view kPhase = "bench";
@@ -167,12 +168,14 @@ struct Rows {
   std::int64_t same_rank = 0, in_node = 0, across_nodes = 0, flat_in_node = 0, flat_across_nodes = 0;
 };
 
-Rows rows_of(const GpuRouting& routing, const GpuPlacement& placement, const Topology& topology,
-             RankId rank) {
+Rows rows_of(const GpuRouting& routing, const GpuPlacement& placement, const Topology& topology, RankId rank,
+             bool two_hops) {
   Rows out;
   std::vector<std::int32_t> to;
+  std::vector<NodeId> nodes;
   for (std::int64_t t = 0; t < routing.num_tokens(); ++t) {
     to.clear();
+    nodes.clear();
     for (auto i = n(routing.row_ptr[n(t)]); i < n(routing.row_ptr[n(t + 1)]); ++i) {
       const RankId peer(placement.rank_of[n(routing.expert[i])]);
       const bool first = std::find(to.begin(), to.end(), peer.value) == to.end();
@@ -183,7 +186,16 @@ Rows rows_of(const GpuRouting& routing, const GpuPlacement& placement, const Top
         out.in_node += first;
         ++out.flat_in_node;
       } else {
-        out.across_nodes += first;
+        const NodeId node = topology.node_of(peer);
+        if (!two_hops) {
+          out.across_nodes += first;
+        } else {
+          if (std::find(nodes.begin(), nodes.end(), node) == nodes.end()) {
+            nodes.push_back(node);
+            ++out.across_nodes;
+          }
+          out.in_node += first && topology.gateway(rank, node) != peer;
+        }
         ++out.flat_across_nodes;
       }
     }
@@ -194,7 +206,7 @@ Rows rows_of(const GpuRouting& routing, const GpuPlacement& placement, const Top
 // The layer of one bench on one rank.
 class Bench {
  public:
-  Bench(CudaGroup& group, const Config& config, GpuPlacement placement)
+  Bench(CudaGroup& group, const Config& config, GpuPlacement placement, const GpuWay& way)
       : group_(group),
         runtime_(group.runtime()),
         device_(group.device()),
@@ -224,24 +236,42 @@ class Bench {
         meet_(device_, runtime_.num_ranks() + 1) {
     for (std::size_t e = 0; e < placement_.rank_of.size(); ++e)
       if (placement_.rank_of[e] == rank_.value) local_.push_back(static_cast<std::int32_t>(e));
-    needs_ = group_.needs_of(routing_, placement_);
-    exchange_ = group_.make_exchange(placement_, shape_.hidden, needs_);
-    GpuLayerShape layer;
-    layer.ffn = shape_.ffn;
-    layer.activation = shape_.activation;
-    layer.num_experts = static_cast<int>(placement_.rank_of.size());
-    layer.rank_of = placement_.rank_of;
-    layer.training = true;
-    layer_ = std::make_unique<GpuLayer>(*exchange_, 0, layer);
+    const GpuRowsOptions rows{.hidden = shape_.hidden,
+                              .ffn = shape_.ffn,
+                              .activation = shape_.activation,
+                              .training = true,
+                              .way = way};
+    const CudaGroup::Needs whole = group_.needs_of(routing_, placement_, way.two_hops, 1);
+    one_hop_ = group_.make_one_hop(placement_, rows, whole);
+    if (way.two_hops) {
+      const int chunks = group_.two_hop_chunks_of(placement_, rows, whole);
+      const CudaGroup::Needs of_chunk = group_.needs_of(routing_, placement_, true, chunks);
+      two_hops_ = group_.make_two_hops(placement_, rows, of_chunk, chunks);
+    }
     upload();
   }
 
+  // A pass: the scheduled layer, or the one it is measured beside, which has one hop.
+  struct Pass {
+    GroupLayer& layer;
+    GpuLayerOptions options;
+  };
+  Pass scheduled(const GpuLayerOptions& options) { return {layer(), options}; }
+  Pass sequential() {
+    GpuLayerOptions options;
+    options.schedule = GpuSchedule::kSequential;
+    return {*one_hop_, options};
+  }
+
   // Results of both schedules, compared with each other and with the CPU's kernels on a sample.
-  void check(const GpuLayerOptions& scheduled, const GpuLayerOptions& sequential, GpuFigures& out) {
+  void check(const Pass& scheduled, const Pass& sequential, GpuFigures& out) {
     Status status;
     std::vector<bf16> y, dx, other_y, other_dx;
     std::vector<float> dweight(n(routes_));
-    group_.in_pass(kPhase, [&] { plan(); });
+    group_.in_pass(kPhase, [&] {
+      plan(*one_hop_);
+      if (two_hops_) plan(*two_hops_);
+    });
     results(sequential, other_y, other_dx);
     // Gradients of weights are added to: from zero, for one backward.
     zero(g1_);
@@ -250,8 +280,12 @@ class Bench {
     download(dweight.data(), dweight_.get(), dweight.size() * 4);
     check_cuda(cudaStreamSynchronize(stream()), "bench");
     try {
-      Require(same(y, other_y) && same(dx, other_dx), ErrorCode::kInternal,
-              "the schedules gave different bits on rank ", rank_.value);
+      // Two hops round once more a node, where a node's ranks are added up before their sum travels.
+      if (two_hops_ && runtime_.topology().num_nodes() < runtime_.num_ranks())
+        require_near(y, other_y, dx, other_dx);
+      else
+        Require(same(y, other_y) && same(dx, other_dx), ErrorCode::kInternal,
+                "the schedules gave different bits on rank ", rank_.value);
       const auto finite = [&](const std::vector<bf16>& rows, std::string_view what) {
         for (std::size_t i = 0; i < rows.size(); ++i)
           Require(std::isfinite(static_cast<float>(rows[i])), ErrorCode::kInternal, what, " of token ",
@@ -284,38 +318,46 @@ class Bench {
 
   // The time of `call` on this rank's GPU, from when all ranks have met on theirs.
   template <typename Call>
-  double time_us(Call&& call) {
+  double time_us(GroupLayer& layer, Call&& call) {
     runtime_.barrier(kPhase);
     group_.in_pass(kPhase, [&] {
       check_cuda(cudaMemsetAsync(flush_.get(), 0, kFlushBytes, stream()), "bench");
       if (group_.communicator() == nullptr)
-        exchange_->barrier(stream());
+        one_hop_->exchange.barrier(stream());
       else
         group_.communicator()->all_gather(meet_.get(), meet_.get() + 1, 4, stream());
       check_cuda(cudaEventRecord(begin_.event, stream()), "bench");
       call();
       check_cuda(cudaEventRecord(end_.event, stream()), "bench");
-      exchange_->wait(0, stream());
+      layer.wait(stream());
     });
     float ms = 0;
     check_cuda(cudaEventElapsedTime(&ms, begin_.event, end_.event), "bench");
     return static_cast<double>(ms) * 1e3;
   }
 
-  void plan() { layer_->plan({row_ptr_.get(), expert_.get(), weight_.get()}, tokens_, stream()); }
-  void forward(const GpuLayerOptions& o) { layer_->forward(experts(), x_.get(), y_.get(), o, stream()); }
-  void backward(const GpuLayerOptions& o) {
-    layer_->backward(experts(), {g1_.get(), g2_.get()}, dy_.get(), dx_.get(), dweight_.get(), o, stream());
+  GroupLayer& layer() { return two_hops_ ? *two_hops_ : *one_hop_; }  // the scheduled one
+  OneHopLayer& one_hop() { return *one_hop_; }
+  void plan(GroupLayer& layer) {
+    layer.plan({row_ptr_.get(), expert_.get(), weight_.get()}, tokens_, stream());
   }
-  void exchange_only(const GpuLayerOptions& o) { layer_->exchange_only(x_.get(), y_.get(), o, stream()); }
-  void gemms_only(const GpuLayerOptions& o) { layer_->gemms_only(experts(), x_.get(), o, stream()); }
+  void forward(const Pass& p) { p.layer.forward(experts(), x_.get(), y_.get(), p.options, stream()); }
+  void backward(const Pass& p) {
+    p.layer.backward(experts(), {g1_.get(), g2_.get()}, dy_.get(), dx_.get(), dweight_.get(), p.options,
+                     stream());
+  }
+  // Of the layer of one hop.
+  void exchange_only(const GpuLayerOptions& o) {
+    one_hop_->layer.exchange_only(x_.get(), y_.get(), o, stream());
+  }
+  void gemms_only(const GpuLayerOptions& o) { one_hop_->layer.gemms_only(experts(), x_.get(), o, stream()); }
   void local_only(const GpuLayerOptions& o) {
-    layer_->local_only(experts(), x_.get(), y_.get(), o, stream());
+    one_hop_->layer.local_only(experts(), x_.get(), y_.get(), o, stream());
   }
 
   // GEMMs of this rank's rows as one group; null without rows.
   std::unique_ptr<DenseGemms> dense_gemms() {
-    const std::int64_t rows = exchange_->host_counts(0, stream()).receive_routes;
+    const std::int64_t rows = one_hop_->exchange.host_counts(0, stream()).receive_routes;
     if (rows == 0) return nullptr;
     std::vector<bf16> a(n(rows * shape_.hidden)), w1(n(shape_.pre * shape_.hidden)),
         w2(n(shape_.hidden * shape_.ffn));
@@ -326,9 +368,11 @@ class Bench {
   }
 
   std::int64_t num_tokens() const { return tokens_; }
-  Rows rows() const { return rows_of(routing_, placement_, runtime_.topology(), rank_); }
-  std::int64_t memory_bytes() const {
-    std::int64_t bytes = static_cast<std::int64_t>(layer_->buffer_bytes() + exchange_->window_bytes());
+  Rows rows() const {
+    return rows_of(routing_, placement_, runtime_.topology(), rank_, two_hops_ != nullptr);
+  }
+  std::int64_t memory_bytes() {
+    auto bytes = static_cast<std::int64_t>(layer().memory_bytes());
     for (const std::int64_t part :
          {w1_.capacity_bytes(), w2_.capacity_bytes(), x_.capacity_bytes(), dy_.capacity_bytes(),
           y_.capacity_bytes(), dx_.capacity_bytes(), g1_.capacity_bytes(), g2_.capacity_bytes(),
@@ -389,14 +433,14 @@ class Bench {
     check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream()), "bench");
   }
   // A forward and a backward into poisoned memory.
-  void results(const GpuLayerOptions& o, std::vector<bf16>& y, std::vector<bf16>& dx) {
+  void results(const Pass& pass, std::vector<bf16>& y, std::vector<bf16>& dx) {
     group_.in_pass(kPhase, [&] {
       for (const OnDevice<bf16>* rows : {&y_, &dx_})
         check_cuda(cudaMemsetAsync(rows->get(), 0xff, rows->bytes(), stream()), "bench");
       check_cuda(cudaMemsetAsync(dweight_.get(), 0xff, dweight_.bytes(), stream()), "bench");
-      forward(o);
-      backward(o);
-      exchange_->wait(0, stream());
+      forward(pass);
+      backward(pass);
+      pass.layer.wait(stream());
       y.resize(n(tokens_ * shape_.hidden));
       dx.resize(y.size());
       download(y.data(), y_.get(), y_.bytes());
@@ -406,6 +450,18 @@ class Bench {
   }
   static bool same(const std::vector<bf16>& a, const std::vector<bf16>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 2) == 0;
+  }
+  void require_near(const std::vector<bf16>& y, const std::vector<bf16>& other_y, const std::vector<bf16>& dx,
+                    const std::vector<bf16>& other_dx) const {
+    for (const auto& [of, other, what] : {std::tuple{&y, &other_y, "y"}, {&dx, &other_dx, "dx"}}) {
+      NormError error;
+      for (std::size_t i = 0; i < of->size(); ++i)
+        error.add(static_cast<double>(static_cast<float>((*other)[i])),
+                  static_cast<double>(static_cast<float>((*of)[i])));
+      Require(error.value() <= kTolerance, ErrorCode::kInternal, what, " of two hops and of one differ by ",
+              error.value(), " of their norm on rank ", rank_.value, "; at most ", kTolerance,
+              " is rounding");
+    }
   }
 
   void compare_tokens(const std::vector<bf16>& y, const std::vector<bf16>& dx,
@@ -530,7 +586,6 @@ class Bench {
   const GpuRouting routing_;
   const std::int64_t tokens_, routes_, num_local_;
   std::vector<std::int32_t> local_;  // experts of this rank, ascending
-  CudaGroup::Needs needs_;
   OnDevice<bf16> w1_, w2_, x_, dy_, y_, dx_;
   OnDevice<float> g1_, g2_, dweight_;
   OnDevice<std::int64_t> row_ptr_;
@@ -539,8 +594,8 @@ class Bench {
   OnDevice<unsigned char> flush_;
   OnDevice<std::uint32_t> meet_;
   Event begin_, end_;
-  std::unique_ptr<RowExchange> exchange_;
-  std::unique_ptr<GpuLayer> layer_;
+  std::unique_ptr<OneHopLayer> one_hop_;
+  std::unique_ptr<GroupLayer> two_hops_;  // null: one hop is what is measured
 };
 
 std::int64_t total(Runtime& runtime, std::int64_t mine) {
@@ -558,28 +613,31 @@ LayerBenchReport cuda_bench(Runtime& runtime, const LoadedConfig& loaded) {
   if (!state.gpu_group) alone = std::make_unique<CudaGroup>(runtime, GpuLink::kNvlink);
   CudaGroup& group = alone ? *alone : static_cast<CudaGroup&>(*state.gpu_group);
   state.device->make_current();
+  MoeLayerOptions chosen = layer_options(config);
+  if (state.gpu_group) choose_automatically(runtime, config, chosen);
+  const GpuWay way = gpu_way(chosen.schedule, chosen.chunks_by_gpu_model, group.link(), runtime.topology());
   Bench bench(group, config,
-              gpu_placement(placement_of(config, runtime.num_ranks(), config.bench.replay_layer)));
+              gpu_placement(placement_of(config, runtime.num_ranks(), config.bench.replay_layer)), way);
 
-  GpuLayerOptions sequential, scheduled;
-  sequential.schedule = GpuSchedule::kSequential;
-  using Policy = Config::Schedule::Policy;
-  scheduled.schedule = config.schedule.policy == Policy::kAuto       ? GpuSchedule::kAuto
-                       : config.schedule.policy == Policy::kBySource ? GpuSchedule::kOverlapped
-                                                                     : GpuSchedule::kSequential;
+  const bool automatic = config.schedule.policy == Config::Schedule::Policy::kAuto;
+  GpuLayerOptions options;
+  options.schedule = automatic || way.two_hops ? GpuSchedule::kAuto
+                     : way.overlapped          ? GpuSchedule::kOverlapped
+                                               : GpuSchedule::kSequential;
+  const Bench::Pass scheduled = bench.scheduled(options), sequential = bench.sequential();
   GpuFigures figures;
   figures.link = runtime.num_ranks() == 1 ? "none" : std::string(to_string(group.link()));
   bench.check(scheduled, sequential, figures);
 
-  struct Pass {
+  struct Times {
     std::vector<double> forward_us, backward_us;
   };
-  Pass passes[2], dense_us;  // scheduled, sequential
+  Times passes[2], dense_us;  // scheduled, sequential
   const std::unique_ptr<DenseGemms> dense = bench.dense_gemms();
   std::vector<double> plan_us, exchange_us, gemms_us, local_us;
   for (std::int64_t round = 0; round < config.bench.warmup + config.bench.iterations; ++round) {
-    const auto timed = [&](std::vector<double>& to, auto&& call) {
-      const double us = bench.time_us(call);
+    const auto timed = [&](std::vector<double>& to, GroupLayer& layer, auto&& call) {
+      const double us = bench.time_us(layer, call);
       if (round >= config.bench.warmup) to.push_back(us);
     };
     // In turns with the rest: what ran before decides the clock that a card at its power limit has left.
@@ -589,16 +647,16 @@ LayerBenchReport cuda_bench(Runtime& runtime, const LoadedConfig& loaded) {
       dense_us.forward_us.push_back(dense_forward);
       dense_us.backward_us.push_back(dense_backward);
     }
-    timed(plan_us, [&] { bench.plan(); });
+    timed(plan_us, bench.layer(), [&] { bench.plan(bench.layer()); });
     for (std::int64_t i = 0; i < 2; ++i) {
       const std::int64_t which = (round + i) % 2;
-      const GpuLayerOptions& o = which == 0 ? scheduled : sequential;
-      timed(passes[which].forward_us, [&] { bench.forward(o); });
-      timed(passes[which].backward_us, [&] { bench.backward(o); });
+      const Bench::Pass& pass = which == 0 ? scheduled : sequential;
+      timed(passes[which].forward_us, pass.layer, [&] { bench.forward(pass); });
+      timed(passes[which].backward_us, pass.layer, [&] { bench.backward(pass); });
     }
-    timed(exchange_us, [&] { bench.exchange_only(sequential); });
-    timed(gemms_us, [&] { bench.gemms_only(sequential); });
-    timed(local_us, [&] { bench.local_only(sequential); });
+    timed(exchange_us, bench.one_hop(), [&] { bench.exchange_only(sequential.options); });
+    timed(gemms_us, bench.one_hop(), [&] { bench.gemms_only(sequential.options); });
+    timed(local_us, bench.one_hop(), [&] { bench.local_only(sequential.options); });
   }
 
   const auto slowest = [&](const std::vector<double>& us) { return largest_of_ranks(runtime, us, kPhase); };
@@ -606,11 +664,12 @@ LayerBenchReport cuda_bench(Runtime& runtime, const LoadedConfig& loaded) {
   out.device = device_name(runtime);
   out.num_ranks = runtime.num_ranks();
   out.topology = runtime.topology().describe();
-  out.automatic = config.schedule.policy == Policy::kAuto;
-  const bool overlapped =
-      scheduled.schedule == GpuSchedule::kOverlapped || (out.automatic && group.link() == GpuLink::kNccl);
-  out.policy = to_string(overlapped ? SchedulePolicy::kBySource : SchedulePolicy::kSequential);
-  out.exchange = "direct";
+  out.automatic = automatic;
+  out.policy = to_string(way.two_hops     ? SchedulePolicy::kHierarchical
+                         : way.overlapped ? SchedulePolicy::kBySource
+                                          : SchedulePolicy::kSequential);
+  out.exchange = way.two_hops ? "gateway" : "direct";
+  out.num_chunks = bench.layer().num_chunks();
   out.config_hash = semantic_hash(config);
   out.plan = sample_of(slowest(plan_us));
   figures.exchange = sample_of(slowest(exchange_us));

@@ -1,4 +1,5 @@
-// GpuGroup and GpuRows (gpu_group.hpp) with CUDA: RowExchange between the ranks' GPUs, GpuLayer over it.
+// GpuGroup and GpuRows (gpu_group.hpp) with CUDA: RowExchange between the ranks' GPUs, GpuLayer over it, or GpuTwoHopLayer
+// over one exchange between nodes and one inside each.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,10 +9,53 @@
 #include "sluice/comm/cuda/nccl_library.hpp"
 #include "sluice/comm/cuda/row_exchange.hpp"
 #include "sluice/runtime/src/cuda/gpu_layer.hpp"
+#include "sluice/runtime/src/cuda/gpu_two_hop_layer.hpp"
 #include "sluice/runtime/src/device_layer.hpp"
 #include "sluice/runtime/src/gpu_group.hpp"
 
 namespace sluice {
+
+// A layer with its exchanges between all GPUs of a group, whichever way rows go. Calls are those of GpuLayer and
+// GpuTwoHopLayer; constructor and destructor are collective.
+class GroupLayer {
+ public:
+  virtual ~GroupLayer() = default;
+  virtual int num_chunks() const = 0;
+  virtual void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens,
+                    cudaStream_t stream) = 0;
+  virtual void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+                       cudaStream_t stream) = 0;
+  virtual void backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy,
+                        void* dx, float* dweight, const GpuLayerOptions& options, cudaStream_t stream) = 0;
+  // Until what was enqueued is done. Throws what the exchanges report.
+  virtual void wait(cudaStream_t stream) = 0;
+  virtual std::size_t memory_bytes() const = 0;
+};
+
+struct OneHopLayer final : GroupLayer {
+  comm::cuda::RowExchange exchange;
+  GpuLayer layer;
+
+  OneHopLayer(const comm::cuda::Bootstrap& bootstrap, const comm::cuda::ExchangeShape& rows,
+              comm::cuda::Link link, comm::cuda::NcclCommunicator* communicator, const GpuLayerShape& shape)
+      : exchange(bootstrap, rows, link, comm::cuda::PeerPath::kBest, communicator),
+        layer(exchange, 0, shape) {}
+  int num_chunks() const override { return 1; }
+  void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens,
+            cudaStream_t stream) override {
+    layer.plan(routing, num_tokens, stream);
+  }
+  void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+               cudaStream_t stream) override {
+    layer.forward(experts, x, y, options, stream);
+  }
+  void backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy, void* dx,
+                float* dweight, const GpuLayerOptions& options, cudaStream_t stream) override {
+    layer.backward(experts, gradients, dy, dx, dweight, options, stream);
+  }
+  void wait(cudaStream_t stream) override { exchange.wait(0, stream); }
+  std::size_t memory_bytes() const override { return layer.buffer_bytes() + exchange.window_bytes(); }
+};
 
 class CudaGroup final : public GpuGroup {
  public:
@@ -28,15 +72,22 @@ class CudaGroup final : public GpuGroup {
   cudaStream_t stream() const { return stream_; }
   comm::cuda::NcclCommunicator* communicator() const { return communicator_.get(); }  // null over nvlink
 
-  // What the routings of all ranks need. Collective.
+  // What the routings of all ranks need, with every rank's tokens in `chunks` equal parts.
   struct Needs {
-    std::int64_t tokens = 0;  // of one rank
-    std::int64_t routes = 0;  // of one rank's tokens, or to one rank's experts
+    std::int64_t tokens = 0;           // of one rank, all parts
+    std::int64_t routes = 0;           // of a part: a rank's own, to its experts, or through it as a gateway
+    std::int64_t routes_of_token = 0;  // two hops: of a rank's part, on average, rounded up
   };
-  Needs needs_of(const GpuRouting& routing, const GpuPlacement& placement);
-  // For layers of such a placement. Collective.
-  std::unique_ptr<comm::cuda::RowExchange> make_exchange(const GpuPlacement& placement, std::int64_t hidden,
-                                                         const Needs& capacity);
+  // Collective.
+  Needs needs_of(const GpuRouting& routing, const GpuPlacement& placement, bool two_hops, int chunks);
+  // How many parts a layer of two hops that has room for so much cuts its tokens into.
+  int two_hop_chunks_of(const GpuPlacement& placement, const GpuRowsOptions& options,
+                        const Needs& room) const;
+  // Room for `room`, of two hops with tokens in `chunks` parts. Collective.
+  std::unique_ptr<OneHopLayer> make_one_hop(const GpuPlacement& placement, const GpuRowsOptions& options,
+                                            const Needs& room);
+  std::unique_ptr<GroupLayer> make_two_hops(const GpuPlacement& placement, const GpuRowsOptions& options,
+                                            const Needs& room, int chunks);
   // Runs a part of a pass. A failure ends the group with its reason, since peers wait for this rank on their GPUs.
   template <typename Call>
   void in_pass(std::string_view phase, Call&& call) {
@@ -52,6 +103,8 @@ class CudaGroup final : public GpuGroup {
         } catch (const Error&) {  // async_error() tells of it
         }
       }
+      // Kernels of NCCL that wait for peers would keep streams, and so destructors, waiting.
+      abort_communicators();
       const Status known = runtime_.async_error();
       if (!known.ok() && known.message != e.message())
         throw Error(known.code, str(known.message, "; on the GPU: ", e.message()));
@@ -61,14 +114,31 @@ class CudaGroup final : public GpuGroup {
   }
 
  private:
+  // The groups of this rank for two hops.
+  struct TwoHops {
+    comm::cuda::Bootstrap between, inside;
+    comm::cuda::Link inside_link;
+    std::unique_ptr<comm::cuda::NcclCommunicator> between_nccl, inside_nccl;  // inside: null over nvlink
+  };
+
   comm::cuda::Bootstrap bootstrap();
+  // Of some ranks, this one among them. All ranks of the group must gather at the same time, each with its own.
+  comm::cuda::Bootstrap bootstrap_of(const std::vector<int>& members);
   void check_devices();
+  // Made when first asked for. Collective.
+  TwoHops& two_hops();
+  // Whether on all nodes all GPUs store into each other's memory. Collective.
+  bool nodes_have_peer_access(const std::vector<int>& node);
+  GpuTwoHopShape two_hop_shape(const GpuPlacement& placement, const GpuRowsOptions& options,
+                               const Needs& room) const;
+  void abort_communicators() noexcept;
 
   Runtime& runtime_;
   kernels::Device* device_;
   GpuLink link_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<comm::cuda::NcclCommunicator> communicator_;
+  std::unique_ptr<TwoHops> two_hops_;
 };
 
 }  // namespace sluice

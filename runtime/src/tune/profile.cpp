@@ -13,6 +13,7 @@
 #include "sluice/base/clock.hpp"
 #include "sluice/base/log.hpp"
 #include "sluice/runtime/src/gather.hpp"
+#include "sluice/runtime/src/gpu_group.hpp"
 #include "sluice/runtime/src/machine.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 #include "sluice/runtime/src/tune/probe.hpp"
@@ -156,9 +157,14 @@ std::shared_ptr<const MachineProfile> group_profile(Runtime& runtime, const Conf
 }
 
 void choose_automatically(Runtime& runtime, const Config& config, MoeLayerOptions& options) {
-  // Over GPUs layer_options() has chosen: profiles are of CPUs.
-  if (config.schedule.policy == Config::Schedule::Policy::kAuto && !rows_go_between_gpus(config))
+  if (config.schedule.policy != Config::Schedule::Policy::kAuto) return;
+  // Profiles are of CPUs. GPUs' rows have two hops or the one that layer_options() has chosen.
+  if (!rows_go_between_gpus(config)) {
     options.auto_profile = group_profile(runtime, config);
+  } else if (auto_is_two_hops(*gpu_link_of(config.comm.transport), runtime.topology())) {
+    options.schedule = {SchedulePolicy::kHierarchical, Exchange::kGateway, 1};
+    options.chunks_by_gpu_model = true;
+  }
 }
 
 }  // namespace sluice
