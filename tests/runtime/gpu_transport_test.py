@@ -29,6 +29,18 @@ def run(*command, env=None, timeout=100):
     return subprocess.run([PROGRAM, *command], capture_output=True, text=True, timeout=timeout, env={**ENV, **(env or {})})
 
 
+def changed(job, *pairs):
+    """The command with these settings, in the place of its own of the same keys."""
+    job = list(job)
+    for pair in pairs:
+        same = [i for i, word in enumerate(job) if word.startswith(pair.split("=")[0] + "=")]
+        if same:
+            job[same[0]] = pair
+        else:
+            job += ["--set", pair]
+    return job
+
+
 INFO = json.loads(run("info", "--json").stdout)
 USABLE = [t["name"] for t in INFO["transports"] if t["name"] in ("nvlink", "nccl") and t["usable"]]
 
@@ -156,11 +168,10 @@ class TwoGpus(Gpus):
 
     def test_training_with_two_hops_is_that_with_one_within_rounding(self):
         self.need_nccl()
-        job = [*TRAIN, "--device", "cuda", "--set", "comm.transport=nccl"]
-        job[job.index("topology.nodes=0")] = "topology.nodes=2x1"
+        job = changed([*TRAIN, "--device", "cuda"], "comm.transport=nccl", "topology.nodes=2x1")
         one_hop = self.launched(2, *job)
         for chunks in (1, 3):
-            two_hops = self.launched(2, *job, *HIERARCHICAL, "--set", f"schedule.num_chunks={chunks}")
+            two_hops = self.launched(2, *changed(job, "schedule.policy=hierarchical", f"schedule.num_chunks={chunks}"))
             self.assertEqual(len(two_hops["losses"]), 12)
             self.assertEqual(two_hops["losses"][0], one_hop["losses"][0])  # sums of nodes of one rank have the same bits
             for step, (a, b) in enumerate(zip([*one_hop["losses"], one_hop["heldout_bpb"]],
@@ -181,9 +192,8 @@ class TwoGpus(Gpus):
             self.assertEqual(report["schedule"]["policy"], "hierarchical")
             # A row crosses to a node once, not once a rank.
             self.assertLess(report["bytes"]["across_nodes"], one_hop["bytes"]["across_nodes"])
-        job = [*TRAIN, "--device", "cuda", "--set", "comm.transport=nccl"]
-        job[job.index("topology.nodes=0")] = "topology.nodes=2x2"
-        one_hop, two_hops = self.launched(4, *job), self.launched(4, *job, "--set", "schedule.policy=auto")
+        job = changed([*TRAIN, "--device", "cuda"], "comm.transport=nccl", "topology.nodes=2x2")
+        one_hop, two_hops = self.launched(4, *job), self.launched(4, *changed(job, "schedule.policy=auto"))
         for step, (a, b) in enumerate(zip(one_hop["losses"], two_hops["losses"])):
             self.assertTrue(abs(a - b) <= 0.02 * abs(a), f"step {step}: {a} with one hop, {b} with two")
 
@@ -209,15 +219,13 @@ class TwoGpus(Gpus):
         for link in USABLE:
             self.kill_one(link)
 
-    def survive_one(self, link, *sets):
+    def survive_one(self, link, *pairs):
         with tempfile.TemporaryDirectory() as root:
             folder = os.path.join(root, "ckpt")
-            job = [word.replace("train.steps=12", "train.steps=400") for word in TRAIN]
-            job += ["--device", "cuda"]
-            for pair in (f"comm.transport={link}", "comm.timeout_ms=5000", "train.on_failure=shrink", "train.checkpoint_every=25",
-                         "train.checkpoint_keep=1000", f"train.checkpoint_dir={folder}"):
-                job += ["--set", pair]
-            launch = subprocess.Popen([PROGRAM, "launch", "--keep-going", "-n", "2", "--", PROGRAM, *job, *sets], env=ENV, text=True,
+            job = changed([*TRAIN, "--device", "cuda"], "train.steps=400", f"comm.transport={link}", "comm.timeout_ms=5000",
+                          "train.on_failure=shrink", "train.checkpoint_every=25", "train.checkpoint_keep=1000",
+                          f"train.checkpoint_dir={folder}", *pairs)
+            launch = subprocess.Popen([PROGRAM, "launch", "--keep-going", "-n", "2", "--", PROGRAM, *job], env=ENV, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             end = time.monotonic() + 40
             while not os.path.exists(os.path.join(folder, "step-0000000025", "manifest.sluice")):
@@ -231,14 +239,14 @@ class TwoGpus(Gpus):
             self.assertEqual(len(report["recoveries"]), 1, err)
             self.assertEqual(report["recoveries"][0]["lost_rank"], 1)
             self.assertEqual((report["world"]["ranks"], report["world"]["transport"]), (1, link))
-            print(f"{link} {' '.join(sets)}: done {time.monotonic() - began:.1f} s after the loss: {report['recoveries'][0]}",
+            print(f"{link} {' '.join(pairs)}: done {time.monotonic() - began:.1f} s after the loss: {report['recoveries'][0]}",
                   file=sys.stderr)
             step = report["resumed_from"]
             self.assertGreaterEqual(step, 25)
             for name in os.listdir(folder):
                 if int(name.split("-")[1]) > step:
                     shutil.rmtree(os.path.join(folder, name))
-            undisturbed = self.launched(1, *job, *[word.replace("nodes=2x1", "nodes=1x1") for word in sets], "--resume")
+            undisturbed = self.launched(1, *changed(job, "topology.nodes=0"), "--resume")
             self.assertEqual(undisturbed["resumed_from"], step)
             self.assertEqual(report["losses"], undisturbed["losses"])
 
@@ -249,7 +257,7 @@ class TwoGpus(Gpus):
 
     def test_the_survivor_of_two_hops_goes_on_with_one(self):
         self.need_nccl()
-        self.survive_one("nccl", "--set", "topology.nodes=2x1", *HIERARCHICAL)
+        self.survive_one("nccl", "topology.nodes=2x1", "schedule.policy=hierarchical")
 
 
 if __name__ == "__main__":
