@@ -513,9 +513,9 @@ void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch) {
         end->plan();
         end->sync();
         rank.barrier();
-        // One processor: hundreds of milliseconds... of rows.
+        // One processor, so that the rows take hundreds of milliseconds: a kill takes tens of them on a busy machine.
         const auto send = [&] {
-          for (int i = 0; i < 20; ++i) {
+          for (int i = 0; i < 100; ++i) {
             if (what == Travels::kDispatch) end->dispatch_compact({1, 0});
             if (what == Travels::kPulledRows) end->combine_by_pull(1);
           }
