@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 #include "sluice/comm/cuda/bootstrap.hpp"
 
@@ -23,6 +24,8 @@ class DeviceMemory {
   DeviceMemory(std::size_t count, const char* what) : bytes_(std::max<std::size_t>(count, 1) * sizeof(T)) {
     check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), bytes_), what);
     check_cuda(cudaMemset(data_, 0, bytes_), what);
+    // Streams that do not wait for the legacy one may use it at once.
+    check_cuda(cudaStreamSynchronize(nullptr), what);
   }
   ~DeviceMemory() { cudaFree(data_); }
   DeviceMemory(DeviceMemory&& other) noexcept
@@ -39,6 +42,13 @@ class DeviceMemory {
   T* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
+
+template <typename T>
+DeviceMemory<T> upload(const std::vector<T>& values, const char* what) {
+  DeviceMemory<T> to(values.size(), what);
+  check_cuda(cudaMemcpy(to.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
+  return to;
+}
 
 // For the order of streams, not for times.
 struct EventHandle {

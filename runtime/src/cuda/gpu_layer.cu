@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "sluice/base/error.hpp"
+#include "sluice/comm/cuda/device_memory.hpp"
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
 #include "sluice/kernels/cuda/rows.hpp"
 #include "sluice/runtime/src/cuda/gpu_layer.hpp"
@@ -14,6 +15,7 @@ namespace {
 
 using comm::cuda::check_cuda;
 using comm::cuda::CombineSource;
+using comm::cuda::DeviceMemory;
 using comm::cuda::ExpertRows;
 using comm::cuda::MoverOptions;
 using comm::cuda::ReceiveList;
@@ -91,32 +93,11 @@ __global__ void raise_kernel(std::uint32_t* flag) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 
+constexpr const char* kWhat = "GPU layer";
 template <typename T>
-class Device {
- public:
-  Device() = default;
-  explicit Device(std::int64_t count)
-      : bytes_(static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T)) {
-    check_cuda(cudaMalloc(&data_, bytes_), "GPU layer");
-  }
-  explicit Device(const std::vector<T>& values) : Device(static_cast<std::int64_t>(values.size())) {
-    check_cuda(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
-               "GPU layer");
-  }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(Device&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  T* get() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  T* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
+DeviceMemory<T> memory(std::int64_t count) {
+  return DeviceMemory<T>(static_cast<std::size_t>(count), kWhat);
+}
 using Bf16 = std::uint16_t;
 
 }  // namespace
@@ -134,22 +115,23 @@ struct GpuLayer::Impl {
   cudaStream_t comm = nullptr;
   cudaEvent_t ready = nullptr, arrived = nullptr, computed = nullptr, sent = nullptr;
 
-  Device<std::int32_t> rank_of, slot_of, local_rank_of, local_slot_of;
-  Device<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, local_rank_ptr;
+  DeviceMemory<std::int32_t> rank_of, slot_of, local_rank_of, local_slot_of;
+  DeviceMemory<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, local_rank_ptr;
   // Expert rows of local expert e: split_ptr[2e] .. split_ptr[2e+1] are own ones, those up to split_ptr[2e+2] others';
   // group_ptr[e] .. group_ptr[e+1] both.
-  Device<std::int64_t> split_ptr, group_ptr;
+  DeviceMemory<std::int64_t> split_ptr, group_ptr;
   // kGathered: the same rows, cut where tiles end (groups_kernel), and in which order; where each row lies.
-  Device<std::int64_t> gather_ptr;
-  Device<std::int32_t> gather_order, gather_index;
-  Device<std::uint32_t> arrived_flag, ticket;  // others' rows are here; tiles taken of the GEMM of the moment
-  Device<gpu::WaitDiagnosis> diagnosis;
-  Device<std::int32_t> only_own, only_others, rest,
+  DeviceMemory<std::int64_t> gather_ptr;
+  DeviceMemory<std::int32_t> gather_order, gather_index;
+  // Others' rows are here; tiles taken of the GEMM of the moment.
+  DeviceMemory<std::uint32_t> arrived_flag, ticket;
+  DeviceMemory<gpu::WaitDiagnosis> diagnosis;
+  DeviceMemory<std::int32_t> only_own, only_others, rest,
       expert_of_split;  // which groups of split_ptr, and their weights
-  Device<std::int32_t> send_row, send_route, send_slot, home_position, split_slot, position;
-  Device<float> send_weight, weight_of_position, dweight_of_position;
-  Device<unsigned char> scratch;
-  Device<Bf16> expert_rows, act, out, h, gradient_rows, u, reduced;
+  DeviceMemory<std::int32_t> send_row, send_route, send_slot, home_position, split_slot, position;
+  DeviceMemory<float> send_weight, weight_of_position, dweight_of_position;
+  DeviceMemory<unsigned char> scratch;
+  DeviceMemory<Bf16> expert_rows, act, out, h, gradient_rows, u, reduced;
 
   Impl(comm::cuda::RowExchange& e, int channel_, const GpuLayerShape& s)
       : exchange(e),
@@ -174,27 +156,27 @@ struct GpuLayer::Impl {
     Require(rows.num_local_slots == local, kBad, "GPU layer: the exchange has ", rows.num_local_slots,
             " slots for this rank, which has ", local, " experts");
     int device = 0;
-    check_cuda(cudaGetDevice(&device), "GPU layer");
-    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "GPU layer");
+    check_cuda(cudaGetDevice(&device), kWhat);
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), kWhat);
     std::vector<std::int32_t> slots, next(static_cast<std::size_t>(ranks), 0), zeros, identity;
     for (const std::int32_t r : s.rank_of) slots.push_back(next[static_cast<std::size_t>(r)]++);
     for (int i = 0; i < 2 * local; ++i) {
       zeros.push_back(0);
       identity.push_back(i);
     }
-    rank_of = Device<std::int32_t>(s.rank_of);
-    slot_of = Device<std::int32_t>(slots);
-    local_rank_of = Device<std::int32_t>(zeros);
-    local_slot_of = Device<std::int32_t>(identity);
+    rank_of = comm::cuda::upload(s.rank_of, kWhat);
+    slot_of = comm::cuda::upload(slots, kWhat);
+    local_rank_of = comm::cuda::upload(zeros, kWhat);
+    local_slot_of = comm::cuda::upload(identity, kWhat);
     const std::int64_t send_rows = rows.max_tokens * ranks;
-    expert_ptr = Device<std::int64_t>(s.num_experts + 1);
-    rank_ptr = Device<std::int64_t>(ranks + 1);
-    rank_route_ptr = Device<std::int64_t>(ranks + 1);
-    send_route_ptr = Device<std::int64_t>(send_rows + 1);
-    home_ptr = Device<std::int64_t>(rows.max_tokens + 1);
-    split_ptr = Device<std::int64_t>(2 * local + 1);
-    group_ptr = Device<std::int64_t>(local + 1);
-    gather_ptr = Device<std::int64_t>(2 * local + 1);
+    expert_ptr = memory<std::int64_t>(s.num_experts + 1);
+    rank_ptr = memory<std::int64_t>(ranks + 1);
+    rank_route_ptr = memory<std::int64_t>(ranks + 1);
+    send_route_ptr = memory<std::int64_t>(send_rows + 1);
+    home_ptr = memory<std::int64_t>(rows.max_tokens + 1);
+    split_ptr = memory<std::int64_t>(2 * local + 1);
+    group_ptr = memory<std::int64_t>(local + 1);
+    gather_ptr = memory<std::int64_t>(2 * local + 1);
     std::vector<std::int32_t> own, others, expert, own_first;
     for (int i = 0; i < 2 * local; ++i) {
       own_first.push_back(i < local ? 2 * i : 2 * (i - local) + 1);
@@ -205,42 +187,42 @@ struct GpuLayer::Impl {
     std::vector<std::int32_t> from;  // [local + 1][2 * local]
     for (int after = 0; after <= local; ++after)
       for (int i = 0; i < 2 * local; ++i) from.push_back(i % 2 == 1 || i / 2 >= after ? i : -1);
-    rest = Device<std::int32_t>(from);
-    gather_order = Device<std::int32_t>(own_first);
-    gather_index = Device<std::int32_t>(routes);
-    arrived_flag = Device<std::uint32_t>(std::vector<std::uint32_t>{0});
-    ticket = Device<std::uint32_t>(std::vector<std::uint32_t>{0});
-    diagnosis = Device<gpu::WaitDiagnosis>(std::vector<gpu::WaitDiagnosis>(1));
-    only_own = Device<std::int32_t>(own);
-    only_others = Device<std::int32_t>(others);
-    expert_of_split = Device<std::int32_t>(expert);
-    local_rank_ptr = Device<std::int64_t>(2);
-    send_row = Device<std::int32_t>(send_rows);
-    send_route = Device<std::int32_t>(routes);
-    send_slot = Device<std::int32_t>(routes);
-    home_position = Device<std::int32_t>(send_rows);
-    split_slot = Device<std::int32_t>(routes);
-    position = Device<std::int32_t>(routes);
-    send_weight = Device<float>(routes);
-    weight_of_position = Device<float>(routes);
-    scratch = Device<unsigned char>(static_cast<std::int64_t>(
+    rest = comm::cuda::upload(from, kWhat);
+    gather_order = comm::cuda::upload(own_first, kWhat);
+    gather_index = memory<std::int32_t>(routes);
+    arrived_flag = memory<std::uint32_t>(1);
+    ticket = memory<std::uint32_t>(1);
+    diagnosis = memory<gpu::WaitDiagnosis>(1);
+    only_own = comm::cuda::upload(own, kWhat);
+    only_others = comm::cuda::upload(others, kWhat);
+    expert_of_split = comm::cuda::upload(expert, kWhat);
+    local_rank_ptr = memory<std::int64_t>(2);
+    send_row = memory<std::int32_t>(send_rows);
+    send_route = memory<std::int32_t>(routes);
+    send_slot = memory<std::int32_t>(routes);
+    home_position = memory<std::int32_t>(send_rows);
+    split_slot = memory<std::int32_t>(routes);
+    position = memory<std::int32_t>(routes);
+    send_weight = memory<float>(routes);
+    weight_of_position = memory<float>(routes);
+    scratch = memory<unsigned char>(static_cast<std::int64_t>(
         std::max(gpu::plan_scratch_bytes(rows.max_tokens, s.num_experts, ranks),
                  gpu::plan_scratch_bytes(rows.max_received, std::max(1, 2 * local), 1))));
-    expert_rows = Device<Bf16>(routes * hidden);
-    act = Device<Bf16>(routes * ffn);
-    out = Device<Bf16>(routes * hidden);
-    reduced = Device<Bf16>(rows.max_received * hidden);
+    expert_rows = memory<Bf16>(routes * hidden);
+    act = memory<Bf16>(routes * ffn);
+    out = memory<Bf16>(routes * hidden);
+    reduced = memory<Bf16>(rows.max_received * hidden);
     if (s.training) {
-      h = Device<Bf16>(routes * pre);
-      u = Device<Bf16>(routes * ffn);
-      gradient_rows = Device<Bf16>(routes * hidden);
-      dweight_of_position = Device<float>(routes);
+      h = memory<Bf16>(routes * pre);
+      u = memory<Bf16>(routes * ffn);
+      gradient_rows = memory<Bf16>(routes * hidden);
+      dweight_of_position = memory<float>(routes);
     }
     int least = 0, greatest = 0;
-    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "GPU layer");
-    check_cuda(cudaStreamCreateWithPriority(&comm, cudaStreamNonBlocking, greatest), "GPU layer");
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), kWhat);
+    check_cuda(cudaStreamCreateWithPriority(&comm, cudaStreamNonBlocking, greatest), kWhat);
     for (cudaEvent_t* event : {&ready, &arrived, &computed, &sent})
-      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "GPU layer");
+      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), kWhat);
   }
   ~Impl() {
     if (comm != nullptr) {
@@ -257,8 +239,8 @@ struct GpuLayer::Impl {
             send_slot.get(), send_weight.get(), home_ptr.get(),       home_position.get()};
   }
   void meet(cudaEvent_t event, Stream from, Stream to) const {
-    check_cuda(cudaEventRecord(event, from), "GPU layer");
-    check_cuda(cudaStreamWaitEvent(to, event, 0), "GPU layer");
+    check_cuda(cudaEventRecord(event, from), kWhat);
+    check_cuda(cudaStreamWaitEvent(to, event, 0), kWhat);
   }
   bool is_sequential(const GpuLayerOptions& options) const {
     return options.schedule == GpuSchedule::kSequential || options.schedule == GpuSchedule::kGathered ||
@@ -362,11 +344,11 @@ struct GpuLayer::Impl {
     const ExpertRows target{to, hidden, position.get(), {}};
     meet(ready, stream, comm);
     exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
-    check_cuda(cudaEventRecord(arrived, comm), "GPU layer");
+    check_cuda(cudaEventRecord(arrived, comm), kWhat);
     exchange.expand(channel, send_plan(), RowExchange::Rows::kOwn, x, hidden, target, {1, processors - b.sms},
                     stream);
     gemm(Part{Rows::kOwn, 0, b.experts, (processors - b.sms) / 2 * 2});
-    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), kWhat);
     exchange.expand(channel, send_plan(), RowExchange::Rows::kOthers, x, hidden, target, {1, 0}, stream);
     gemm(Part{Rows::kRest, 0, local, 0, b.experts});
   }
@@ -376,7 +358,7 @@ struct GpuLayer::Impl {
     exchange.reduce_results(channel, results(weighted), reduced.get(), {1, 0}, stream);
     meet(computed, stream, comm);
     exchange.push_results(channel, {reduced.get(), hidden, nullptr, false}, {b.sms, 0}, comm);
-    check_cuda(cudaEventRecord(sent, comm), "GPU layer");
+    check_cuda(cudaEventRecord(sent, comm), kWhat);
     gemm(Part{of, 0, b.experts, (processors - b.sms) / 2 * 2});
     gemm(Part{of, b.experts, local - b.experts, 0});
   }
@@ -408,15 +390,15 @@ struct GpuLayer::Impl {
   // that waits for them.
   void bring_gathering(const GpuExperts& e, const void* x, const Beside& b, Stream stream) const {
     if (ranks == 1) return gemm1_gathering(e, x, false, 0, stream);
-    check_cuda(cudaMemsetAsync(arrived_flag.get(), 0, arrived_flag.bytes(), stream), "GPU layer");
+    check_cuda(cudaMemsetAsync(arrived_flag.get(), 0, arrived_flag.bytes(), stream), kWhat);
     meet(ready, stream, comm);
     exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
     raise_kernel<<<1, 1, 0, comm>>>(arrived_flag.get());
-    check_cuda(cudaGetLastError(), "GPU layer");
+    check_cuda(cudaGetLastError(), kWhat);
     gemm1_gathering(e, x, true, b.sms, comm);
-    check_cuda(cudaEventRecord(arrived, comm), "GPU layer");
+    check_cuda(cudaEventRecord(arrived, comm), kWhat);
     gemm1_gathering(e, x, true, processors / 2 * 2 - b.sms, stream);
-    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), "GPU layer");
+    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), kWhat);
   }
   Part all_of(Rows of) const { return {of, 0, local, 0}; }
 
@@ -447,7 +429,7 @@ struct GpuLayer::Impl {
     bring_beside(first, x, expert_rows.get(), beside(pre, hidden, options.comm_sms), stream);
     second(all_of(Rows::kOthers));
     return_beside(second, Rows::kOwn, true, beside(hidden, ffn, options.comm_sms), stream);
-    check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+    check_cuda(cudaStreamWaitEvent(stream, sent, 0), kWhat);
     exchange.sum_at_home(channel, send_plan(), results(true), y, hidden, 0, num_tokens, true, {1, 0}, stream);
   }
 
@@ -492,7 +474,7 @@ struct GpuLayer::Impl {
     const auto scalars = [&](Stream on) {
       if (dweight != nullptr)
         exchange.return_scalars(channel, send_plan(), dweight_of_position.get(), position.get(), dweight, on);
-      if (options.results_done != nullptr) check_cuda(cudaEventRecord(options.results_done, on), "GPU layer");
+      if (options.results_done != nullptr) check_cuda(cudaEventRecord(options.results_done, on), kWhat);
     };
     if (sequential) {
       exchange.combine(channel, send_plan(), results(false), dx, hidden, num_tokens, all_processors(),
@@ -504,7 +486,7 @@ struct GpuLayer::Impl {
     }
     return_beside(wgrad2, Rows::kAll, false, beside(hidden, ffn, options.comm_sms, Rows::kAll), stream);
     wgrads(false, all_of(Rows::kAll));
-    check_cuda(cudaStreamWaitEvent(stream, sent, 0), "GPU layer");
+    check_cuda(cudaStreamWaitEvent(stream, sent, 0), kWhat);
     exchange.sum_at_home(channel, send_plan(), results(false), dx, hidden, 0, num_tokens, true, {1, 0},
                          stream);
     scalars(stream);
@@ -547,8 +529,8 @@ void GpuLayer::plan(const kernels::cuda::ConstRouting& routing, std::int64_t num
   i.exchange.exchange_plan(i.channel, i.send_plan(), stream);
   const ReceiveList list = i.exchange.receive_list(i.channel);
   if (i.local == 0) {
-    check_cuda(cudaMemsetAsync(i.split_ptr.get(), 0, i.split_ptr.bytes(), stream), "GPU layer");
-    check_cuda(cudaMemsetAsync(i.group_ptr.get(), 0, i.group_ptr.bytes(), stream), "GPU layer");
+    check_cuda(cudaMemsetAsync(i.split_ptr.get(), 0, i.split_ptr.bytes(), stream), kWhat);
+    check_cuda(cudaMemsetAsync(i.group_ptr.get(), 0, i.group_ptr.bytes(), stream), kWhat);
     return;
   }
   split_slots_kernel<<<64, 256, 0, stream>>>(list.slot, list.source_route_ptr, i.exchange.rank(), i.ranks,

@@ -168,12 +168,6 @@ struct GpuTwoHopLayer::Impl {
   StreamHandle out, work, back;
   EventHandle begun, left, worked, returned;
 
-  static DeviceMemory<std::int32_t> upload(const std::vector<std::int32_t>& values) {
-    DeviceMemory<std::int32_t> to(values.size(), kWhat);
-    check_cuda(cudaMemcpy(to.get(), values.data(), values.size() * sizeof values[0], cudaMemcpyHostToDevice),
-               kWhat);
-    return to;
-  }
   void require_shape(const ExchangeShape& have, const ExchangeShape& want, const char* name,
                      int first_channel) const {
     const auto same = [&](std::int64_t a, std::int64_t b, const char* what) {
@@ -219,11 +213,11 @@ struct GpuTwoHopLayer::Impl {
       if (of.back() == node) of_node.rank_of.push_back(r % shape.ranks_per_node);
     }
     of_node.num_experts = static_cast<int>(of_node.rank_of.size());
-    node_of = upload(of);
-    slot_of = upload(slots);
+    node_of = comm::cuda::upload(of, kWhat);
+    slot_of = comm::cuda::upload(slots, kWhat);
     std::vector<std::int32_t> ascending(size(outer.max_routes));
     std::iota(ascending.begin(), ascending.end(), 0);
-    identity = upload(ascending);
+    identity = comm::cuda::upload(ascending, kWhat);
     expert_ptr = DeviceMemory<std::int64_t>(of.size() + 1, kWhat);
     rank_route_ptr = DeviceMemory<std::int64_t>(size(nodes + 1), kWhat);
     scratch = DeviceMemory<unsigned char>(
