@@ -776,7 +776,8 @@ void RowExchange::dispatch_by_copy(int channel, const SendPlan& plan, const Host
           "dispatch_by_copy: rank_ptr and send_row must be given");
   impl_->check_rows(x, x_stride, "x");
   impl_->check_copy(options);
-  if (c.overflow) return;
+  // Nothing is sent, but peers that store expect the handshake, and epochs go on.
+  if (c.overflow) return dispatch(channel, plan, x, x_stride, {}, {1, 0}, stream);
   impl_->make_staging(c, false);
   impl_->make_copy_streams();
   const ChannelView& v = c.view;
@@ -862,11 +863,12 @@ void RowExchange::combine_by_copy(int channel, const SendPlan& plan, const HostC
   Require(source.position_of_route == nullptr && source.stride == impl_->shape.hidden, kBad,
           "combine_by_copy: the results must be one row a receive list entry, without gaps");
   impl_->check_copy(options);
+  // Where the plan did not fit as well: the sums below end a pass, which this begins.
+  check_cuda(launch_combine_handshake(c.on_device.get(), true, stream), "combine_by_copy");
   if (!c.overflow) {
     impl_->make_copy_streams();
     const ChannelView& v = c.view;
     const int me = impl_->rank, ranks = impl_->num_ranks;
-    check_cuda(launch_combine_handshake(c.on_device.get(), true, stream), "combine_by_copy");
     check_cuda(cudaEventRecord(impl_->packed->event, stream), "combine_by_copy");
     const auto bytes = static_cast<std::size_t>(v.row_bytes);
     for (int step = 1; step < ranks; ++step)
