@@ -86,7 +86,12 @@ __device__ __forceinline__ bool has_failed(const ChannelView& c) {
   return *static_cast<volatile std::uint32_t*>(c.failed) != 0;
 }
 
-// Waits until the flag reached `value` (flags may wrap). False: the deadline passed, here or elsewhere in the group.
+// Epochs may wrap. A flag of a chunk (chunk >= 0) is not raised in every pass, and 2^31 passes later an old one would look
+// like one to come; but none is raised for a later pass before this one is over, so that it is there or not.
+__device__ __forceinline__ bool is_raised(std::uint32_t seen, std::uint32_t value, int chunk) {
+  return chunk >= 0 ? seen == value : static_cast<std::int32_t>(seen - value) >= 0;
+}
+// Waits until the flag reached `value`. False: the deadline passed, here or elsewhere in the group.
 __device__ bool wait_for_slow(const ChannelView& c, const std::uint32_t* flag, std::uint32_t value,
                               WaitFor what, int peer, int chunk) {
   const std::uint64_t start = now_ns();
@@ -94,7 +99,7 @@ __device__ bool wait_for_slow(const ChannelView& c, const std::uint32_t* flag, s
   // the rows.
   for (unsigned pause = 32;; pause = min(pause * 2, 1024u)) {
     const std::uint32_t seen = load_relaxed(flag);
-    if (static_cast<std::int32_t>(seen - value) >= 0) {
+    if (is_raised(seen, value, chunk)) {
       load_acquire(flag);
       return true;
     }
@@ -120,7 +125,7 @@ __device__ bool wait_for_slow(const ChannelView& c, const std::uint32_t* flag, s
 }
 __device__ __forceinline__ bool wait_for(const ChannelView& c, const std::uint32_t* flag, std::uint32_t value,
                                          WaitFor what, int peer, int chunk = -1) {
-  if (static_cast<std::int32_t>(load_acquire(flag) - value) >= 0) return true;
+  if (is_raised(load_acquire(flag), value, chunk)) return true;
   return wait_for_slow(c, flag, value, what, peer, chunk);
 }
 template <typename T>
