@@ -157,13 +157,16 @@ __device__ __forceinline__ bool last_block(std::uint32_t* exits, int blocks) {
 }
 
 // Every rank tells every other that it is here, and waits for all. The first R threads of the block.
+// A rank that has failed, here and wherever data is announced, says nothing any more: what it makes without what it waited
+// for must not become a result of a peer that was only late, and would see no error.
 __device__ __forceinline__ bool announce_and_wait(const ChannelView& c, std::size_t flags,
                                                   std::uint32_t epoch, WaitFor what, bool announce) {
   bool ok = true;
   for (int d = threadIdx.x; d < c.num_ranks; d += blockDim.x) {
     if (d == c.rank) continue;
-    if (announce) store_release(in_window<std::uint32_t>(c, d, flags) + c.rank, epoch);
-    ok = wait_for(c, in_window<std::uint32_t>(c, c.rank, flags) + d, epoch, what, d);
+    const bool failed = has_failed(c);
+    if (announce && !failed) store_release(in_window<std::uint32_t>(c, d, flags) + c.rank, epoch);
+    ok = wait_for(c, in_window<std::uint32_t>(c, c.rank, flags) + d, epoch, what, d) && !failed;
   }
   return __syncthreads_and(ok) != 0;
 }
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     }
     __threadfence_system();
     __syncthreads();
-    for (int d = threadIdx.x; d < ranks && part == ExchangePart::kAll; d += blockDim.x)
+    for (int d = threadIdx.x; d < ranks && part == ExchangePart::kAll && !has_failed(c); d += blockDim.x)
       store_release(in_window<std::uint32_t>(c, d, c.at.count_flag) + me, epoch);
   }
   if (part == ExchangePart::kBefore) return;
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   __threadfence_system();
   if (!last_block(&s.plan_exits, gridDim.x) || part != ExchangePart::kAll) return;
   __threadfence_system();
-  for (int d = threadIdx.x; d < ranks; d += blockDim.x)
+  for (int d = threadIdx.x; d < ranks && !has_failed(c); d += blockDim.x)
     store_release(in_window<std::uint32_t>(c, d, c.at.header_flag) + me, epoch);
   for (int d = threadIdx.x; d < ranks; d += blockDim.x)
     wait_for(c, in_window<std::uint32_t>(c, me, c.at.header_flag) + d, epoch, WaitFor::kPlanHeaders, d);
@@ -1176,7 +1179,7 @@ __global__ void raise_flags_kernel(const ChannelView* view, int peer, bool dispa
   const std::uint32_t epoch = dispatch ? c.state->dispatch_epoch : c.state->push_epoch;
   std::uint32_t* flags =
       in_window<std::uint32_t>(c, peer, dispatch ? c.at.dispatch_flags : c.at.combine_flags);
-  for (int i = first_chunk + static_cast<int>(threadIdx.x); i < end_chunk; i += blockDim.x)
+  for (int i = first_chunk + static_cast<int>(threadIdx.x); i < end_chunk && !has_failed(c); i += blockDim.x)
     store_release(flags + c.rank * c.max_chunks + i, epoch);
 }
 __global__ void wait_dispatch_kernel(const ChannelView* view) {
@@ -1219,7 +1222,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     if (atomicAdd(&s.scalar_arrivals, 1u) + 1 == gridDim.x) {
       s.scalar_arrivals = 0;
       __threadfence_system();
-      for (int d = 0; d < ranks; ++d)
+      for (int d = 0; d < ranks && !has_failed(c); ++d)
         store_release(in_window<std::uint32_t>(c, d, c.at.scalar_flag) + me, epoch);
     }
   }

@@ -18,7 +18,8 @@
 //
 // How a wait ends: every wait on the device has a deadline. When it passes, the group has failed: the first waiter
 // writes what it waited for, all kernels of the group return without waiting any more, their results are undefined
-// (sums at home are NaN), and check() throws kPeerLost naming the peer. No kernel traps: other groups go on.
+// (sums at home are NaN), and check() throws kPeerLost naming the peer. A rank that has failed announces nothing any more, so
+// that a peer that was only late fails as well instead of taking its results. No kernel traps: other groups go on.
 //
 // Errors: what the host can see throws kInvalidArgument or kInvalidState. What only the device sees sets a sticky bit of
 // the channel's status: kExchangeOverflow (more rows or routes than the buffers hold: nothing is sent, sums are NaN) and
