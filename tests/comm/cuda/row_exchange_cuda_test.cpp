@@ -472,6 +472,25 @@ TEST(RowExchange, OverflowIsReportedSendsNothingAndPoisonsTheSums) {
       }
       const auto y = end.y();
       for (std::size_t i = 0; i < 40 * 72; ++i) ASSERT_TRUE(std::isnan(from_bf16(y[i]))) << i;
+      // Copy engines at rank 0, stores at rank 1: no peer waits for what the other leaves out, and passes go on together.
+      const auto counts = exchange.host_counts(0, end.stream);
+      if (rank.rank == 0) {
+        end.dispatch_by_copy(counts);
+      } else {
+        end.dispatch_compact({1, 0});
+      }
+      end.y_array().put(std::vector<std::uint16_t>(45 * 72, 0));
+      const MoverChoice made = end.combine_by_choice(rank.rank == 0 ? &counts : nullptr, end.partial().data(),
+                                                     rank.rank == 0 ? 0 : 2);
+      EXPECT_EQ(made.mover, rank.rank == 0 ? Mover::kCopyEngines : Mover::kStores);
+      try {
+        end.sync();
+        ADD_FAILURE() << "no error";
+      } catch (const Error& e) {
+        EXPECT_EQ(e.code(), ErrorCode::kInvalidState) << e.what();
+      }
+      const auto mixed = end.y();
+      for (std::size_t i = 0; i < 40 * 72; ++i) ASSERT_TRUE(std::isnan(from_bf16(mixed[i]))) << i;
       end.y_array().put(std::vector<std::uint16_t>(45 * 72, 0));
       end.combine_by_pull(2);
       EXPECT_THROW(end.sync(), Error);
