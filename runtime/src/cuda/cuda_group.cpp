@@ -77,7 +77,7 @@ GpuLayerShape layer_shape(const GpuPlacement& placement, const GpuRowsOptions& o
   return shape;
 }
 
-struct TwoHopLayer final : GroupLayer {
+struct TwoHopLayer final : LayerOfWay<TwoHopLayer> {
   RowExchange between, inside;
   GpuTwoHopLayer layer;
 
@@ -89,18 +89,6 @@ struct TwoHopLayer final : GroupLayer {
         inside(node, two_hop_inside(shape, rank), node_link, comm::cuda::PeerPath::kBest, node_nccl),
         layer(between, inside, 0, shape) {}
   int num_chunks() const override { return layer.num_chunks(); }
-  void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens,
-            cudaStream_t stream) override {
-    layer.plan(routing, num_tokens, stream);
-  }
-  void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
-               cudaStream_t stream) override {
-    layer.forward(experts, x, y, options, stream);
-  }
-  void backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy, void* dx,
-                float* dweight, const GpuLayerOptions& options, cudaStream_t stream) override {
-    layer.backward(experts, gradients, dy, dx, dweight, options, stream);
-  }
   void wait(cudaStream_t stream) override { layer.wait(stream); }
   std::size_t memory_bytes() const override {
     return layer.buffer_bytes() + between.window_bytes() + inside.window_bytes();

@@ -32,7 +32,26 @@ class GroupLayer {
   virtual std::size_t memory_bytes() const = 0;
 };
 
-struct OneHopLayer final : GroupLayer {
+// What every way has in common: the calls go to its member `layer`.
+template <typename Way>
+struct LayerOfWay : GroupLayer {
+  void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens, cudaStream_t stream) final {
+    layer().plan(routing, num_tokens, stream);
+  }
+  void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
+               cudaStream_t stream) final {
+    layer().forward(experts, x, y, options, stream);
+  }
+  void backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy, void* dx,
+                float* dweight, const GpuLayerOptions& options, cudaStream_t stream) final {
+    layer().backward(experts, gradients, dy, dx, dweight, options, stream);
+  }
+
+ private:
+  auto& layer() { return static_cast<Way*>(this)->layer; }
+};
+
+struct OneHopLayer final : LayerOfWay<OneHopLayer> {
   comm::cuda::RowExchange exchange;
   GpuLayer layer;
 
@@ -41,18 +60,6 @@ struct OneHopLayer final : GroupLayer {
       : exchange(bootstrap, rows, link, comm::cuda::PeerPath::kBest, communicator),
         layer(exchange, 0, shape) {}
   int num_chunks() const override { return 1; }
-  void plan(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens,
-            cudaStream_t stream) override {
-    layer.plan(routing, num_tokens, stream);
-  }
-  void forward(const GpuExperts& experts, const void* x, void* y, const GpuLayerOptions& options,
-               cudaStream_t stream) override {
-    layer.forward(experts, x, y, options, stream);
-  }
-  void backward(const GpuExperts& experts, const GpuExpertGradients& gradients, const void* dy, void* dx,
-                float* dweight, const GpuLayerOptions& options, cudaStream_t stream) override {
-    layer.backward(experts, gradients, dy, dx, dweight, options, stream);
-  }
   void wait(cudaStream_t stream) override { exchange.wait(0, stream); }
   std::size_t memory_bytes() const override { return layer.buffer_bytes() + exchange.window_bytes(); }
 };
