@@ -112,8 +112,8 @@ struct GpuLayer::Impl {
   const std::int64_t routes;            // that the buffers hold
   int processors = 0;
   std::int64_t num_tokens = 0;
-  cudaStream_t comm = nullptr;
-  cudaEvent_t ready = nullptr, arrived = nullptr, computed = nullptr, sent = nullptr;
+  comm::cuda::StreamHandle beside_gemms;  // of the exchange
+  comm::cuda::EventHandle ready, arrived, computed, sent;
 
   DeviceMemory<std::int32_t> rank_of, slot_of, local_rank_of, local_slot_of;
   DeviceMemory<std::int64_t> expert_ptr, rank_ptr, rank_route_ptr, send_route_ptr, home_ptr, local_rank_ptr;
@@ -218,19 +218,9 @@ struct GpuLayer::Impl {
       gradient_rows = memory<Bf16>(routes * hidden);
       dweight_of_position = memory<float>(routes);
     }
-    int least = 0, greatest = 0;
-    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), kWhat);
-    check_cuda(cudaStreamCreateWithPriority(&comm, cudaStreamNonBlocking, greatest), kWhat);
-    for (cudaEvent_t* event : {&ready, &arrived, &computed, &sent})
-      check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), kWhat);
   }
   ~Impl() {
-    if (comm != nullptr) {
-      cudaStreamSynchronize(comm);
-      cudaStreamDestroy(comm);
-    }
-    for (cudaEvent_t event : {ready, arrived, computed, sent})
-      if (event != nullptr) cudaEventDestroy(event);
+    cudaStreamSynchronize(beside_gemms.stream);
     cudaGetLastError();
   }
 
@@ -238,9 +228,9 @@ struct GpuLayer::Impl {
     return {rank_ptr.get(),  send_row.get(),    send_route_ptr.get(), send_route.get(),
             send_slot.get(), send_weight.get(), home_ptr.get(),       home_position.get()};
   }
-  void meet(cudaEvent_t event, Stream from, Stream to) const {
-    check_cuda(cudaEventRecord(event, from), kWhat);
-    check_cuda(cudaStreamWaitEvent(to, event, 0), kWhat);
+  void meet(const comm::cuda::EventHandle& at, Stream from, Stream to) const {
+    check_cuda(cudaEventRecord(at.event, from), kWhat);
+    check_cuda(cudaStreamWaitEvent(to, at.event, 0), kWhat);
   }
   bool is_sequential(const GpuLayerOptions& options) const {
     return options.schedule == GpuSchedule::kSequential || options.schedule == GpuSchedule::kGathered ||
@@ -342,13 +332,13 @@ struct GpuLayer::Impl {
   template <typename Gemm>
   void bring_beside(const Gemm& gemm, const void* x, Bf16* to, const Beside& b, Stream stream) const {
     const ExpertRows target{to, hidden, position.get(), {}};
-    meet(ready, stream, comm);
-    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
-    check_cuda(cudaEventRecord(arrived, comm), kWhat);
+    meet(ready, stream, beside_gemms.stream);
+    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, beside_gemms.stream);
+    check_cuda(cudaEventRecord(arrived.event, beside_gemms.stream), kWhat);
     exchange.expand(channel, send_plan(), RowExchange::Rows::kOwn, x, hidden, target, {1, processors - b.sms},
                     stream);
     gemm(Part{Rows::kOwn, 0, b.experts, (processors - b.sms) / 2 * 2});
-    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), kWhat);
+    check_cuda(cudaStreamWaitEvent(stream, arrived.event, 0), kWhat);
     exchange.expand(channel, send_plan(), RowExchange::Rows::kOthers, x, hidden, target, {1, 0}, stream);
     gemm(Part{Rows::kRest, 0, local, 0, b.experts});
   }
@@ -356,9 +346,9 @@ struct GpuLayer::Impl {
   template <typename Gemm>
   void return_beside(const Gemm& gemm, Rows of, bool weighted, const Beside& b, Stream stream) const {
     exchange.reduce_results(channel, results(weighted), reduced.get(), {1, 0}, stream);
-    meet(computed, stream, comm);
-    exchange.push_results(channel, {reduced.get(), hidden, nullptr, false}, {b.sms, 0}, comm);
-    check_cuda(cudaEventRecord(sent, comm), kWhat);
+    meet(computed, stream, beside_gemms.stream);
+    exchange.push_results(channel, {reduced.get(), hidden, nullptr, false}, {b.sms, 0}, beside_gemms.stream);
+    check_cuda(cudaEventRecord(sent.event, beside_gemms.stream), kWhat);
     gemm(Part{of, 0, b.experts, (processors - b.sms) / 2 * 2});
     gemm(Part{of, b.experts, local - b.experts, 0});
   }
@@ -391,14 +381,14 @@ struct GpuLayer::Impl {
   void bring_gathering(const GpuExperts& e, const void* x, const Beside& b, Stream stream) const {
     if (ranks == 1) return gemm1_gathering(e, x, false, 0, stream);
     check_cuda(cudaMemsetAsync(arrived_flag.get(), 0, arrived_flag.bytes(), stream), kWhat);
-    meet(ready, stream, comm);
-    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, comm);
-    raise_kernel<<<1, 1, 0, comm>>>(arrived_flag.get());
+    meet(ready, stream, beside_gemms.stream);
+    exchange.dispatch(channel, send_plan(), x, hidden, {}, {b.sms, 0}, beside_gemms.stream);
+    raise_kernel<<<1, 1, 0, beside_gemms.stream>>>(arrived_flag.get());
     check_cuda(cudaGetLastError(), kWhat);
-    gemm1_gathering(e, x, true, b.sms, comm);
-    check_cuda(cudaEventRecord(arrived, comm), kWhat);
+    gemm1_gathering(e, x, true, b.sms, beside_gemms.stream);
+    check_cuda(cudaEventRecord(arrived.event, beside_gemms.stream), kWhat);
     gemm1_gathering(e, x, true, processors / 2 * 2 - b.sms, stream);
-    check_cuda(cudaStreamWaitEvent(stream, arrived, 0), kWhat);
+    check_cuda(cudaStreamWaitEvent(stream, arrived.event, 0), kWhat);
   }
   Part all_of(Rows of) const { return {of, 0, local, 0}; }
 
@@ -429,7 +419,7 @@ struct GpuLayer::Impl {
     bring_beside(first, x, expert_rows.get(), beside(pre, hidden, options.comm_sms), stream);
     second(all_of(Rows::kOthers));
     return_beside(second, Rows::kOwn, true, beside(hidden, ffn, options.comm_sms), stream);
-    check_cuda(cudaStreamWaitEvent(stream, sent, 0), kWhat);
+    check_cuda(cudaStreamWaitEvent(stream, sent.event, 0), kWhat);
     exchange.sum_at_home(channel, send_plan(), results(true), y, hidden, 0, num_tokens, true, {1, 0}, stream);
   }
 
@@ -486,7 +476,7 @@ struct GpuLayer::Impl {
     }
     return_beside(wgrad2, Rows::kAll, false, beside(hidden, ffn, options.comm_sms, Rows::kAll), stream);
     wgrads(false, all_of(Rows::kAll));
-    check_cuda(cudaStreamWaitEvent(stream, sent, 0), kWhat);
+    check_cuda(cudaStreamWaitEvent(stream, sent.event, 0), kWhat);
     exchange.sum_at_home(channel, send_plan(), results(false), dx, hidden, 0, num_tokens, true, {1, 0},
                          stream);
     scalars(stream);
