@@ -273,6 +273,7 @@ void GroupWatch::closed(std::int32_t from, const std::string& why) {
   if (p.gone_at != Clock::time_point()) return;
   p.gone_at = Clock::now();
   p.died = true;
+  died_.store(true, std::memory_order_release);
   p.why = why;
   wake_();
 }

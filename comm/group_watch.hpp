@@ -58,6 +58,8 @@ class GroupWatch {
 
   bool abort(const AbortRecord& record) noexcept;
   bool aborted() const noexcept { return aborted_.load(std::memory_order_acquire); }
+  // Aborted, or a rank has died: waiting() will say so.
+  bool broken() const noexcept { return aborted() || died_.load(std::memory_order_acquire); }
   AbortRecord record() const;
   // A data path to the peer broke. Fatal unless the peer says farewell within a moment.
   void data_lost(std::int32_t peer, const std::string& why);
@@ -121,7 +123,7 @@ class GroupWatch {
   std::vector<Peer> peers_;
   std::function<void()> wake_;
   std::shared_ptr<bool> alive_;  // for timers of the loop that outlive this object; of the loop's thread
-  std::atomic<bool> aborted_{false};
+  std::atomic<bool> aborted_{false}, died_{false};
   std::atomic<std::int64_t> last_call_ns_{-1};
   std::atomic<bool> computing_{true};  // the last call was no wait
 

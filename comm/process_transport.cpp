@@ -459,6 +459,7 @@ class ProcessTransport final : public Transport, private Landing {
     return first;
   }
   bool aborted() const noexcept override { return watch_->aborted(); }
+  bool broken() const noexcept override { return watch_->broken(); }
   AbortRecord abort_record() const override { return watch_->record(); }
 
   void set_timeout(nanoseconds timeout) override {

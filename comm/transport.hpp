@@ -20,7 +20,7 @@
 // puts_completed(channel) counts it. Windows must stay valid until they are taken back (set_window with an
 // empty span) or the transport is destroyed.
 // Thread-safety: one Transport serves one rank; calls come from one thread at a time, except abort() and
-// aborted(), which any thread may call.
+// aborted() and broken(), which any thread may call.
 // Blocking: only wait(), wait_for_puts(), the collectives (collectives.hpp) and the destructor block. It lets
 // own puts land first, then tells the peers: whoever still waits for this rank gets kPeerLost. After an abort
 // nothing lands any more: once idle(), wait() or the rank's own abort() has reported it, nobody reads the rank's
@@ -160,6 +160,10 @@ class Transport {
   // Ends the group: every rank's waits return. Returns whether this call was the first. Never throws.
   virtual bool abort(const AbortRecord& record) noexcept = 0;
   virtual bool aborted() const noexcept = 0;
+  // Whether the group has been aborted, or a rank's process is known to have died: the next wait then ends with an error
+  // that says more. Any thread; for those who wait for something else meanwhile, such as a GPU. A backend without
+  // connections of its own (mpi) learns of a death in its own waits only.
+  virtual bool broken() const noexcept { return aborted(); }
   virtual AbortRecord abort_record() const = 0;
 
   // How long a wait may go without anything it waits for arriving; the suspicion window comes on top of it

@@ -23,6 +23,9 @@ struct Bootstrap {
   std::function<void(const void* mine, void* all, std::size_t bytes)> all_gather;
   // int [num_ranks]: what messages call the members, for a group of some ranks of a larger one; empty: their ranks.
   std::vector<int> names = {};
+  // Whether the host has learned that a rank of the group is gone. Asked again and again while a GPU is waited for, so that
+  // nobody sits out a deadline for a peer that has died: must not block or throw. Empty: the host learns nothing.
+  std::function<bool()> lost = {};
 };
 inline int name_of_rank(const std::vector<int>& names, int rank) {
   return names.empty() ? rank : names.at(static_cast<std::size_t>(rank));

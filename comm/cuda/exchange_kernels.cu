@@ -54,19 +54,18 @@ __device__ __forceinline__ void store_row(uint4* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-// Between warps of a block.
-__device__ __forceinline__ std::uint32_t load_shared_acquire(const std::uint32_t* p) {
+// Between warps of a block. Atomics, where a load and a store with these orders would do: racecheck knows that they meet.
+__device__ __forceinline__ std::uint32_t load_shared_acquire(std::uint32_t* p) {
   std::uint32_t v;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
+  asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;"
                : "=r"(v)
                : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p)))
                : "memory");
   return v;
 }
-__device__ __forceinline__ void store_shared_release(std::uint32_t* p, std::uint32_t v) {
+__device__ __forceinline__ void add_one_shared_release(std::uint32_t* p) {
   asm volatile(
-      "st.release.cta.shared.u32 [%0], %1;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))),
-      "r"(v)
+      "red.release.cta.shared.add.u32 [%0], 1;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p)))
       : "memory");
 }
 __device__ __forceinline__ std::uint64_t now_ns() {
@@ -486,7 +485,7 @@ __device__ __forceinline__ void count_piece(const ChannelView& c, const Pieces& 
 }
 // The announcing warp: progress[w] is how many pieces worker w has stored.
 __device__ __forceinline__ void announce(const ChannelView& c, const Pieces& pieces, int workers,
-                                         const std::uint32_t* progress, const Flags& flags, int lane) {
+                                         std::uint32_t* progress, const Flags& flags, int lane) {
   const bool worker = lane < workers;
   const std::uint32_t total = worker ? static_cast<std::uint32_t>(pieces.count(lane)) : 0;
   std::uint32_t announced = 0;
@@ -515,7 +514,6 @@ __device__ __forceinline__ void push_rows(const ChannelView& c, const std::int64
   const int workers = aside ? kWarps - 1 : kWarps, batch = few ? 1 : kLateRows;
   const Pieces pieces{ptr, all, parts, blocks * workers, blocks, block};
   if (aside && warp == workers) return announce(c, pieces, workers, progress, flags, lane);
-  std::uint32_t stored = 0;
   int since = 0;
   for (int v = pieces.first(warp); v < all; v += pieces.step) {
     const Turn turn = turn_of(c, v / parts);
@@ -523,7 +521,7 @@ __device__ __forceinline__ void push_rows(const ChannelView& c, const std::int64
     if (how == Announce::kNever) continue;
     __syncwarp();
     if (aside) {
-      if (lane == 0) store_shared_release(progress + warp, ++stored);
+      if (lane == 0) add_one_shared_release(progress + warp);
     } else if (++since == batch || v + pieces.step >= all) {
       if (lane < since) count_piece<false>(c, pieces, v - lane * pieces.step, flags);
       __syncwarp();
@@ -1244,6 +1242,16 @@ __global__ void barrier_kernel(const ChannelView* view, std::uint32_t* epoch, st
   if (threadIdx.x == 0) *epoch = next;
 }
 
+__global__ void leave_kernel(const ChannelView* view, std::size_t flags, std::uint64_t deadline_ns) {
+  const ChannelView& c = *view;
+  const int d = static_cast<int>(threadIdx.x);
+  if (d >= c.num_ranks || d == c.rank) return;
+  store_release(in_window<std::uint32_t>(c, d, flags) + c.rank, 1);
+  const std::uint32_t* theirs = in_window<std::uint32_t>(c, c.rank, flags) + d;
+  const std::uint64_t start = now_ns();
+  while (load_acquire(theirs) == 0 && now_ns() - start < deadline_ns) __nanosleep(1000);
+}
+
 // The kernel begins with begin_behind(): it may be brought onto the device before the one before it has ended. `paired`: kernels that leave processors to others take them in pairs of neighbours:
 // what the others run in clusters of two, the grouped GEMM, would else find single processors that it cannot use.
 template <typename... Types, typename... Arguments>
@@ -1305,6 +1313,7 @@ cudaError_t preload_kernels() {
   load(raise_flags_kernel);
   load(scalars_kernel);
   load(barrier_kernel);
+  load(leave_kernel);
   return result;
 }
 
@@ -1356,6 +1365,12 @@ cudaError_t launch_combine_handshake(const ChannelView* view, bool begin, Stream
 cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,
                            Stream stream) {
   barrier_kernel<<<1, kMaxExchangeRanks, 0, stream>>>(view, epoch, flags_at);
+  return cudaGetLastError();
+}
+cudaError_t launch_leave(const ChannelView* view, std::size_t flags_at, std::chrono::nanoseconds deadline,
+                         Stream stream) {
+  leave_kernel<<<1, kMaxExchangeRanks, 0, stream>>>(view, flags_at,
+                                                    static_cast<std::uint64_t>(deadline.count()));
   return cudaGetLastError();
 }
 

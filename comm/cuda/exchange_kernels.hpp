@@ -2,6 +2,7 @@
 // state is. Launch functions enqueue and return the runtime's answer; they check nothing (RowExchange has).
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -29,7 +30,7 @@ struct WaitError {
   std::int32_t chunk;
   std::uint32_t expected;
   std::uint32_t observed;
-  std::uint32_t padding;
+  std::uint32_t failure;  // 1: what the host copies to `failed` to end all waits
   std::uint64_t waited_ns;
 };
 
@@ -163,5 +164,8 @@ cudaError_t launch_raise_flags(const ChannelView* view, int peer, bool dispatch,
 cudaError_t launch_combine_handshake(const ChannelView* view, bool begin, Stream stream);
 cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,
                            Stream stream);
+// Tells all peers that this rank's kernels are over and waits for theirs, also in a group that has failed.
+cudaError_t launch_leave(const ChannelView* view, std::size_t flags_at, std::chrono::nanoseconds deadline,
+                         Stream stream);
 
 }  // namespace sluice::comm::cuda

@@ -4,8 +4,11 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
+#include <exception>
+#include <future>
+#include <memory>
 #include <thread>
+#include <utility>
 
 #if SLUICE_HAVE_NCCL
 #include <nccl.h>
@@ -19,14 +22,15 @@ namespace {
 // Windows are read by code of the headers this was built with: an older library may lay them out differently.
 constexpr int kWindowVersion = NCCL_VERSION_CODE;
 
-#define SLUICE_NCCL_FUNCTIONS(X)                                                                          \
-  X(ncclGetVersion)                                                                                       \
-  X(ncclGetUniqueId)                                                                                      \
-  X(ncclCommInitRankConfig)                                                                               \
-  X(ncclCommDestroy)                                                                                      \
-  X(ncclCommFinalize) X(ncclCommAbort) X(ncclCommGetAsyncError) X(ncclGetErrorString) X(ncclGetLastError) \
-      X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv) X(ncclAllGather) X(ncclReduceScatter)     \
-          X(ncclMemAlloc) X(ncclMemFree)
+#define SLUICE_NCCL_FUNCTIONS(X)                                                                       \
+  X(ncclGetVersion)                                                                                    \
+  X(ncclGetUniqueId)                                                                                   \
+  X(ncclCommInitRankConfig)                                                                            \
+  X(ncclCommDestroy)                                                                                   \
+  X(ncclCommFinalize)                                                                                  \
+  X(ncclCommAbort)                                                                                     \
+  X(ncclCommGetAsyncError) X(ncclGetErrorString) X(ncclGetLastError) X(ncclGroupStart) X(ncclGroupEnd) \
+      X(ncclSend) X(ncclRecv) X(ncclAllGather) X(ncclReduceScatter) X(ncclMemAlloc) X(ncclMemFree)
 
 struct Library {
   void* handle = nullptr;
@@ -74,6 +78,8 @@ const Library& require_library() {
           " (SLUICE_NCCL_LIBRARY may name the file)");
   return loaded;
 }
+constexpr auto kAbortPatience = std::chrono::seconds(2);
+
 ncclComm_t as_comm(void* comm) {
   return static_cast<ncclComm_t>(comm);
 }
@@ -90,7 +96,11 @@ int nccl_version() {
 
 NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline,
                                    bool blocking)
-    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), names_(bootstrap.names), deadline_(deadline) {
+    : rank_(bootstrap.rank),
+      num_ranks_(bootstrap.num_ranks),
+      names_(bootstrap.names),
+      lost_(bootstrap.lost),
+      deadline_(deadline) {
   const Library& nccl = require_library();
   struct Id {
     ncclUniqueId id;
@@ -115,6 +125,7 @@ std::string NcclCommunicator::who() const {
   return "rank " + std::to_string(name_of_rank(names_, rank_)) + peers;
 }
 NcclCommunicator::~NcclCommunicator() {
+  if (lost_ && lost_()) abort();
   if (comm_ == nullptr) return;
   const Library& nccl = library();
   // A communicator that is not blocking is finalized first; one whose peers are gone never is.
@@ -134,8 +145,23 @@ NcclCommunicator::~NcclCommunicator() {
 
 void NcclCommunicator::abort() noexcept {
   if (comm_ == nullptr) return;
-  library().ncclCommAbort(as_comm(comm_));
-  comm_ = nullptr;
+  ncclComm_t comm = as_comm(std::exchange(comm_, nullptr));
+  // NCCL waits for the device while it ends a communicator, and so for kernels of another one that wait for a lost peer too:
+  // that one must get its turn.
+  try {
+    int device = 0;
+    cudaGetDevice(&device);
+    auto done = std::make_shared<std::promise<void>>();
+    std::future<void> ended = done->get_future();
+    std::thread([comm, device, done] {
+      cudaSetDevice(device);
+      library().ncclCommAbort(comm);
+      done->set_value();
+    }).detach();
+    ended.wait_for(kAbortPatience);
+  } catch (const std::exception&) {  // no thread
+    library().ncclCommAbort(comm);
+  }
 }
 
 // Waits until a call that is in progress is done.
@@ -149,6 +175,7 @@ void NcclCommunicator::settle(int result, const char* call, std::chrono::millise
       throw Error(ErrorCode::kTimeout, str("NCCL: ", call, " was not done after ", deadline.count(),
                                            " ms; the communicator of ", who(), " was aborted"));
     }
+    end_if_lost(call);
     std::this_thread::yield();
     if (nccl.ncclCommGetAsyncError(as_comm(comm_), &state) != ncclSuccess) state = ncclInternalError;
   }
@@ -158,6 +185,14 @@ void NcclCommunicator::settle(int result, const char* call, std::chrono::millise
                                more != nullptr ? more : "", ")");
   abort();
   throw Error(ErrorCode::kTransport, text);
+}
+
+void NcclCommunicator::end_if_lost(const char* what) {
+  if (!lost_ || !lost_()) return;
+  abort();
+  throw Error(ErrorCode::kPeerLost,
+              str("NCCL: ", what, " at ", who(),
+                  ": the host has learned that a rank of the group is gone; the communicator was aborted"));
 }
 
 void NcclCommunicator::require_alive() const {
@@ -204,6 +239,7 @@ void NcclCommunicator::wait(Stream stream, std::chrono::milliseconds deadline, c
     ncclResult_t error = ncclSuccess;
     nccl.ncclCommGetAsyncError(as_comm(comm_), &error);
     if (error != ncclSuccess && error != ncclInProgress) settle(error, phase, deadline);
+    end_if_lost(phase);
     if (Clock::now() > end) {
       abort();
       throw Error(ErrorCode::kTimeout, str("NCCL: ", phase, " at ", who(), " was not done after ",
@@ -256,7 +292,11 @@ int nccl_version() {
   return 0;
 }
 NcclCommunicator::NcclCommunicator(const Bootstrap& bootstrap, std::chrono::milliseconds deadline, bool)
-    : rank_(bootstrap.rank), num_ranks_(bootstrap.num_ranks), names_(bootstrap.names), deadline_(deadline) {
+    : rank_(bootstrap.rank),
+      num_ranks_(bootstrap.num_ranks),
+      names_(bootstrap.names),
+      lost_(bootstrap.lost),
+      deadline_(deadline) {
   unsupported();
 }
 NcclCommunicator::~NcclCommunicator() = default;
@@ -268,6 +308,9 @@ void NcclCommunicator::require_alive() const {
 }
 void NcclCommunicator::abort() noexcept {}
 void NcclCommunicator::settle(int, const char*, std::chrono::milliseconds) {
+  unsupported();
+}
+void NcclCommunicator::end_if_lost(const char*) {
   unsupported();
 }
 void NcclCommunicator::exchange(const std::vector<NcclTransfer>&, Stream) {

@@ -1,12 +1,14 @@
 // NCCL, loaded on demand: a communicator that ends on an error instead of waiting for ever.
 //
 // Ownership: a communicator belongs to its rank. Thread-safety: one thread at a time. Errors: kNotSupported without NCCL
-// (or one older than 2.28 where windows are asked for); kTransport with NCCL's text; kTimeout when a deadline passed.
+// (or one older than 2.28 where windows are asked for); kTransport with NCCL's text; kTimeout when a deadline passed;
+// kPeerLost when Bootstrap::lost says so, which every wait asks. All three end the communicator.
 #pragma once
 
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -53,7 +55,8 @@ class NcclCommunicator {
   // or after the deadline the communicator is aborted (kernels in flight end) and the error thrown; the communicator is
   // then dead, others are not touched.
   void wait(Stream stream, std::chrono::milliseconds deadline, const char* phase);
-  // Ends everything in flight. Never throws.
+  // Ends everything in flight. Never throws. Returns after two seconds at most: what another communicator holds up on the
+  // device ends when that one is aborted.
   void abort() noexcept;
   bool dead() const { return comm_ == nullptr; }
 
@@ -65,12 +68,15 @@ class NcclCommunicator {
 
  private:
   void settle(int result, const char* call, std::chrono::milliseconds deadline);
+  // Aborts and throws kPeerLost where the host knows that a rank is gone.
+  void end_if_lost(const char* what);
 
   std::string who() const;  // this rank and its peers, for messages
   void require_alive() const;
 
   int rank_, num_ranks_;
   std::vector<int> names_;
+  std::function<bool()> lost_;
   std::chrono::milliseconds deadline_;
   void* comm_ = nullptr;  // ncclComm_t
 };

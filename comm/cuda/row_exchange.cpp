@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "sluice/comm/cuda/device_memory.hpp"
@@ -13,9 +14,12 @@ namespace sluice::comm::cuda {
 namespace {
 
 constexpr auto kBad = ErrorCode::kInvalidArgument;
-constexpr std::size_t kGroupBytes = 4096;  // of the window, before the channels: flags of barrier()
-constexpr int kFirstSlice = 8;             // a copy engine's first slice is 1/8, the others share the rest
-constexpr int kSumsBesideCopies = 64;      // processors, the best measured (docs/benchmarks.md)
+// Of the window, before the channels: flags of barrier(), and of ranks that leave.
+constexpr std::size_t kBarrierFlags = 0, kLeaveFlags = 2048, kGroupBytes = 4096;
+// How long a rank that leaves a group that has failed waits for the others: theirs end their waits as well, or are gone.
+constexpr auto kLeaveFailed = std::chrono::seconds(1);
+constexpr int kFirstSlice = 8;         // a copy engine's first slice is 1/8, the others share the rest
+constexpr int kSumsBesideCopies = 64;  // processors, the best measured (docs/benchmarks.md)
 
 std::size_t align_up(std::size_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -149,6 +153,9 @@ struct RowExchange::Impl {
   Link link;
   int rank, num_ranks, device = 0, processors = 0;
   const std::vector<int> names;
+  const std::function<bool()> lost;
+  bool gave_up = false;
+  std::unique_ptr<StreamHandle> control;  // where the host can end this rank's waits
   NcclCommunicator* communicator;
   std::unique_ptr<SymmetricMemory> memory;
   DeviceMemory<std::uint32_t> failed, barrier_epoch;
@@ -167,6 +174,7 @@ struct RowExchange::Impl {
         rank(bootstrap.rank),
         num_ranks(bootstrap.num_ranks),
         names(bootstrap.names),
+        lost(bootstrap.lost),
         communicator(comm) {
     Require(link == Link::kNvlink || communicator != nullptr, kBad,
             "row exchange: NCCL needs a communicator");
@@ -186,6 +194,8 @@ struct RowExchange::Impl {
                              cudaHostAllocMapped | cudaHostAllocPortable),
                "row exchange: error record");
     std::memset(error, 0, sizeof *error);
+    error->failure = 1;
+    if (lost) control = std::make_unique<StreamHandle>();
     failed = DeviceMemory<std::uint32_t>(1, "row exchange");
     barrier_epoch = DeviceMemory<std::uint32_t>(1, "row exchange");
     packed = std::make_unique<EventHandle>();
@@ -243,18 +253,42 @@ struct RowExchange::Impl {
     bootstrap.all_gather(&here, all.data(), sizeof here);
   }
   ~Impl() {
-    if (copy_streams.size() > 0)
-      for (cudaStream_t stream : copy_streams) cudaStreamSynchronize(stream);
-    if (link == Link::kNvlink && error != nullptr && error->set == 0 && !channels.empty() &&
-        memory != nullptr) {
-      // Peers may still store here; when all have come this far nobody does. A peer that is gone ends at the deadline.
-      cudaDeviceSynchronize();
-      launch_barrier(barrier_view.get(), barrier_epoch.get(), 0, nullptr);
-    }
+    end_if_lost();
     cudaDeviceSynchronize();
+    if (memory != nullptr) {
+      // Peers may still read and store here; when all have come this far nobody does.
+      const bool failed = gave_up || error->set != 0;
+      launch_leave(barrier_view.get(), kLeaveFlags,
+                   failed ? std::min<std::chrono::nanoseconds>(shape.deadline, kLeaveFailed) : shape.deadline,
+                   nullptr);
+      cudaDeviceSynchronize();
+    }
     for (cudaStream_t stream : copy_streams) cudaStreamDestroy(stream);
     if (error != nullptr) cudaFreeHost(error);
     cudaGetLastError();
+  }
+
+  // What was on its way to or from a rank that is gone is given up: waits end now.
+  void end_if_lost() {
+    if (gave_up || !lost || !lost()) return;
+    gave_up = true;
+    if (link == Link::kNccl) return communicator->abort();
+    cudaMemcpyAsync(failed.get(), &error->failure, sizeof error->failure, cudaMemcpyHostToDevice,
+                    control->stream);
+  }
+  void wait_for(Stream stream) {
+    if (link == Link::kNccl) return communicator->wait(stream, deadline_ms(), "exchange of rows");
+    if (!lost) return check_cuda(cudaStreamSynchronize(stream), "row exchange");
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+      const cudaError_t state = cudaStreamQuery(stream);
+      if (state == cudaSuccess) return;
+      if (state != cudaErrorNotReady) check_cuda(state, "row exchange");
+      cudaGetLastError();
+      end_if_lost();
+      if (std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2))
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
   }
 
   std::byte* window(int r) const {
@@ -346,6 +380,7 @@ struct RowExchange::Impl {
   HostCounts read_counts(Channel& c, Stream stream) {
     ChannelState s{};
     std::vector<std::uint32_t> matrix(static_cast<std::size_t>(num_ranks * num_ranks) * 2);
+    wait_for(stream);  // copies to such memory wait by themselves, and ask nobody
     check_cuda(cudaMemcpyAsync(&s, c.state.get(), sizeof s, cudaMemcpyDeviceToHost, stream),
                "row exchange: counts");
     check_cuda(cudaMemcpyAsync(matrix.data(), c.view.window[rank] + c.view.at.counts, matrix.size() * 4,
@@ -935,20 +970,20 @@ MoverChoice RowExchange::combine_by_choice(int channel, const SendPlan& plan, co
 
 void RowExchange::barrier(Stream stream) {
   impl_->require_nvlink("barrier");
-  check_cuda(launch_barrier(impl_->barrier_view.get(), impl_->barrier_epoch.get(), 0, stream), "barrier");
+  check_cuda(launch_barrier(impl_->barrier_view.get(), impl_->barrier_epoch.get(), kBarrierFlags, stream),
+             "barrier");
 }
 
 bool RowExchange::failed() const {
-  return *static_cast<volatile std::uint32_t*>(&impl_->error->set) != 0 ||
+  return *static_cast<volatile std::uint32_t*>(&impl_->error->set) != 0 || impl_->gave_up ||
          (impl_->communicator != nullptr && impl_->communicator->dead());
 }
 void RowExchange::wait(int channel, Stream stream) {
-  if (impl_->link == Link::kNccl) {
-    impl_->communicator->wait(stream, impl_->deadline_ms(), "exchange of rows");
-  } else {
-    check_cuda(cudaStreamSynchronize(stream), "row exchange");
-  }
+  wait_for(stream);
   check(channel);
+}
+void RowExchange::wait_for(Stream stream) {
+  impl_->wait_for(stream);
 }
 void RowExchange::check(int channel) const {
   const WaitError& e = *impl_->error;
@@ -959,6 +994,10 @@ void RowExchange::check(int channel) const {
                     e.chunk >= 0 ? str(", chunk ", e.chunk) : std::string(), "): expected epoch ", e.expected,
                     ", seen ", e.observed));
   }
+  if (impl_->gave_up)
+    throw Error(ErrorCode::kPeerLost,
+                str("rank ", impl_->name(impl_->rank),
+                    " gave up a pass: the host has learned that a rank of the group is gone"));
   const Impl::Channel& c = impl_->channel(channel);
   std::uint32_t status = 0;
   check_cuda(cudaMemcpy(&status, &c.view.state->status, sizeof status, cudaMemcpyDeviceToHost),

@@ -20,6 +20,8 @@
 // writes what it waited for, all kernels of the group return without waiting any more, their results are undefined
 // (sums at home are NaN), and check() throws kPeerLost naming the peer. A rank that has failed announces nothing any more, so
 // that a peer that was only late fails as well instead of taking its results. No kernel traps: other groups go on.
+// Where the host can say that a rank is gone (Bootstrap::lost), wait() and host_counts() ask it meanwhile, end all waits of
+// this rank on the device at once, and throw kPeerLost; over NCCL the communicator is aborted.
 //
 // Errors: what the host can see throws kInvalidArgument or kInvalidState. What only the device sees sets a sticky bit of
 // the channel's status: kExchangeOverflow (more rows or routes than the buffers hold: nothing is sent, sums are NaN) and
@@ -27,8 +29,8 @@
 //
 // Ownership: the object owns its windows, flags and streams; plans, rows and outputs belong to the caller, device memory
 // of the current device, valid until the stream passed the call. Thread-safety: one thread at a time.
-// Blocking: constructor (collective), destructor (waits for this rank's streams, then, at most the deadline, until the
-// peers are done with this rank's memory), check() (waits for nothing; call it after synchronising), host_counts().
+// Blocking: constructor (collective), destructor (waits for this rank's streams, then until the peers are done with this
+// rank's memory: at most the deadline, and at most a second in a group that has failed), check() (waits for nothing; call it after synchronising), host_counts().
 #pragma once
 
 #include <chrono>
@@ -248,6 +250,8 @@ class RowExchange {
   // Waits on the host until the stream is done, then check(). The device's own deadlines end it (kNvlink), or the
   // communicator is aborted when the deadline passes (kNccl).
   void wait(int channel, Stream stream);
+  // The same without check(): for what the stream did before this group's part began.
+  void wait_for(Stream stream);
   // Throws what the device has reported. The group's failure names the peer; `channel` adds its status bits.
   void check(int channel) const;
   // Clears the channel's status bits, so that it can be used with a plan that fits.

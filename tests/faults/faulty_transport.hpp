@@ -100,6 +100,7 @@ class FaultyTransport final : public comm::Transport {
   }
   bool abort(const comm::AbortRecord& record) noexcept override { return inner_->abort(record); }
   bool aborted() const noexcept override { return inner_->aborted(); }
+  bool broken() const noexcept override { return inner_->broken(); }
   comm::AbortRecord abort_record() const override { return inner_->abort_record(); }
   void set_timeout(std::chrono::nanoseconds timeout) override { inner_->set_timeout(timeout); }
   std::chrono::nanoseconds timeout() const override { return inner_->timeout(); }

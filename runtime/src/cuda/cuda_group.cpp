@@ -252,7 +252,8 @@ CudaGroup::~CudaGroup() {
 }
 
 comm::cuda::Bootstrap CudaGroup::bootstrap() {
-  return {runtime_.rank().value, runtime_.num_ranks(),
+  return {runtime_.rank().value,
+          runtime_.num_ranks(),
           [this](const void* mine, void* all, std::size_t bytes) {
             const std::size_t words = (bytes + 7) / 8, ranks = static_cast<std::size_t>(runtime_.num_ranks());
             std::vector<std::int64_t> own(words, 0);
@@ -260,7 +261,9 @@ comm::cuda::Bootstrap CudaGroup::bootstrap() {
             const std::vector<std::int64_t> gathered = runtime_.all_gather(own, "GPUs meet");
             for (std::size_t r = 0; r < ranks; ++r)
               std::memcpy(static_cast<std::byte*>(all) + r * bytes, gathered.data() + r * words, bytes);
-          }};
+          },
+          {},
+          [&transport = runtime_.transport()] { return transport.broken(); }};
 }
 
 comm::cuda::Bootstrap CudaGroup::bootstrap_of(const std::vector<int>& members) {
@@ -274,7 +277,7 @@ comm::cuda::Bootstrap CudaGroup::bootstrap_of(const std::vector<int>& members) {
               std::memcpy(static_cast<std::byte*>(theirs) + i * bytes, of_all.data() + n(members[i]) * bytes,
                           bytes);
           },
-          members};
+          members, all.lost};
 }
 
 void CudaGroup::check_devices() {

@@ -263,6 +263,7 @@ struct GpuTwoHopLayer::Impl {
   // How many routes each chunk has: routes that do not fit must not be written.
   void require_routes(const gpu::ConstRouting& routing) {
     if (num_tokens == 0) return;
+    between.wait_for(out.stream);  // what the caller enqueued before may wait for others
     std::vector<std::int64_t> at;  // where chunks begin, and the end
     for (std::size_t i = 0; i <= chunks.size(); ++i) {
       const std::int64_t token = i < chunks.size() ? chunks[i]->first : num_tokens;

@@ -505,10 +505,11 @@ TEST(RowExchange, OverflowIsReportedSendsNothingAndPoisonsTheSums) {
 }
 
 // A rank is killed between the plan and what it sends, or while rows travel: the other reports it within the deadline,
-// another group of the same process goes on, and so does a new one of the survivor alone.
+// another group of the same process goes on, and so does a new one of the survivor alone. told: a host that knows at once
+// who is gone says so, and no deadline is waited for.
 enum class Travels { kDispatch, kPulledRows };
-void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch) {
-  const auto deadline = 2s;
+void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch, bool told = false) {
+  const auto deadline = told ? 50s : 2s, patience = told ? 0s : deadline;
   const auto results = gpu_ranks::run_processes(
       2,
       [&](Rank& rank) {
@@ -519,7 +520,10 @@ void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch) {
         Rank alone(*gpu_ranks::make_meeting(), 0, 1);
         RowExchange own(alone.bootstrap(), small_shape());
         Endpoint own_end(own, 0, kExperts);
-        auto exchange = std::make_unique<RowExchange>(rank.bootstrap(), shape);
+        Bootstrap pair = rank.bootstrap();
+        auto known_from = std::chrono::steady_clock::time_point::max();
+        if (told) pair.lost = [&] { return std::chrono::steady_clock::now() >= known_from; };
+        auto exchange = std::make_unique<RowExchange>(pair, shape);
         auto end = std::make_unique<Endpoint>(*exchange, 0, kExperts);
         std::mt19937 random(11);
         Batch batch;
@@ -547,22 +551,26 @@ void peer_dies(bool while_rows_travel, Travels what = Travels::kDispatch) {
           kill(getpid(), SIGKILL);
         }
         const auto start = std::chrono::steady_clock::now();
+        known_from = start + 300ms;
         send();
         try {
           end->sync();
           ADD_FAILURE() << "no error";
         } catch (const Error& e) {
           EXPECT_EQ(e.code(), ErrorCode::kPeerLost) << e.what();
-          EXPECT_NE(e.message().find("for rank 1"), std::string::npos) << e.what();
+          EXPECT_NE(e.message().find(told ? "a rank of the group is gone" : "for rank 1"), std::string::npos)
+              << e.what();
           std::fprintf(stderr, "reported: %s\n", e.what());
         }
-        EXPECT_LT(std::chrono::steady_clock::now() - start, deadline + 2s);
+        EXPECT_LT(std::chrono::steady_clock::now() - start, patience + 2s);
         EXPECT_TRUE(exchange->failed());
         // Another group of this process, and a new one.
         const Batch mine = draw_batch(77, 1, 45, 72, kExperts, true);
         pass(alone, own, own_end, mine, 2);
         end.reset();
+        const auto leaving = std::chrono::steady_clock::now();
         exchange.reset();
+        EXPECT_LT(std::chrono::steady_clock::now() - leaving, 4s);
         RowExchange again(alone.bootstrap(), small_shape());
         Endpoint again_end(again, 0, kExperts);
         pass(alone, again, again_end, mine, 1);
@@ -588,18 +596,25 @@ TEST(RowExchange, PeerKilledWhileItsRowsAreRead) {
   NEED_DEVICES(2);
   peer_dies(true, Travels::kPulledRows);
 }
-TEST(RowExchange, NcclPeerKilled) {
+TEST(RowExchange, PeerWhoseLossIsKnownIsNotWaitedFor) {
   NEED_DEVICES(2);
+  peer_dies(false, Travels::kDispatch, true);
+  peer_dies(true, Travels::kPulledRows, true);
+}
+void nccl_peer_dies(bool told) {
   std::string why;
   if (!nccl_available(&why)) GTEST_SKIP() << why;
   const auto results = gpu_ranks::run_processes(
       2,
       [&](Rank& rank) {
         rank.use_device();
-        NcclCommunicator nccl(rank.bootstrap(), 20s);
+        Bootstrap pair = rank.bootstrap();
+        auto known_from = std::chrono::steady_clock::time_point::max();
+        if (told) pair.lost = [&] { return std::chrono::steady_clock::now() >= known_from; };
+        NcclCommunicator nccl(pair, told ? 50s : 20s);
         ExchangeShape shape = small_shape();
-        shape.deadline = 3s;
-        RowExchange exchange(rank.bootstrap(), shape, Link::kNccl, PeerPath::kBest, &nccl);
+        shape.deadline = told ? 50s : 3s;
+        RowExchange exchange(pair, shape, Link::kNccl, PeerPath::kBest, &nccl);
         Endpoint end(exchange, 0, kExperts);
         const Batch batch = draw_batch(4242, 2, 45, 72, kExperts, true);
         const auto me = static_cast<std::size_t>(rank.rank);
@@ -609,6 +624,7 @@ TEST(RowExchange, NcclPeerKilled) {
         rank.barrier();
         if (rank.rank == 1) kill(getpid(), SIGKILL);
         const auto start = std::chrono::steady_clock::now();
+        known_from = start + 300ms;
         try {
           end.dispatch({1, 1});
           end.sync();
@@ -617,16 +633,27 @@ TEST(RowExchange, NcclPeerKilled) {
           end.sync();
           ADD_FAILURE() << "no error";
         } catch (const Error& e) {
-          EXPECT_TRUE(e.code() == ErrorCode::kTimeout || e.code() == ErrorCode::kTransport) << e.what();
+          // NCCL may find out by itself before the host is asked.
+          EXPECT_TRUE(e.code() == (told ? ErrorCode::kPeerLost : ErrorCode::kTimeout) ||
+                      e.code() == ErrorCode::kTransport)
+              << e.what();
           std::fprintf(stderr, "reported: %s\n", e.what());
         }
-        EXPECT_LT(std::chrono::steady_clock::now() - start, 12s);
+        EXPECT_LT(std::chrono::steady_clock::now() - start, told ? 5s : 12s);
         EXPECT_TRUE(nccl.dead());
         return testing::Test::HasFailure() ? 1 : 0;
       },
       60s);
   EXPECT_EQ(results[0], 0);
   EXPECT_EQ(results[1], -SIGKILL);
+}
+TEST(RowExchange, NcclPeerKilled) {
+  NEED_DEVICES(2);
+  nccl_peer_dies(false);
+}
+TEST(RowExchange, NcclPeerWhoseLossIsKnownIsNotWaitedFor) {
+  NEED_DEVICES(2);
+  nccl_peer_dies(true);
 }
 
 // The error of an fp8 wire, as row_exchange.hpp states it; own rows are rounded as well.
