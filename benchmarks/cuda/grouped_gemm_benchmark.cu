@@ -7,6 +7,7 @@
 // "uniform" over the local experts, "zipf" with weights 1 / rank in a shuffled order (seed printed).
 // FLOPs are those of real rows. Arms alternate; before each timed launch 256 MB are written, so that nothing is left
 // in L2. Times are from events around one launch; median and median absolute deviation over the iterations.
+// wgrad adds to gradients, wgrad_write writes them.
 // Baselines: forward and dgrad, the dense GEMM [rows] x [out, in]; wgrad, the larger of the dense GEMM with fp32
 // accumulation into one [out, in] and reading and writing all groups' fp32 gradients at the measured copy bandwidth;
 // gather, where the call fetches its rows itself: the dense GEMM; beside it gathering the rows first and then the call;
@@ -308,30 +309,40 @@ struct Bench {
     if (!wanted("wgrad")) return;
     Buffer<float> grads(groups * out * in);
     CHECK(cudaMemset(grads.data, 0, groups * out * in * 4));
-    const auto wgrad = [&] {
-      grouped_gemm_wgrad(g, {dc.data, out}, out, {a.data, in}, in, grads.data, out * in, nullptr);
+    const auto wgrad = [&](GradientUpdate update) {
+      grouped_gemm_wgrad(g, {dc.data, out}, out, {a.data, in}, in, grads.data, out * in, update, nullptr);
     };
-    wgrad();
-    for (int i = 0; i < 32; ++i) {
-      const std::int64_t group = sample(groups), o = sample(out), column = sample(in);
-      const std::int64_t first = ptr[static_cast<std::size_t>(group)],
-                         count = ptr[static_cast<std::size_t>(group) + 1] - first;
-      if (count == 0) continue;
-      const double want =
-          dot(fetch(dc.data, first * out + o, count, out), fetch(a.data, first * in + column, count, in));
-      float got = 0;
-      CHECK(cudaMemcpy(&got, grads.data + (group * out + o) * in + column, 4, cudaMemcpyDeviceToHost));
-      expect_near(got, want, std::abs(want) * 1e-4 + 1e-2, "wgrad");
+    for (const GradientUpdate update : {GradientUpdate::kAdd, GradientUpdate::kWrite}) {
+      if (update == GradientUpdate::kWrite) CHECK(cudaMemset(grads.data, 0xFF, groups * out * in * 4));
+      wgrad(update);
+      for (int i = 0; i < 32; ++i) {
+        const std::int64_t group = sample(groups), o = sample(out), column = sample(in);
+        const std::int64_t first = ptr[static_cast<std::size_t>(group)],
+                           count = ptr[static_cast<std::size_t>(group) + 1] - first;
+        if (count == 0) continue;
+        const double want =
+            dot(fetch(dc.data, first * out + o, count, out), fetch(a.data, first * in + column, count, in));
+        float got = 0;
+        CHECK(cudaMemcpy(&got, grads.data + (group * out + o) * in + column, 4, cudaMemcpyDeviceToHost));
+        expect_near(got, want, std::abs(want) * 1e-4 + 1e-2, "wgrad");
+      }
     }
-    times = timer.run({wgrad, [&] {
+    times = timer.run({[&] { wgrad(GradientUpdate::kAdd); },
+                       [&] {
                          dense(CUBLAS_OP_N, CUBLAS_OP_T, in, out, rows, a.data, in, dc.data, out, grads.data,
                                in, true);
-                       }});
+                       },
+                       [&] { wgrad(GradientUpdate::kWrite); }});
     const double traffic_us = 8.0 * static_cast<double>(groups * out * in) / copy_bytes_per_us;
     char more[96];
     std::snprintf(more, sizeof more, ", \"dense_us\": %.1f, \"gradient_traffic_us\": %.1f",
                   times[1].median_us, traffic_us);
     add("grouped_gemm_wgrad_", times[0], std::max(times[1].median_us, traffic_us),
+        "max(cublas_dense, gradient_traffic)", more);
+    // Half of the traffic; the same dense GEMM, whose one gradient is no traffic to speak of.
+    std::snprintf(more, sizeof more, ", \"dense_us\": %.1f, \"gradient_traffic_us\": %.1f",
+                  times[1].median_us, traffic_us / 2);
+    add("grouped_gemm_wgrad_write_", times[2], std::max(times[1].median_us, traffic_us / 2),
         "max(cublas_dense, gradient_traffic)", more);
   }
 
@@ -396,14 +407,26 @@ int main(int argc, char** argv) {
   }
   if ((only.empty() && g_op.empty()) || only == "decode") bench.decode();
 
-  for (const char* kase :
-       {"grouped_gemm_forward_uniform", "grouped_gemm_forward_zipf", "grouped_gemm_forward_tickets_uniform",
-        "grouped_gemm_forward_tickets_zipf", "grouped_gemm_dgrad_tickets_uniform",
-        "grouped_gemm_dgrad_tickets_zipf", "grouped_gemm_forward_swiglu_uniform",
-        "grouped_gemm_forward_swiglu_zipf", "rows_first_swiglu_tickets_uniform",
-        "rows_first_swiglu_tickets_zipf", "gather_swiglu_uniform", "gather_swiglu_zipf",
-        "gather_swiglu_tickets_uniform", "gather_swiglu_tickets_zipf", "grouped_gemm_dgrad_uniform",
-        "grouped_gemm_dgrad_zipf", "grouped_gemm_wgrad_uniform", "grouped_gemm_wgrad_zipf"}) {
+  for (const char* kase : {"grouped_gemm_forward_uniform",
+                           "grouped_gemm_forward_zipf",
+                           "grouped_gemm_forward_tickets_uniform",
+                           "grouped_gemm_forward_tickets_zipf",
+                           "grouped_gemm_dgrad_tickets_uniform",
+                           "grouped_gemm_dgrad_tickets_zipf",
+                           "grouped_gemm_forward_swiglu_uniform",
+                           "grouped_gemm_forward_swiglu_zipf",
+                           "rows_first_swiglu_tickets_uniform",
+                           "rows_first_swiglu_tickets_zipf",
+                           "gather_swiglu_uniform",
+                           "gather_swiglu_zipf",
+                           "gather_swiglu_tickets_uniform",
+                           "gather_swiglu_tickets_zipf",
+                           "grouped_gemm_dgrad_uniform",
+                           "grouped_gemm_dgrad_zipf",
+                           "grouped_gemm_wgrad_uniform",
+                           "grouped_gemm_wgrad_zipf",
+                           "grouped_gemm_wgrad_write_uniform",
+                           "grouped_gemm_wgrad_write_zipf"}) {
     double log_sum = 0, least = 1e9;
     int count = 0;
     for (const Row& row : g_rows) {

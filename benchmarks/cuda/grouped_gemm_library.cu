@@ -6,9 +6,9 @@
 
 #include "sluice/kernels/cuda/grouped_gemm.hpp"
 
-// op: 'f' forward, 'd' dgrad, 'w' wgrad. group_ptr: int64 [num_groups + 1]. first: bf16, weights [num_groups, out, in]
-// ('f', 'd') or dc [num_rows, out] ('w'). rows: bf16 [num_rows, in] ('f', 'w') or dc [num_rows, out] ('d').
-// result: bf16 [num_rows, out] ('f') or [num_rows, in] ('d'); f32 [num_groups, out, in], added to ('w').
+// op: 'f' forward, 'd' dgrad, 'w' wgrad that adds, 'o' wgrad that overwrites. group_ptr: int64 [num_groups + 1]. first: bf16, weights [num_groups, out, in]
+// ('f', 'd') or dc [num_rows, out] ('w', 'o'). rows: bf16 [num_rows, in] ('f', 'w', 'o') or dc [num_rows, out] ('d').
+// result: bf16 [num_rows, out] ('f') or [num_rows, in] ('d'); f32 [num_groups, out, in] ('w', 'o').
 // All device memory. Returns null, or what went wrong (valid until the next call of this thread).
 extern "C" const char* sluice_grouped_gemm(char op, const std::int64_t* group_ptr, std::int32_t num_groups,
                                            std::int64_t num_rows, std::int64_t out, std::int64_t in,
@@ -30,11 +30,12 @@ extern "C" const char* sluice_grouped_gemm(char op, const std::int64_t* group_pt
         grouped_gemm_dgrad(groups, weights, {rows, out}, {result, in}, on);
         return nullptr;
       case 'w':
+      case 'o':
         grouped_gemm_wgrad(groups, {first, out}, out, {rows, in}, in, static_cast<float*>(result), out * in,
-                           on);
+                           op == 'w' ? GradientUpdate::kAdd : GradientUpdate::kWrite, on);
         return nullptr;
       default:
-        problem = "op must be f, d or w";
+        problem = "op must be f, d, w or o";
         return problem.c_str();
     }
   } catch (const std::exception& error) {

@@ -7,7 +7,8 @@
 //             then GEMM 1) -> GEMM 2 -> weighted reduce
 //   training  the same with rows laid out by position before GEMM 1, because wgrad 1 reads them so, keeping the
 //             pre-activation; then dy by position -> dgrad 2 -> activation backward -> dgrad 1 ->
-//             reduce; wgrad 2, wgrad 1; gradients of route weights and of the scores
+//             reduce; wgrad 2, wgrad 1; gradients of route weights and of the scores. first_training: wgrads write instead of
+//             adding, as in the first backward of a step
 // Each is one CUDA graph on one stream; no count reaches the host. Baselines: the sum of the dense GEMMs with as many
 // rows, [rows] x [2 ffn, hidden] and [rows] x [hidden, ffn], their dgrads, and their wgrads with fp32 accumulation.
 // Arms take turns; before each 256 MB are written. Results of every stage are sampled against double sums.
@@ -110,7 +111,7 @@ struct Stage {
 };
 struct Report {
   const Shape* shape;
-  Timing forward, training;
+  Timing forward, training, first_training;
   double dense_forward_us, dense_training_us;
   std::vector<Stage> stages;
 };
@@ -221,24 +222,24 @@ struct Layer {
                         stream);
   }
   void dgrad1() { grouped_gemm_dgrad(groups(), weights1(), {h.data, up}, {out.data, s.hidden}, stream); }
-  void wgrads() {
+  void wgrads(GradientUpdate update) {
     grouped_gemm_wgrad(groups(false), {dyp.data, s.hidden}, s.hidden, {act.data, s.ffn}, s.ffn, g2.data,
-                       s.hidden * s.ffn, stream);
+                       s.hidden * s.ffn, update, stream);
     grouped_gemm_wgrad(groups(false), {h.data, up}, up, {a.data, s.hidden}, s.hidden, g1.data, up * s.hidden,
-                       stream);
+                       update, stream);
   }
   void gate_gradients() {
     gather_rows(column(dw_position, rows), {}, position.data, column(dweight, rows), nullptr, stream);
     gate_softmax_backward(scores(), gate(), {row_ptr.data, expert.data, weight.data}, dweight.data, nullptr,
                           0, dlogits.data, s.experts, stream);
   }
-  void backward() {
+  void backward(GradientUpdate update) {
     lay_out(dy, dyp);
     dgrad2();
     activation();
     dgrad1();
     reduce(dx, nullptr);
-    wgrads();
+    wgrads(update);
     gate_gradients();
   }
 
@@ -339,14 +340,18 @@ struct Bench {
       std::exit(1);
     }
     l.forward(true);
-    l.backward();
+    l.backward(GradientUpdate::kAdd);
     CHECK(cudaDeviceSynchronize());
     l.check_backward();
 
     const Graph forward(stream, [&] { l.forward(false); });
     const Graph training(stream, [&] {
       l.forward(true);
-      l.backward();
+      l.backward(GradientUpdate::kAdd);
+    });
+    const Graph first_training(stream, [&] {
+      l.forward(true);
+      l.backward(GradientUpdate::kWrite);
     });
     const auto forward1 = [&] {
       dense(CUBLAS_OP_T, CUBLAS_OP_N, up, rows, hidden, l.w1.data, hidden, l.a.data, hidden, l.h.data, up,
@@ -385,18 +390,24 @@ struct Bench {
                                     dgrad1();
                                     wgrad2();
                                     wgrad1();
-                                  }});
-    Report report{&shape, times[0], times[2], times[1].median_us, times[3].median_us, {}};
-    const Graph stages[] = {
-        {stream, [&] { l.route_and_plan(); }}, {stream, [&] { l.lay_out(l.x, l.a); }},
-        {stream, [&] { l.gemm1(false); }},     {stream, [&] { l.gemm1_gathering(); }},
-        {stream, [&] { l.gemm2(); }},          {stream, [&] { l.reduce(l.y, l.weight.data); }},
-        {stream, [&] { l.dgrad2(); }},         {stream, [&] { l.activation(); }},
-        {stream, [&] { l.dgrad1(); }},         {stream, [&] { l.wgrads(); }},
-        {stream, [&] { l.gate_gradients(); }}};
-    const char* const names[] = {"gate_and_plan", "rows_by_position", "gemm1",         "gemm1_gathering",
-                                 "gemm2",         "reduce",           "dgrad2",        "activation_backward",
-                                 "dgrad1",        "wgrads",           "gate_gradients"};
+                                  },
+                                  [&] { first_training.launch(); }});
+    Report report{&shape, times[0], times[2], times[4], times[1].median_us, times[3].median_us, {}};
+    const Graph stages[] = {{stream, [&] { l.route_and_plan(); }},
+                            {stream, [&] { l.lay_out(l.x, l.a); }},
+                            {stream, [&] { l.gemm1(false); }},
+                            {stream, [&] { l.gemm1_gathering(); }},
+                            {stream, [&] { l.gemm2(); }},
+                            {stream, [&] { l.reduce(l.y, l.weight.data); }},
+                            {stream, [&] { l.dgrad2(); }},
+                            {stream, [&] { l.activation(); }},
+                            {stream, [&] { l.dgrad1(); }},
+                            {stream, [&] { l.wgrads(GradientUpdate::kAdd); }},
+                            {stream, [&] { l.wgrads(GradientUpdate::kWrite); }},
+                            {stream, [&] { l.gate_gradients(); }}};
+    const char* const names[] = {"gate_and_plan", "rows_by_position", "gemm1",        "gemm1_gathering",
+                                 "gemm2",         "reduce",           "dgrad2",       "activation_backward",
+                                 "dgrad1",        "wgrads",           "wgrads_write", "gate_gradients"};
     std::vector<std::function<void()>> arms;
     for (const Graph& stage : stages) arms.push_back([&stage] { stage.launch(); });
     const auto stage_times = timer.run(arms);
@@ -420,11 +431,11 @@ int main(int argc, char** argv) {
     std::fprintf(to,
                  "%-14s forward %9.1f us (mad %5.1f), dense %9.1f, ratio %.3f (target %.2f); forward and "
                  "backward %9.1f us "
-                 "(mad %5.1f), dense %9.1f, ratio %.3f (target %.2f)\n   ",
+                 "(mad %5.1f), dense %9.1f, ratio %.3f (target %.2f); gradients written %.3f\n   ",
                  shape.name, r.forward.median_us, r.forward.mad_us, r.dense_forward_us,
                  r.forward.median_us / r.dense_forward_us, shape.forward_target, r.training.median_us,
                  r.training.mad_us, r.dense_training_us, r.training.median_us / r.dense_training_us,
-                 shape.training_target);
+                 shape.training_target, r.first_training.median_us / r.dense_training_us);
     for (const Stage& stage : r.stages) std::fprintf(to, " %s %.1f", stage.name, stage.us);
     std::fprintf(to, "\n");
     std::fflush(to);
@@ -437,11 +448,14 @@ int main(int argc, char** argv) {
         "  {\"shape\": \"%s\", \"forward_us\": %.1f, \"forward_mad_us\": %.1f, \"dense_forward_us\": %.1f, "
         "\"forward_ratio\": %.4f, \"forward_target\": %.2f, \"training_us\": %.1f, \"training_mad_us\": "
         "%.1f, "
-        "\"dense_training_us\": %.1f, \"training_ratio\": %.4f, \"training_target\": %.2f, \"stages_us\": {",
+        "\"dense_training_us\": %.1f, \"training_ratio\": %.4f, \"training_target\": %.2f, "
+        "\"first_training_us\": %.1f, \"first_training_mad_us\": %.1f, \"first_training_ratio\": %.4f, "
+        "\"stages_us\": {",
         r.shape->name, r.forward.median_us, r.forward.mad_us, r.dense_forward_us,
         r.forward.median_us / r.dense_forward_us, r.shape->forward_target, r.training.median_us,
         r.training.mad_us, r.dense_training_us, r.training.median_us / r.dense_training_us,
-        r.shape->training_target);
+        r.shape->training_target, r.first_training.median_us, r.first_training.mad_us,
+        r.first_training.median_us / r.dense_training_us);
     for (std::size_t j = 0; j < r.stages.size(); ++j)
       std::printf("%s\"%s\": %.1f", j > 0 ? ", " : "", r.stages[j].name, r.stages[j].us);
     std::printf("}}%s\n", i + 1 < reports.size() ? "," : "");

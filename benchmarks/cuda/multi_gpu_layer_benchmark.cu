@@ -272,8 +272,9 @@ struct Bench {
       const auto forward = [&](const GpuLayerOptions& o) {
         layer.forward(experts, x.data, y.data, o, stream);
       };
-      const auto backward = [&](const GpuLayerOptions& o) {
-        layer.backward(experts, {g1.data, g2.data}, dy.data, dx.data, dweight.data, o, stream);
+      using kernels::cuda::GradientUpdate;
+      const auto backward = [&](const GpuLayerOptions& o, GradientUpdate update = GradientUpdate::kAdd) {
+        layer.backward(experts, {g1.data, g2.data, update}, dy.data, dx.data, dweight.data, o, stream);
       };
       const auto options_of = [](GpuSchedule schedule, int sms, bool keep) {
         GpuLayerOptions o;
@@ -345,7 +346,8 @@ struct Bench {
       };
       const GpuLayerOptions sequential = options_of(GpuSchedule::kSequential, 0, false),
                             sequential_kept = options_of(GpuSchedule::kSequential, 0, true),
-                            best = options_of(GpuSchedule::kAuto, 0, false);
+                            best = options_of(GpuSchedule::kAuto, 0, false),
+                            best_kept = options_of(GpuSchedule::kAuto, 0, true);
       std::vector<std::function<void()>> arms = {
           dense_forward,
           [&] {
@@ -359,6 +361,10 @@ struct Bench {
           [&] {
             forward(sequential_kept);
             backward(sequential_kept);
+          },
+          [&] {
+            forward(best_kept);
+            backward(best_kept, GradientUpdate::kWrite);
           }};
       std::vector<std::pair<std::string, GpuLayerOptions>> ways = {{"", best}};
       for (const int sms : wanted)
@@ -385,8 +391,10 @@ struct Bench {
       report({shape.name, "exchange_alone", times[4], 0, 0, 0, 0, 0});
       report({shape.name, "layer_forward_sequential", times[5], dense_f, 0, 0, 0, 0});
       report({shape.name, "layer_forward_backward_sequential", times[6], dense_fb, 0, 0, 0, 0});
+      // As in the first backward of a step.
+      report({shape.name, "layer_forward_backward, gradients written", times[7], dense_fb, 0, 0, 0, 0});
       for (std::size_t i = 0; i < ways.size(); ++i) {
-        const Timing f = times[7 + 2 * i], fb = times[8 + 2 * i];
+        const Timing f = times[8 + 2 * i], fb = times[9 + 2 * i];
         const bool defined = sequential_us >= 1.05 * floor;
         report({shape.name, "layer_forward" + ways[i].first, f, dense_f, sequential_us, floor,
                 defined ? (sequential_us - f.median_us) / (sequential_us - floor) : std::nan(""),

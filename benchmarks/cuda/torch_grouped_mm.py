@@ -3,8 +3,8 @@
 tensors, arms in turns (and in the other order every second time), 256 MB written before each call, events around it,
 medians and median absolute deviations.
 
-Forward and dgrad write bf16 rows. torch's wgrad writes bf16 and adds to nothing, Sluice's adds to fp32 gradients; the dense
-wgrad writes bf16. Every result of Sluice's is compared with torch's.
+Forward and dgrad write bf16 rows. torch's wgrad writes bf16 and adds to nothing, and so does the dense one; Sluice's adds to
+fp32 gradients (wgrad) or writes them (wgrad_write, beside which torch runs once more). Every result of Sluice's is compared with torch's.
 
 usage: torch_grouped_mm.py LIBRARY [--iterations N] [--date DATE] [--commit HASH]      prints one JSON document
   LIBRARY  libsluice_grouped_gemm.so of the build folder's benchmarks/cuda
@@ -84,6 +84,7 @@ def main():
                 h = torch.full((rows, out), float("nan"), device="cuda", dtype=torch.bfloat16)
                 da = torch.full((rows, inner), float("nan"), device="cuda", dtype=torch.bfloat16)
                 grads = torch.zeros(groups, out, inner, device="cuda")
+                written = torch.full_like(grads, float("nan"))
                 cases = {
                     "forward": (lambda: torch.mm(a, w[0].t()),
                                 lambda: torch._grouped_mm(a, w.transpose(-2, -1), offs=offsets),
@@ -94,6 +95,9 @@ def main():
                     "wgrad": (lambda: torch.mm(dc.t(), a),
                               lambda: torch._grouped_mm(dc.t(), a, offs=offsets),
                               lambda: ours("w", group_ptr, out, inner, dc, a, grads), grads),
+                    "wgrad_write": (lambda: torch.mm(dc.t(), a),
+                                    lambda: torch._grouped_mm(dc.t(), a, offs=offsets),
+                                    lambda: ours("o", group_ptr, out, inner, dc, a, written), written),
                 }
                 for op, (dense, theirs, mine, result) in cases.items():
                     mine()
@@ -115,7 +119,7 @@ def main():
                     rows_out.append(row)
                     print(row["shape"], row["case"], row["torch_over_sluice"], row["dense_over_sluice"],
                           file=sys.stderr, flush=True)
-                del w, a, dc, h, da, grads
+                del w, a, dc, h, da, grads, written
     print(json.dumps({"date": arguments.date, "commit": arguments.commit, "device": torch.cuda.get_device_name(),
                       "torch": torch.__version__, "iterations": arguments.iterations, "rows": rows_out}, indent=1))
 

@@ -172,7 +172,7 @@ class CudaKernels final : public Kernels {
     const GemmGroups g = gemm_groups(group_ptr, std::min(c_rows.rows, a_rows.rows));
     cuda::grouped_gemm_wgrad(g, {c_rows.data, c_rows.row_stride}, dc.cols, {a_rows.data, a_rows.row_stride},
                              a.cols, grads[0], spacing(grads, sizeof(float), dc.cols * a.cols, "grads"),
-                             stream_);
+                             GradientUpdate::kAdd, stream_);
   }
 
   void activation_forward(Activation activation, ConstMatrixView h, MatrixView act, std::int64_t begin,

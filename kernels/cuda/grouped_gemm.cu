@@ -177,6 +177,18 @@ Forward forward_of(const GemmGroups& groups, const GemmWeights& weights, GemmRow
   return {p, swiglu};
 }
 
+// grads: group g's 16-byte units from g * stride floats on.
+__global__ void __launch_bounds__(256)
+    zero_groups_without_rows(const __grid_constant__ GemmParams p, float* grads, std::int64_t stride,
+                             std::int64_t units) {
+  const int g = p.order != nullptr ? p.order[blockIdx.y] : static_cast<int>(blockIdx.y);
+  if (g < 0 || g >= p.num_groups || p.group_ptr[g] < p.group_ptr[g + 1]) return;
+  float4* const to = reinterpret_cast<float4*>(grads + g * stride);
+  for (std::int64_t i = blockIdx.x * std::int64_t{256} + threadIdx.x; i < units;
+       i += gridDim.x * std::int64_t{256})
+    to[i] = float4{0, 0, 0, 0};
+}
+
 template <typename... Arguments>
 void start(void (*kernel)(Arguments...), int blocks, Stream stream,
            const std::type_identity_t<Arguments>&... arguments) {
@@ -299,7 +311,8 @@ void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, Co
 }
 
 void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
-                        std::int64_t in, float* grads, std::int64_t grad_stride, Stream stream) {
+                        std::int64_t in, float* grads, std::int64_t grad_stride, GradientUpdate update,
+                        Stream stream) {
   GemmParams p = group_params(groups);
   require(groups.weight_index == nullptr, "wgrad: weight_index must be null");
   require(groups.tickets.next == nullptr, "wgrad: tickets must be null");
@@ -309,12 +322,19 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
           "grads must be 16-byte aligned");
   Require(grad_stride >= out * in && grad_stride % 4 == 0, ErrorCode::kInvalidArgument,
           "grouped GEMM: grad_stride ", grad_stride, " must be a multiple of 4 and at least ", out * in);
+  const bool write = update == GradientUpdate::kWrite;
+  if (write) {
+    constexpr unsigned kBlocks = 64;  // of a group
+    zero_groups_without_rows<<<dim3(kBlocks, static_cast<unsigned>(groups.num_groups)), 256, 0, stream>>>(
+        p, grads, grad_stride, out * in / 4);
+    check(cudaGetLastError(), "launch");
+  }
   if (groups.num_rows == 0) return;
   check_rows(dc.data, dc.stride, out, "dc");
   check_rows(a.data, a.stride, in, "a");
   const Device device = current_device();
   if (takes_portable(groups, device))
-    return portable::wgrad(groups, dc, out, a, in, grads, grad_stride, device.processors, stream);
+    return portable::wgrad(groups, dc, out, a, in, grads, grad_stride, update, device.processors, stream);
   p.num_weights = groups.num_groups;
   p.x_extent = static_cast<int>(out);
   p.y_extent = static_cast<int>(in);
@@ -323,7 +343,8 @@ void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t
   const CUtensorMap c = make_map(grads, {{in, 1, 32}, {out, in, 64}, {groups.num_groups, grad_stride, 1}},
                                  "grads", CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
   const int blocks = grid_of(groups, device.processors, p);
-  start(wgrad::grouped_wgrad_kernel, blocks, stream, x, y, c, p);
+  start(write ? wgrad::grouped_wgrad_kernel<true> : wgrad::grouped_wgrad_kernel<false>, blocks, stream, x, y,
+        c, p);
 }
 
 }  // namespace sluice::kernels::cuda

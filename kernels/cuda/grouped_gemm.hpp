@@ -132,10 +132,18 @@ constexpr bool gathering_pays(std::int64_t out) {
 void grouped_gemm_dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows dc, GemmRows da,
                         Stream stream);
 
+// What becomes of a gradient that is there already.
+enum class GradientUpdate : std::uint8_t {
+  kAdd,  // sums are added to it
+  kWrite,  // it is overwritten, whatever it is: as kAdd on zeros, but nobody has to write the zeros and read them
+};
+
 // dW_g[o][i] += sum over rows p of group g, in order, of dc[p][o] * a[p][i].
 // dc: bf16 [num_rows, out]; a: bf16 [num_rows, in]; grads: f32 [num_groups][out, in], group g at base + g * grad_stride
-// elements, rows contiguous. groups.weight_index must be null (two groups must not add to one gradient).
+// elements, rows contiguous. groups.weight_index must be null (two groups must not add to one gradient). A group without
+// rows is left alone, or with kWrite set to zeros.
 void grouped_gemm_wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a,
-                        std::int64_t in, float* grads, std::int64_t grad_stride, Stream stream);
+                        std::int64_t in, float* grads, std::int64_t grad_stride, GradientUpdate update,
+                        Stream stream);
 
 }  // namespace sluice::kernels::cuda

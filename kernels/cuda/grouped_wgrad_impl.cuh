@@ -10,6 +10,8 @@
 // The first kAtOnce pieces are added when the tile is done, the others' sums wait in registers for their turns
 // between the next tile's matrix instructions.
 //
+// Where gradients are written, not added to, the same pieces take the same ways but are not loaded.
+//
 // Groups come by size, the largest first, unless the caller gave an order: the last tiles are then short ones.
 #pragma once
 
@@ -204,6 +206,7 @@ __device__ __forceinline__ void load_operands(const GemmParams& p, const CUtenso
 
 // ---- gradients -----------------------------------------------------------------------------------------------------
 // By a warp for each warpgroup.
+template <bool kWrite>
 __device__ __forceinline__ void move_gradients(const GemmParams& p, const CUtensorMap* map,
                                                std::uint32_t base, int warpgroup) {
   const bool first = threadIdx.x % 32 == 0;
@@ -218,8 +221,8 @@ __device__ __forceinline__ void move_gradients(const GemmParams& p, const CUtens
       const int row = first_row(tile, warpgroup), column = tile.y_first + piece * kPieceColumns;
       const bool real = row < p.x_extent;
       *load.place() = make_int4(column, real ? row : -1, tile.weight, 0);
-      ptx::mbarrier_arrive_expect(load.full(), real ? kPieceBytes : 0);
-      if (real) ptx::copy_3d(load.data(), map, column, row, tile.weight, load.full());
+      ptx::mbarrier_arrive_expect(load.full(), real && !kWrite ? kPieceBytes : 0);
+      if (real && !kWrite) ptx::copy_3d(load.data(), map, column, row, tile.weight, load.full());
     }
     load.advance();
     ++under_way;
@@ -261,6 +264,7 @@ __device__ __forceinline__ void zero_rows(std::uint32_t boxes, int num_boxes, in
   }
 }
 
+template <bool kWrite>
 struct Consumer {
   Ring ring;
   Slots slots;
@@ -279,7 +283,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = half * 2 + i / 2, lower = i % 2;
-        old[i] = ptx::load_shared_f32x2((place ^ (j << 5)) + lower * 1024);
+        old[i] = kWrite ? float2{0, 0} : ptx::load_shared_f32x2((place ^ (j << 5)) + lower * 1024);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -374,6 +378,7 @@ struct Consumer {
   }
 };
 
+template <bool kWrite>
 static __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_wgrad_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
                          const __grid_constant__ CUtensorMap map_grads,
@@ -404,12 +409,12 @@ static __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kT
   if (warp < 4) {
     ptx::registers_fewer<40>();
     if (warp >= 2)
-      move_gradients(p, &map_grads, base, warp - 2);
+      move_gradients<kWrite>(p, &map_grads, base, warp - 2);
     else if (threadIdx.x % 32 == 0)
       load_operands(p, &map_x, &map_y, Ring{base}, warp);
   } else {
     ptx::registers_more<232>();
-    Consumer consumer{Ring{base}, Slots{base, warp / 4 - 1}};
+    Consumer<kWrite> consumer{Ring{base}, Slots{base, warp / 4 - 1}};
     consumer.run();
   }
   // The other block may still signal this one's barriers.

@@ -55,6 +55,7 @@ struct Params {
   std::int64_t act_stride;
   float* grads;
   std::int64_t grad_stride;
+  bool write;  // gradients, instead of adding to them
 };
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
@@ -324,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const __grid_constant
             if constexpr (kOp == Op::kWgrad) {
               auto* const to = reinterpret_cast<float2*>(p.grads + group.weight * p.grad_stride +
                                                          std::int64_t{row} * p.n_extent + column);
-              const float2 old = *to;
+              const float2 old = p.write ? float2{0, 0} : *to;
               *to = make_float2(old.x + x, old.y + y);
             } else {
               if (p.c != nullptr) store_pair(p.c + absolute * p.c_stride + column, x, y);
@@ -416,7 +417,7 @@ void dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows d
 }
 
 void wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a, std::int64_t in,
-           float* grads, std::int64_t grad_stride, int processors, Stream stream) {
+           float* grads, std::int64_t grad_stride, GradientUpdate update, int processors, Stream stream) {
   Params p = group_params(groups);
   p.num_weights = groups.num_groups;
   p.a = static_cast<const Bits*>(dc.data);
@@ -427,6 +428,7 @@ void wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGe
   p.n_extent = static_cast<int>(in);
   p.grads = grads;
   p.grad_stride = grad_stride;
+  p.write = update == GradientUpdate::kWrite;
   launch<Op::kWgrad>(groups, p, processors, stream);
 }
 

@@ -15,6 +15,6 @@ void forward(const GemmGroups& groups, const GemmWeights& weights, const Gathere
 void dgrad(const GemmGroups& groups, const GemmWeights& weights, ConstGemmRows dc, GemmRows da,
            int processors, Stream stream);
 void wgrad(const GemmGroups& groups, ConstGemmRows dc, std::int64_t out, ConstGemmRows a, std::int64_t in,
-           float* grads, std::int64_t grad_stride, int processors, Stream stream);
+           float* grads, std::int64_t grad_stride, GradientUpdate update, int processors, Stream stream);
 
 }  // namespace sluice::kernels::cuda::portable

@@ -454,10 +454,10 @@ struct GpuLayer::Impl {
       if (p.count == 0) return;
       if (second) {
         gpu::grouped_gemm_wgrad(groups(p, false), {gradient_rows.get(), hidden}, hidden, {u.get(), ffn}, ffn,
-                                g.w2 + p.first * hidden * ffn, hidden * ffn, stream);
+                                g.w2 + p.first * hidden * ffn, hidden * ffn, g.update, stream);
       } else {
         gpu::grouped_gemm_wgrad(groups(p, false), {h.get(), pre}, pre, {expert_rows.get(), hidden}, hidden,
-                                g.w1 + p.first * pre * hidden, pre * hidden, stream);
+                                g.w1 + p.first * pre * hidden, pre * hidden, g.update, stream);
       }
     };
     const auto wgrad2 = [&](const Part& p) { wgrads(true, p); };

@@ -32,6 +32,7 @@
 #include <vector>
 
 #include "sluice/comm/cuda/row_exchange.hpp"
+#include "sluice/kernels/cuda/grouped_gemm.hpp"
 #include "sluice/kernels/cuda/routing.hpp"
 #include "sluice/kernels/kernels.hpp"
 
@@ -58,7 +59,7 @@ struct GpuLayerOptions {
   int comm_sms =
       0;  // even; kOverlapped, kGathered: of the exchange while it runs beside GEMMs; 0: by the cost model
   bool keep = true;  // forward() keeps what backward() needs, where the layer is for training
-  // backward(): recorded on its stream when dx and dweight are there; kSequential adds to the weights' gradients after that
+  // backward(): recorded on its stream when dx and dweight are there; kSequential makes the weights' gradients after that
   cudaEvent_t results_done = nullptr;
 };
 
@@ -67,10 +68,12 @@ struct GpuExperts {
   const void* w1 = nullptr;
   const void* w2 = nullptr;
 };
-// f32, shapes of the weights; added to.
+// f32, shapes of the weights. `update`: they are added to, or overwritten, which saves the first backward of a step their
+// zeros and their reading. Of a rank without experts and of experts without rows too.
 struct GpuExpertGradients {
   float* w1 = nullptr;
   float* w2 = nullptr;
+  kernels::cuda::GradientUpdate update = kernels::cuda::GradientUpdate::kAdd;
 };
 
 class GpuLayer {

@@ -411,13 +411,15 @@ void GpuTwoHopLayer::backward(const GpuExperts& experts, const GpuExpertGradient
                               void* dx, float* dweight, const GpuLayerOptions& options, Stream stream) {
   Impl& i = *impl_;
   Require(i.shape.layer.training, ErrorCode::kInvalidState, "two-hop layer: backward needs `training`");
+  GpuExpertGradients of_chunks = gradients;
   i.pass(
       dy, dx,
       [&](Impl::Chunk& c) {
         GpuLayerOptions of_chunk = i.inner(options);
         of_chunk.results_done = c.computed.event;
-        c.layer->backward(experts, gradients, i.received(c), c.result.get(), c.dweight.get(), of_chunk,
+        c.layer->backward(experts, of_chunks, i.received(c), c.result.get(), c.dweight.get(), of_chunk,
                           i.work.stream);
+        of_chunks.update = gpu::GradientUpdate::kAdd;  // to what the first chunk has written
       },
       [&](Impl::Chunk& c) {
         if (dweight != nullptr)

@@ -225,16 +225,20 @@ void check_dgrad(const Problem& p) {
               [&](std::int64_t row, int g, std::vector<double>& e) { reference.dgrad(row, g, e); });
 }
 
-void check_wgrad(const Problem& p, int max_sms = 0) {
+// kWrite: of poison, which may not show.
+void check_wgrad(const Problem& p, int max_sms, GradientUpdate update) {
+  const bool write = update == GradientUpdate::kWrite;
   OnDevice d(p);
   GemmGroups groups = d.groups(p);
   groups.max_sms = max_sms;
   const std::int64_t stride = p.out * p.in + 12;
   std::vector<float> start(static_cast<std::size_t>(stride * p.groups()));
   for (std::size_t i = 0; i < start.size(); ++i) start[i] = static_cast<float>(i % 17) - 8.0f;
+  for (std::size_t i = 0; write && i < start.size(); ++i)
+    if (static_cast<std::int64_t>(i) % stride < p.out * p.in) start[i] = std::nanf("");
   DeviceArray<float> grads(start);
   grouped_gemm_wgrad(groups, {d.dc.data(), p.dc.stride}, p.out, {d.a.data(), p.a.stride}, p.in, grads.data(),
-                     stride, nullptr);
+                     stride, update, nullptr);
   CUDA_OK(cudaDeviceSynchronize());
   const std::vector<float> got = grads.get();
   std::vector<double> want(static_cast<std::size_t>(p.out * p.in));
@@ -249,7 +253,9 @@ void check_wgrad(const Problem& p, int max_sms = 0) {
     const double scale = static_cast<double>(p.sizes[static_cast<std::size_t>(g)]);
     for (std::int64_t i = 0; i < stride; ++i) {
       const auto at = static_cast<std::size_t>(g * stride + i);
-      const double expected = start[at] + (i < p.out * p.in ? want[static_cast<std::size_t>(i)] : 0.0);
+      const bool gradient = i < p.out * p.in;
+      const double expected =
+          (write && gradient ? 0.0f : start[at]) + (gradient ? want[static_cast<std::size_t>(i)] : 0.0);
       const bool exact = i >= p.out * p.in || scale == 0;
       if (!(std::abs(got[at] - expected) <= (exact ? 0.0 : 1e-5 + 2e-6 * scale)) && ++bad < 5)
         ADD_FAILURE() << "gradient " << i << " of group " << g << ": " << got[at] << ", expected "
@@ -257,6 +263,12 @@ void check_wgrad(const Problem& p, int max_sms = 0) {
     }
   }
   EXPECT_EQ(bad, 0);
+}
+void check_wgrad(const Problem& p, int max_sms = 0) {
+  for (const GradientUpdate update : {GradientUpdate::kAdd, GradientUpdate::kWrite}) {
+    SCOPED_TRACE(update == GradientUpdate::kAdd ? "added" : "written");
+    check_wgrad(p, max_sms, update);
+  }
 }
 
 TEST_P(GroupedGemmCuda, ForwardRaggedGroups) {
@@ -315,6 +327,8 @@ TEST_P(GroupedGemmCuda, WgradRaggedGroups) {
   check_wgrad(Problem({70, 1}, 8, 8, 26));
   check_wgrad(Problem({3, 130, 0, 64}, 72, 128, 27), 2);
   check_wgrad(Problem({40, 1, 200}, 136, 448, 28), 2);
+  // No rows at all: nothing is added, zeros are written.
+  check_wgrad(Problem({0, 0, 0}, 64, 72, 30));
 }
 
 // The sum of a gradient has the same bits in any order of the groups and on any number of processors, and is added to
@@ -323,14 +337,15 @@ TEST_P(GroupedGemmCuda, WgradIsOneAdditionInAnyOrder) {
   const Problem p({64, 0, 300, 1, 127, 40, 511}, 392, 520, 29);
   OnDevice d(p);
   const std::int64_t stride = p.out * p.in;
-  const auto run = [&](float start, std::vector<std::int32_t> order, int max_sms) {
+  const auto run = [&](float start, std::vector<std::int32_t> order, int max_sms,
+                       GradientUpdate update = GradientUpdate::kAdd) {
     DeviceArray<float> grads(std::vector<float>(static_cast<std::size_t>(stride * p.groups()), start));
     DeviceArray<std::int32_t> order_d(order);
     GemmGroups groups = d.groups(p);
     groups.order = order.empty() ? nullptr : order_d.data();
     groups.max_sms = max_sms;
     grouped_gemm_wgrad(groups, {d.dc.data(), p.dc.stride}, p.out, {d.a.data(), p.a.stride}, p.in,
-                       grads.data(), stride, nullptr);
+                       grads.data(), stride, update, nullptr);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     return grads.get();
   };
@@ -341,10 +356,14 @@ TEST_P(GroupedGemmCuda, WgradIsOneAdditionInAnyOrder) {
   std::vector<float> added = sums;
   for (float& value : added) value = 1024.0f + value;
   EXPECT_EQ(added, run(1024.0f, {}, 6));
+  EXPECT_EQ(sums, run(1024.0f, {}, 0, GradientUpdate::kWrite));
+  EXPECT_EQ(sums, run(std::nanf(""), {3, 2, 6, 4, 0, 5, 1}, 4, GradientUpdate::kWrite));
   // A group that is not in the order is left alone.
   auto some = sums;
   std::fill(some.begin() + 2 * stride, some.begin() + 3 * stride, 0.0f);
   EXPECT_EQ(some, run(0.0f, {3, -1, 6, 4, 0, 5, 1}, 0));
+  std::fill(some.begin() + 2 * stride, some.begin() + 3 * stride, 7.0f);
+  EXPECT_EQ(some, run(7.0f, {3, -1, 6, 4, 0, 5, 1}, 0, GradientUpdate::kWrite));
 }
 
 // A row's result has the same bits alone, in a large group, in any tile, in any order and on any number of processors.

@@ -83,6 +83,28 @@ void check_layer(Rank& rank, Activation activation, Link link) {
         all_g2.push_back(g2.get());
         rank.barrier();
       }
+      // Gradients that are written, in each schedule: what is added without them.
+      for (const GpuSchedule schedule : {GpuSchedule::kSequential, GpuSchedule::kOverlapped}) {
+        DeviceArray<std::uint16_t> y(n(tokens * kHidden), 0x7FFF), dx(n(tokens * kHidden), 0x7FFF);
+        DeviceArray<float> dweight(mine.expert.size(), std::nanf("")), g1(w1.size(), std::nanf("")),
+            g2(w2.size(), std::nanf(""));
+        rank.barrier();
+        GpuLayerOptions options;
+        options.schedule = schedule;
+        layer.forward({w1_d.data(), w2_d.data()}, x_d.data(), y.data(), options, stream);
+        layer.backward({w1_d.data(), w2_d.data()},
+                       {g1.data(), g2.data(), kernels::cuda::GradientUpdate::kWrite}, dy_d.data(), dx.data(),
+                       dweight.data(), options, stream);
+        exchange.wait(0, stream);
+        ASSERT_EQ(cudaGetLastError(), cudaSuccess);
+        auto written1 = g1.get(), written2 = g2.get();
+        for (float& v : written1) v += kFirstG1;
+        for (float& v : written2) v += kFirstG2;
+        EXPECT_EQ(all_g1[0], written1);
+        EXPECT_EQ(all_g2[0], written2);
+        EXPECT_EQ(all_dx[0], dx.get());
+        rank.barrier();
+      }
       // Without what backward() needs, GEMM 1 may fetch its rows itself; several times, with other processors.
       for (const int sms : {8, 0, 32}) {
         DeviceArray<std::uint16_t> y(n(tokens * kHidden), 0x7FFF);

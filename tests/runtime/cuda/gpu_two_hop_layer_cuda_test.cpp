@@ -103,6 +103,7 @@ struct Side {
   DeviceArray<float> weight;
   DeviceArray<std::uint16_t> w1, w2, x, dy, y, dx;
   DeviceArray<float> dweight, g1, g2;
+  kernels::cuda::GradientUpdate update = kernels::cuda::GradientUpdate::kAdd;
   cudaStream_t stream = nullptr;
 
   static std::vector<std::uint16_t> weights(const std::vector<Expert>& experts,
@@ -135,11 +136,22 @@ struct Side {
   Result run(Layer& layer, const Wait& wait) {
     layer.plan({row_ptr.data(), expert.data(), weight.data()}, routing.tokens(), stream);
     layer.forward({w1.data(), w2.data()}, x.data(), y.data(), {}, stream);
-    layer.backward({w1.data(), w2.data()}, {g1.data(), g2.data()}, dy.data(), dx.data(), dweight.data(), {},
-                   stream);
+    layer.backward({w1.data(), w2.data()}, {g1.data(), g2.data(), update}, dy.data(), dx.data(),
+                   dweight.data(), {}, stream);
     wait(stream);
     EXPECT_EQ(cudaGetLastError(), cudaSuccess);
     return {y.get(), dx.get(), dweight.get(), g1.get(), g2.get()};
+  }
+  // The same with gradients that are written over poison; they come back with what run() adds to.
+  template <typename Layer, typename Wait>
+  Result run_writing(Layer& layer, const Wait& wait) {
+    g1.put(std::vector<float>(g1.get().size(), std::nanf("")));
+    g2.put(std::vector<float>(g2.get().size(), std::nanf("")));
+    update = kernels::cuda::GradientUpdate::kWrite;
+    Result out = run(layer, wait);
+    for (float& v : out.g1) v += kFirstG1;
+    for (float& v : out.g2) v += kFirstG2;
+    return out;
   }
 };
 
@@ -192,13 +204,19 @@ void check_two_hop(Rank& rank, const Nodes& nodes, Activation activation, bool i
       const Batch batch = draw(seed, ranks, integers);
       Side side(batch, me, experts, s.layer.rank_of);
       rank.barrier();
-      const Result got = one_hop ? side.run(*plain, [&](cudaStream_t stream) { between->wait(0, stream); })
-                                 : side.run(*layer, [&](cudaStream_t stream) { layer->wait(stream); });
+      const auto wait_plain = [&](cudaStream_t stream) { between->wait(0, stream); };
+      const auto wait_two = [&](cudaStream_t stream) { layer->wait(stream); };
+      const Result got = one_hop ? side.run(*plain, wait_plain) : side.run(*layer, wait_two);
+      rank.barrier();
+      const Result written =
+          one_hop ? side.run_writing(*plain, wait_plain) : side.run_writing(*layer, wait_two);
       const Reference want = reference(experts, s.layer.rank_of, me, batch.routing, batch.x, batch.dy);
-      if (integers) {
-        expect_exact(want, got);
-      } else {
-        want.expect_near(got.y, got.dx, got.dweight, got.g1, got.g2);
+      for (const Result* r : {&got, &written}) {
+        if (integers) {
+          expect_exact(want, *r);
+        } else {
+          want.expect_near(r->y, r->dx, r->dweight, r->g1, r->g2);
+        }
       }
       // Gradients of weights add up in another order where tokens are cut.
       if (way > 0 && results[0].size() == seed) {
