@@ -29,7 +29,14 @@ struct BasicMatrixView {
         cols(c),
         row_stride(c) {}
   // A mutable view converts to a const one.
-  operator BasicMatrixView<const std::byte>() const { return {data, dtype, rows, cols, row_stride}; }
+  template <typename Mutable>
+  requires(std::is_const_v<Byte> && !std::is_const_v<Mutable>)
+      BasicMatrixView(const BasicMatrixView<Mutable>& other)
+      : data(other.data),
+        dtype(other.dtype),
+        rows(other.rows),
+        cols(other.cols),
+        row_stride(other.row_stride) {}
 
   Byte* row(std::int64_t r) const { return data + r * row_bytes_stride(); }
   template <typename T>
