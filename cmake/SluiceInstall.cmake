@@ -23,6 +23,7 @@ set(sluice_include_dir ${CMAKE_INSTALL_INCLUDEDIR}/sluice)
 install(FILES
   runtime/include/sluice/chain_layer.hpp
   runtime/include/sluice/dispatcher.hpp
+  runtime/include/sluice/gpu_moe_layer.hpp
   runtime/include/sluice/moe_layer.hpp
   runtime/include/sluice/runtime.hpp
   runtime/include/sluice/sluice.h

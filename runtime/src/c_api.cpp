@@ -8,6 +8,7 @@
 
 #include "sluice/base/error.hpp"
 #include "sluice/dispatcher.hpp"
+#include "sluice/gpu_moe_layer.hpp"
 #include "sluice/moe_layer.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/sluice.h"
@@ -114,7 +115,7 @@ class Rank {
   Handle* last_ = nullptr;
 };
 
-enum class HandleKind : std::uint32_t { kRuntime = 0x51, kLayer, kDispatcher, kPlan, kContext };
+enum class HandleKind : std::uint32_t { kRuntime = 0x51, kLayer, kDispatcher, kPlan, kContext, kGpuLayer };
 std::string_view to_string(HandleKind kind) {
   switch (kind) {
     case HandleKind::kRuntime:
@@ -127,6 +128,8 @@ std::string_view to_string(HandleKind kind) {
       return "plan";
     case HandleKind::kContext:
       return "context";
+    case HandleKind::kGpuLayer:
+      return "GPU layer";
   }
   return "handle of another kind";
 }
@@ -212,6 +215,11 @@ struct sluice_layer final : sluice::Handle {
       : Handle(sluice::HandleKind::kLayer, std::move(r)), layer(std::move(l)) {}
   const std::shared_ptr<sluice::MoeLayer> layer;
 };
+struct sluice_gpu_layer final : sluice::Handle {
+  sluice_gpu_layer(std::shared_ptr<sluice::Rank> r, std::unique_ptr<sluice::GpuMoeLayer> l)
+      : Handle(sluice::HandleKind::kGpuLayer, std::move(r)), layer(std::move(l)) {}
+  const std::unique_ptr<sluice::GpuMoeLayer> layer;
+};
 struct sluice_dispatcher final : sluice::Handle {
   sluice_dispatcher(std::shared_ptr<sluice::Rank> r, std::shared_ptr<sluice::Dispatcher> d)
       : Handle(sluice::HandleKind::kDispatcher, std::move(r)), dispatcher(std::move(d)) {}
@@ -250,6 +258,9 @@ sluice_runtime& checked(sluice_runtime* h) {
 }
 sluice_layer& checked(sluice_layer* h) {
   return checked<HandleKind::kLayer>(h);
+}
+sluice_gpu_layer& checked(sluice_gpu_layer* h) {
+  return checked<HandleKind::kGpuLayer>(h);
 }
 sluice_dispatcher& checked(sluice_dispatcher* h) {
   return checked<HandleKind::kDispatcher>(h);
@@ -419,6 +430,8 @@ RuntimeOptions read_runtime_options(const sluice_runtime_options* given) {
   require_argument(o.timeout_ms >= 0 && o.timeout_ms <= kMostMs, "timeout_ms is ", o.timeout_ms,
                    ", must be 0..", kMostMs);
   check_reserved(o.reserved, "sluice_runtime_options");
+  check_reserved(o.reserved2, "sluice_runtime_options");
+  out.device = pick(o.device, {ComputeDevice::kCpu, ComputeDevice::kCuda}, "device");
   require_argument(o.threads_per_rank >= 0, "threads_per_rank is ", o.threads_per_rank,
                    ", must not be negative");
   if (o.timeout_ms > 0) out.timeout = std::chrono::milliseconds(o.timeout_ms);
@@ -652,6 +665,9 @@ int32_t sluice_runtime_num_ranks(const sluice_runtime* runtime) {
 }
 int32_t sluice_runtime_num_nodes(const sluice_runtime* runtime) {
   return runtime ? runtime->rank->runtime->topology().num_nodes() : -1;
+}
+int32_t sluice_runtime_gpu(const sluice_runtime* runtime) {
+  return runtime ? gpu_of(*runtime->rank->runtime) : -1;
 }
 
 sluice_status sluice_runtime_async_error(const sluice_runtime* runtime) {
@@ -888,6 +904,80 @@ void sluice_context_destroy(sluice_context* context) {
 }
 
 // ---- dispatcher ------------------------------------------------------------------------------------------------------
+
+sluice_status sluice_gpu_layer_create(sluice_runtime* runtime, const sluice_placement* placement,
+                                      const sluice_gpu_layer_options* options, sluice_gpu_layer** layer) {
+  return guarded([&] {
+    clear_out(layer, "GPU layer");
+    const std::shared_ptr<Rank> rank = checked(runtime).rank;
+    const Visit visit(rank);
+    const sluice_gpu_layer_options o = read_struct(options, "sluice_gpu_layer_options");
+    GpuMoeLayerOptions out;
+    out.hidden = o.hidden;
+    out.ffn = o.ffn;
+    out.max_tokens = o.max_tokens;
+    out.imbalance = o.imbalance;
+    out.max_routes_of_token = o.max_routes_of_token;
+    out.activation =
+        pick(o.activation, {ExpertActivation::kSwiGLU, ExpertActivation::kGelu, ExpertActivation::kRelu},
+             "activation");
+    out.schedule = pick(o.schedule,
+                        {GpuMoeSchedule::kAuto, GpuMoeSchedule::kSequential, GpuMoeSchedule::kOverlapped,
+                         GpuMoeSchedule::kTwoHops},
+                        "schedule");
+    out.training = pick(o.training, {false, true}, "training");
+    *layer = new sluice_gpu_layer(
+        rank, std::make_unique<GpuMoeLayer>(*rank->runtime,
+                                            read_placement(placement, rank->runtime->num_ranks()), out));
+  });
+}
+void sluice_gpu_layer_destroy(sluice_gpu_layer* layer) {
+  destroy(layer);
+}
+int32_t sluice_gpu_layer_num_local_experts(const sluice_gpu_layer* layer) {
+  return layer ? layer->layer->num_local_experts() : -1;
+}
+sluice_status sluice_gpu_layer_memory_bytes(sluice_gpu_layer* layer, int64_t* bytes) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    require_argument(bytes != nullptr, "the place for the bytes is null");
+    *bytes = layer->layer->memory_bytes();
+  });
+}
+sluice_status sluice_gpu_layer_set_weights(sluice_gpu_layer* layer, const void* w1, const void* w2,
+                                           float* grad_w1, float* grad_w2) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    layer->layer->set_weights(w1, w2, grad_w1, grad_w2);
+  });
+}
+sluice_status sluice_gpu_layer_plan(sluice_gpu_layer* layer, const int64_t* row_ptr, const int32_t* expert,
+                                    const float* weight, int64_t num_tokens, void* stream) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    layer->layer->plan({row_ptr, expert, weight}, num_tokens, stream);
+  });
+}
+sluice_status sluice_gpu_layer_forward(sluice_gpu_layer* layer, const void* x, void* y, int32_t keep,
+                                       void* stream) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    layer->layer->forward(x, y, pick(keep, {false, true}, "keep"), stream);
+  });
+}
+sluice_status sluice_gpu_layer_backward(sluice_gpu_layer* layer, const void* dy, void* dx, float* dweight,
+                                        int32_t write_gradients, void* stream) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    layer->layer->backward(dy, dx, dweight, pick(write_gradients, {false, true}, "write_gradients"), stream);
+  });
+}
+sluice_status sluice_gpu_layer_wait(sluice_gpu_layer* layer, void* stream) {
+  return guarded([&] {
+    const Visit visit(checked(layer).rank);
+    layer->layer->wait(stream);
+  });
+}
 
 sluice_status sluice_dispatcher_create(sluice_runtime* runtime, const sluice_placement* placement,
                                        const sluice_dispatcher_options* options,

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "sluice/base/topology.hpp"
+#include "sluice/gpu_moe_layer.hpp"
 #include "sluice/kernels/kernels.hpp"
 #include "sluice/runtime.hpp"
 #include "sluice/scheduler/placement.hpp"
@@ -88,10 +89,33 @@ class GpuRows {
   virtual std::int64_t capacity_bytes() const = 0;  // on the GPU
 };
 
+struct GpuResidentOptions {
+  GpuRowsOptions rows;
+  bool automatic = false;  // one hop: the schedule by the measured costs, not by rows.way
+  std::int64_t max_tokens = 0;
+  int max_routes_of_token = 0;
+  double imbalance = 1;  // 1..num_ranks
+};
+// The passes of one layer from and to the memory of the GPUs: what gpu_moe_layer.hpp says of the calls of the same names.
+class GpuResidentLayer {
+ public:
+  virtual ~GpuResidentLayer() = default;
+  virtual void set_weights(const void* w1, const void* w2, float* grad_w1, float* grad_w2) = 0;
+  virtual void plan(const GpuRoutingView& routing, std::int64_t num_tokens, void* stream) = 0;
+  virtual void forward(const void* x, void* y, bool keep, void* stream) = 0;
+  virtual void backward(const void* dy, void* dx, float* dweight, bool write_gradients, void* stream) = 0;
+  virtual void wait(void* stream) = 0;
+  virtual std::int64_t memory_bytes() const = 0;
+};
+
 class GpuGroup {
  public:
   virtual ~GpuGroup() = default;
   virtual GpuLink link() const = 0;
+  virtual int device() const = 0;  // of this rank, as CUDA numbers it
+  // Collective.
+  virtual std::unique_ptr<GpuResidentLayer> make_resident(const Placement& placement,
+                                                          const GpuResidentOptions& options) = 0;
   // Not collective: the first plan() is.
   virtual std::unique_ptr<GpuRows> make_rows(const Placement& placement, const GpuRowsOptions& options) = 0;
 };

@@ -147,12 +147,20 @@ typedef struct sluice_topology {
   int64_t across_nodes_latency_ns;
 } sluice_topology;
 
+typedef int32_t sluice_device;
+enum {
+  SLUICE_CPU = 0,
+  SLUICE_CUDA = 1  // a GPU of this process; ranks of a node take them in turns
+};
+
 typedef struct sluice_runtime_options {
   size_t struct_size;
   int64_t timeout_ms;        // how long a wait may go without anything arriving; 0 means 30000
   int32_t threads_per_rank;  // compute threads, the calling one among them; 0 means 1
   int32_t reserved;          // 0
   sluice_allocator allocator;
+  sluice_device device;      // who computes experts
+  int32_t reserved2;         // 0
 } sluice_runtime_options;
 
 // options: NULL for the defaults
@@ -165,7 +173,8 @@ SLUICE_API int32_t sluice_group_num_ranks(const sluice_group* group);
 SLUICE_API sluice_status sluice_group_take_runtime(sluice_group* group, int32_t rank, sluice_runtime** runtime);
 SLUICE_API void sluice_group_destroy(sluice_group* group);
 
-// Collective. One rank of a group that was launched outside (mpirun, srun), over a transport loaded on demand: "mpi".
+// Collective. One rank of a group that was launched outside (sluice launch, mpirun, srun, torchrun), over a transport loaded on
+// demand: "mpi", "shm", "tcp", "ucx", or from GPU to GPU "nvlink", "nccl" (with the device SLUICE_CUDA).
 // nodes: overrides the discovered nodes; NULL discovers.
 SLUICE_API sluice_status sluice_runtime_create(const char* transport, const sluice_topology* nodes,
                                                const sluice_runtime_options* options, sluice_runtime** runtime);
@@ -175,6 +184,8 @@ SLUICE_API void sluice_runtime_destroy(sluice_runtime* runtime);
 SLUICE_API int32_t sluice_runtime_rank(const sluice_runtime* runtime);
 SLUICE_API int32_t sluice_runtime_num_ranks(const sluice_runtime* runtime);
 SLUICE_API int32_t sluice_runtime_num_nodes(const sluice_runtime* runtime);
+// The GPU of a rank over nvlink or nccl, as CUDA numbers it in this process; else -1
+SLUICE_API int32_t sluice_runtime_gpu(const sluice_runtime* runtime);
 
 // SLUICE_OK while the group lives, else why it ended, with the detail. Any thread, at any time.
 SLUICE_API sluice_status sluice_runtime_async_error(const sluice_runtime* runtime);
@@ -366,6 +377,62 @@ SLUICE_API sluice_status sluice_layer_sync_replica_gradients(sluice_layer* layer
 SLUICE_API sluice_status sluice_layer_memory_bytes(sluice_layer* layer, int64_t* bytes);
 // Of a layer or a dispatcher. Gives its buffers back, in flight or not.
 SLUICE_API void sluice_context_destroy(sluice_context* context);
+
+// ---- layer on GPUs --------------------------------------------------------------------------------------------------
+
+// A layer whose tokens, routing, weights and gradients lie in the memory of the ranks' GPUs, bf16 with fp32 gradients: for
+// frameworks that compute there. Of a runtime over nvlink or nccl; sluice_runtime_gpu is the caller's current device.
+// gpu_moe_layer.hpp has the whole contract. Calls only enqueue on `stream` (a cudaStream_t; NULL is the legacy stream), but
+// for create, destroy, wait, and over nccl plan. Arrays must stay until the stream has passed what reads them.
+typedef struct sluice_gpu_layer sluice_gpu_layer;
+
+typedef int32_t sluice_gpu_schedule;
+enum {
+  SLUICE_GPU_AUTO = 0,        // two hops between nodes of several ranks, else what is fastest by the measured costs
+  SLUICE_GPU_SEQUENTIAL = 1,  // exchange and experts one after the other
+  SLUICE_GPU_OVERLAPPED = 2,  // the exchange beside the experts' GEMMs
+  SLUICE_GPU_TWO_HOPS = 3     // over nccl: a row crosses to a node once
+};
+
+typedef struct sluice_gpu_layer_options {
+  size_t struct_size;
+  int64_t hidden;                // multiples of 8
+  int64_t ffn;
+  int64_t max_tokens;            // of one rank in one plan
+  double imbalance;              // room for so many times a rank's even share of routes; 0: for all there are
+  int32_t max_routes_of_token;   // on average over a rank's tokens
+  sluice_activation activation;
+  sluice_gpu_schedule schedule;
+  int32_t training;              // 1: there will be backwards
+} sluice_gpu_layer_options;
+
+// Collective. Every expert of the placement is an ffn expert with one slot; a rank's experts ascend.
+SLUICE_API sluice_status sluice_gpu_layer_create(sluice_runtime* runtime, const sluice_placement* placement,
+                                                 const sluice_gpu_layer_options* options, sluice_gpu_layer** layer);
+// All ranks destroy the layer: each waits, at most its runtime's deadline, until the others have read what they need.
+SLUICE_API void sluice_gpu_layer_destroy(sluice_gpu_layer* layer);
+// Experts on this rank; -1 for NULL
+SLUICE_API int32_t sluice_gpu_layer_num_local_experts(const sluice_gpu_layer* layer);
+// Of its buffers, on this rank's GPU.
+SLUICE_API sluice_status sluice_gpu_layer_memory_bytes(sluice_gpu_layer* layer, int64_t* bytes);
+// w1: bf16 [local experts, 2*ffn or ffn, hidden], for SwiGLU W1 above W3; w2: bf16 [local experts, hidden, ffn]; grad_w1,
+// grad_w2: f32, the same shapes; both NULL: no backward
+SLUICE_API sluice_status sluice_gpu_layer_set_weights(sluice_gpu_layer* layer, const void* w1, const void* w2,
+                                                      float* grad_w1, float* grad_w2);
+// Collective. Device memory: row_ptr: int64 [num_tokens + 1], from 0, ascending; expert: int32 [routes], ascending and unique
+// within a token; weight: f32 [routes], finite. A routing that is none, and one with more routes than there is room for, sends
+// nothing; sluice_gpu_layer_wait tells.
+SLUICE_API sluice_status sluice_gpu_layer_plan(sluice_gpu_layer* layer, const int64_t* row_ptr, const int32_t* expert,
+                                               const float* weight, int64_t num_tokens, void* stream);
+// Collective. x, y: bf16 [num_tokens, hidden], y overwritten. keep: 1 when a backward follows
+SLUICE_API sluice_status sluice_gpu_layer_forward(sluice_gpu_layer* layer, const void* x, void* y, int32_t keep,
+                                                  void* stream);
+// Collective, once after a forward with keep. dy, dx: bf16 [num_tokens, hidden], dx overwritten; dweight: f32 [routes],
+// overwritten, or NULL. write_gradients: 0 adds to the weight gradients, 1 overwrites them.
+SLUICE_API sluice_status sluice_gpu_layer_backward(sluice_gpu_layer* layer, const void* dy, void* dx, float* dweight,
+                                                   int32_t write_gradients, void* stream);
+// Blocks until the stream is done, with the runtime's deadline, and reports what the GPUs have found since the last wait.
+SLUICE_API sluice_status sluice_gpu_layer_wait(sluice_gpu_layer* layer, void* stream);
 
 // ---- dispatcher -----------------------------------------------------------------------------------------------------
 

@@ -209,7 +209,7 @@ class Bench {
   Bench(CudaGroup& group, const Config& config, GpuPlacement placement, const GpuWay& way)
       : group_(group),
         runtime_(group.runtime()),
-        device_(group.device()),
+        device_(group.compute_device()),
         config_(config),
         options_(layer_options(config)),
         placement_(std::move(placement)),

@@ -1,10 +1,12 @@
 #include "sluice/runtime/src/cuda/cuda_group.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "sluice/comm/collectives.hpp"
 #include "sluice/comm/host.hpp"
+#include "sluice/runtime/src/cuda/routing_check.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
@@ -90,6 +92,7 @@ struct TwoHopLayer final : LayerOfWay<TwoHopLayer> {
         layer(between, inside, 0, shape) {}
   int num_chunks() const override { return layer.num_chunks(); }
   void wait(cudaStream_t stream) override { layer.wait(stream); }
+  void clear(cudaStream_t stream) override { layer.clear(stream); }
   std::size_t memory_bytes() const override {
     return layer.buffer_bytes() + between.window_bytes() + inside.window_bytes();
   }
@@ -102,12 +105,12 @@ class CudaRows final : public GpuRows {
       : group_(group),
         placement_(gpu_placement(placement)),
         options_(options),
-        x_(group.device()),
-        y_(group.device()),
-        row_ptr_(group.device()),
-        expert_(group.device()),
-        weight_(group.device()),
-        dweight_(group.device()) {
+        x_(group.compute_device()),
+        y_(group.compute_device()),
+        row_ptr_(group.compute_device()),
+        expert_(group.compute_device()),
+        weight_(group.compute_device()),
+        dweight_(group.compute_device()) {
     pass_.schedule = options.way.two_hops     ? GpuSchedule::kAuto  // of the inner layer
                      : options.way.overlapped ? GpuSchedule::kOverlapped
                                               : GpuSchedule::kSequential;
@@ -202,7 +205,7 @@ class CudaRows final : public GpuRows {
                "GPU rows");
   }
   void begin(ConstMatrixView rows) {
-    group_.device().synchronize();  // weights and gradients were queued on the device's own stream
+    group_.compute_device().synchronize();  // weights and gradients were queued on the device's own stream
     if (rows.rows > 0) copy(x_.as<void>(), rows.row_bytes(), rows.data, rows.row_bytes_stride(), rows);
   }
   void end(MatrixView rows) {
@@ -231,11 +234,103 @@ class CudaRows final : public GpuRows {
   std::vector<float> dweight_here_;
 };
 
+// The passes of one layer from and to device memory.
+class CudaResident final : public GpuResidentLayer {
+ public:
+  CudaResident(CudaGroup& group, const Placement& placement, const GpuResidentOptions& o) : group_(group) {
+    group_.in_pass("GPU layer", [&] {
+      const GpuPlacement experts = gpu_placement(placement);
+      const auto routes_of = [&](std::int64_t tokens) {
+        return static_cast<std::int64_t>(
+            std::ceil(static_cast<double>(tokens * o.max_routes_of_token) * o.imbalance));
+      };
+      CudaGroup::Needs room{o.max_tokens, routes_of(o.max_tokens), o.max_routes_of_token};
+      if (o.rows.way.two_hops) {
+        const int chunks = group_.two_hop_chunks_of(experts, o.rows, room);
+        room.routes = routes_of((o.max_tokens + chunks - 1) / chunks);
+        layer_ = group_.make_two_hops(experts, o.rows, room, chunks);
+      } else {
+        layer_ = group_.make_one_hop(experts, o.rows, room);
+      }
+      const std::int64_t routes = o.max_tokens * o.max_routes_of_token;
+      check_ = std::make_unique<RoutingCheck>(o.max_tokens, routes, static_cast<int>(experts.rank_of.size()));
+      nothing_ = comm::cuda::DeviceMemory<std::byte>(16, "GPU layer");
+      if (o.rows.training)
+        unwanted_ = comm::cuda::DeviceMemory<float>(static_cast<std::size_t>(routes), "GPU layer");
+    });
+    pass_.schedule = o.automatic || o.rows.way.two_hops ? GpuSchedule::kAuto
+                     : o.rows.way.overlapped            ? GpuSchedule::kOverlapped
+                                                        : GpuSchedule::kSequential;
+  }
+
+  void set_weights(const void* w1, const void* w2, float* grad_w1, float* grad_w2) override {
+    experts_ = {w1, w2};
+    gradients_ = {grad_w1, grad_w2};
+  }
+  void plan(const GpuRoutingView& r, std::int64_t num_tokens, void* stream) override {
+    group_.in_pass("plan", [&] {
+      const auto on = static_cast<cudaStream_t>(stream);
+      layer_->plan(check_->enqueue({r.row_ptr, r.expert, r.weight}, num_tokens, on), num_tokens, on);
+    });
+  }
+  void forward(const void* x, void* y, bool keep, void* stream) override {
+    group_.in_pass("forward", [&] {
+      pass_.keep = keep;
+      layer_->forward(experts_, or_nothing(x), or_nothing(y), pass_, static_cast<cudaStream_t>(stream));
+    });
+  }
+  void backward(const void* dy, void* dx, float* dweight, bool write_gradients, void* stream) override {
+    group_.in_pass("backward", [&] {
+      gradients_.update =
+          write_gradients ? kernels::cuda::GradientUpdate::kWrite : kernels::cuda::GradientUpdate::kAdd;
+      // Ranks return these values together, whoever wants them.
+      layer_->backward(experts_, gradients_, or_nothing(dy), or_nothing(dx),
+                       dweight != nullptr ? dweight : unwanted_.get(), pass_,
+                       static_cast<cudaStream_t>(stream));
+    });
+  }
+  void wait(void* stream) override {
+    const auto on = static_cast<cudaStream_t>(stream);
+    bool no_room = false;
+    std::string why;
+    group_.in_pass("GPU pass", [&] {
+      try {
+        layer_->wait(on);
+      } catch (const Error& e) {
+        if (e.code() != ErrorCode::kInvalidState) throw;
+        // More rows than fit: on all ranks alike, and over with the plan.
+        layer_->clear(on);
+        check_cuda(cudaStreamSynchronize(on), "GPU layer");
+        no_room = true;
+        why = e.message();
+      }
+    });
+    check_->throw_if_bad();
+    Require(!no_room, ErrorCode::kInvalidState, why);
+  }
+  std::int64_t memory_bytes() const override { return static_cast<std::int64_t>(layer_->memory_bytes()); }
+
+ private:
+  // A rank without tokens may have no arrays, but has its part in the exchange.
+  const void* or_nothing(const void* data) const { return data != nullptr ? data : nothing_.get(); }
+  void* or_nothing(void* data) const { return data != nullptr ? data : nothing_.get(); }
+
+  CudaGroup& group_;
+  std::unique_ptr<GroupLayer> layer_;
+  std::unique_ptr<RoutingCheck> check_;
+  comm::cuda::DeviceMemory<std::byte> nothing_;
+  comm::cuda::DeviceMemory<float> unwanted_;
+  GpuLayerOptions pass_;
+  GpuExperts experts_;
+  GpuExpertGradients gradients_;
+};
+
 }  // namespace
 
 CudaGroup::CudaGroup(Runtime& runtime, GpuLink link)
     : runtime_(runtime), device_(runtime.state().device.get()), link_(link) {
   device_->make_current();
+  check_cuda(cudaGetDevice(&cuda_device_), "GPU group");
   check_devices();
   if (link == GpuLink::kNccl)
     communicator_ = std::make_unique<comm::cuda::NcclCommunicator>(
@@ -425,6 +520,10 @@ std::unique_ptr<GroupLayer> CudaGroup::make_two_hops(const GpuPlacement& placeme
                                        shape);
 }
 
+std::unique_ptr<GpuResidentLayer> CudaGroup::make_resident(const Placement& placement,
+                                                           const GpuResidentOptions& options) {
+  return std::make_unique<CudaResident>(*this, placement, options);
+}
 std::unique_ptr<GpuRows> CudaGroup::make_rows(const Placement& placement, const GpuRowsOptions& options) {
   return std::make_unique<CudaRows>(*this, placement, options);
 }

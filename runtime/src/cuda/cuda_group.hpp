@@ -29,6 +29,8 @@ class GroupLayer {
                         void* dx, float* dweight, const GpuLayerOptions& options, cudaStream_t stream) = 0;
   // Until what was enqueued is done. Throws what the exchanges report.
   virtual void wait(cudaStream_t stream) = 0;
+  // After a plan that did not fit.
+  virtual void clear(cudaStream_t stream) = 0;
   virtual std::size_t memory_bytes() const = 0;
 };
 
@@ -61,6 +63,7 @@ struct OneHopLayer final : LayerOfWay<OneHopLayer> {
         layer(exchange, 0, shape) {}
   int num_chunks() const override { return 1; }
   void wait(cudaStream_t stream) override { exchange.wait(0, stream); }
+  void clear(cudaStream_t stream) override { exchange.clear(0, stream); }
   std::size_t memory_bytes() const override { return layer.buffer_bytes() + exchange.window_bytes(); }
 };
 
@@ -72,10 +75,13 @@ class CudaGroup final : public GpuGroup {
   CudaGroup& operator=(const CudaGroup&) = delete;
 
   GpuLink link() const override { return link_; }
+  int device() const override { return cuda_device_; }
+  std::unique_ptr<GpuResidentLayer> make_resident(const Placement& placement,
+                                                  const GpuResidentOptions& options) override;
   std::unique_ptr<GpuRows> make_rows(const Placement& placement, const GpuRowsOptions& options) override;
 
   Runtime& runtime() { return runtime_; }
-  kernels::Device& device() const { return *device_; }
+  kernels::Device& compute_device() const { return *device_; }
   cudaStream_t stream() const { return stream_; }
   comm::cuda::NcclCommunicator* communicator() const { return communicator_.get(); }  // null over nvlink
 
@@ -143,6 +149,7 @@ class CudaGroup final : public GpuGroup {
   Runtime& runtime_;
   kernels::Device* device_;
   GpuLink link_;
+  int cuda_device_ = 0;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<comm::cuda::NcclCommunicator> communicator_;
   std::unique_ptr<TwoHops> two_hops_;
