@@ -132,6 +132,8 @@ class CudaRows final : public GpuRows {
       upload(weight_, routing_.weight);
       layer_->plan({row_ptr_.as<std::int64_t>(), expert_.as<std::int32_t>(), weight_.as<float>()},
                    routing_.num_tokens(), group_.stream());
+      // Copies from such memory as a forward's rows wait for what the stream does, without a deadline.
+      layer_->wait(group_.stream());
     });
   }
 
