@@ -1242,14 +1242,16 @@ __global__ void barrier_kernel(const ChannelView* view, std::uint32_t* epoch, st
   if (threadIdx.x == 0) *epoch = next;
 }
 
-__global__ void leave_kernel(const ChannelView* view, std::size_t flags, std::uint64_t deadline_ns) {
+__global__ void leave_kernel(const ChannelView* view, std::size_t flags, std::uint64_t deadline_ns,
+                             std::uint64_t failed_ns) {
   const ChannelView& c = *view;
   const int d = static_cast<int>(threadIdx.x);
   if (d >= c.num_ranks || d == c.rank) return;
   store_release(in_window<std::uint32_t>(c, d, flags) + c.rank, 1);
   const std::uint32_t* theirs = in_window<std::uint32_t>(c, c.rank, flags) + d;
   const std::uint64_t start = now_ns();
-  while (load_acquire(theirs) == 0 && now_ns() - start < deadline_ns) __nanosleep(1000);
+  while (load_acquire(theirs) == 0 && now_ns() - start < (has_failed(c) ? failed_ns : deadline_ns))
+    __nanosleep(1000);
 }
 
 // The kernel begins with begin_behind(): it may be brought onto the device before the one before it has ended. `paired`: kernels that leave processors to others take them in pairs of neighbours:
@@ -1368,9 +1370,10 @@ cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::s
   return cudaGetLastError();
 }
 cudaError_t launch_leave(const ChannelView* view, std::size_t flags_at, std::chrono::nanoseconds deadline,
-                         Stream stream) {
+                         std::chrono::nanoseconds failed, Stream stream) {
   leave_kernel<<<1, kMaxExchangeRanks, 0, stream>>>(view, flags_at,
-                                                    static_cast<std::uint64_t>(deadline.count()));
+                                                    static_cast<std::uint64_t>(deadline.count()),
+                                                    static_cast<std::uint64_t>(failed.count()));
   return cudaGetLastError();
 }
 

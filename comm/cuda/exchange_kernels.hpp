@@ -164,8 +164,9 @@ cudaError_t launch_raise_flags(const ChannelView* view, int peer, bool dispatch,
 cudaError_t launch_combine_handshake(const ChannelView* view, bool begin, Stream stream);
 cudaError_t launch_barrier(const ChannelView* view, std::uint32_t* epoch, std::size_t flags_at,
                            Stream stream);
-// Tells all peers that this rank's kernels are over and waits for theirs, also in a group that has failed.
+// Tells all peers that this rank's kernels are over and waits for theirs, for as long as `failed` in a group that has failed,
+// or fails meanwhile.
 cudaError_t launch_leave(const ChannelView* view, std::size_t flags_at, std::chrono::nanoseconds deadline,
-                         Stream stream);
+                         std::chrono::nanoseconds failed, Stream stream);
 
 }  // namespace sluice::comm::cuda

@@ -131,7 +131,7 @@ NcclCommunicator::~NcclCommunicator() {
   // A communicator that is not blocking is finalized first; one whose peers are gone never is.
   ncclResult_t state = nccl.ncclCommFinalize(as_comm(comm_));
   const auto end = Clock::now() + deadline_;
-  while (state == ncclInProgress && Clock::now() < end) {
+  while (state == ncclInProgress && Clock::now() < end && !(lost_ && lost_())) {
     std::this_thread::yield();
     if (nccl.ncclCommGetAsyncError(as_comm(comm_), &state) != ncclSuccess) state = ncclInternalError;
   }

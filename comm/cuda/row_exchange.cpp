@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,7 +18,10 @@ constexpr auto kBad = ErrorCode::kInvalidArgument;
 // Of the window, before the channels: flags of barrier(), and of ranks that leave.
 constexpr std::size_t kBarrierFlags = 0, kLeaveFlags = 2048, kGroupBytes = 4096;
 // How long a rank that leaves a group that has failed waits for the others: theirs end their waits as well, or are gone.
-constexpr auto kLeaveFailed = std::chrono::seconds(1);
+constexpr std::chrono::nanoseconds kLeaveFailed = std::chrono::seconds(1);
+// The same for the next one, where somebody has not come to the last: a model's layers have an exchange each.
+constexpr std::chrono::nanoseconds kLeaveNext = std::chrono::milliseconds(20);
+thread_local std::chrono::steady_clock::time_point left_alone;  // when somebody did not come
 constexpr int kFirstSlice = 8;         // a copy engine's first slice is 1/8, the others share the rest
 constexpr int kSumsBesideCopies = 64;  // processors, the best measured (docs/benchmarks.md)
 
@@ -257,11 +261,18 @@ struct RowExchange::Impl {
     cudaDeviceSynchronize();
     if (memory != nullptr) {
       // Peers may still read and store here; when all have come this far nobody does.
-      const bool failed = gave_up || error->set != 0;
-      launch_leave(barrier_view.get(), kLeaveFlags,
-                   failed ? std::min<std::chrono::nanoseconds>(shape.deadline, kLeaveFailed) : shape.deadline,
-                   nullptr);
+      using Clock = std::chrono::steady_clock;
+      const auto begin = Clock::now();
+      const auto patience =
+          std::min(shape.deadline, begin - left_alone < kLeaveFailed ? kLeaveNext : kLeaveFailed);
+      launch_leave(barrier_view.get(), kLeaveFlags, shape.deadline, patience, nullptr);
+      while (lost && cudaStreamQuery(nullptr) == cudaErrorNotReady) {
+        end_if_lost();
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
       cudaDeviceSynchronize();
+      if (gave_up || error->set != 0)
+        left_alone = Clock::now() - begin < patience ? Clock::time_point() : Clock::now();
     }
     for (cudaStream_t stream : copy_streams) cudaStreamDestroy(stream);
     if (error != nullptr) cudaFreeHost(error);
@@ -984,6 +995,15 @@ void RowExchange::wait(int channel, Stream stream) {
 }
 void RowExchange::wait_for(Stream stream) {
   impl_->wait_for(stream);
+}
+void RowExchange::drain(Stream stream) noexcept {
+  impl_->end_if_lost();
+  try {
+    impl_->wait_for(stream);
+  } catch (const std::exception&) {  // the waits have ended
+  }
+  cudaStreamSynchronize(stream);
+  cudaGetLastError();
 }
 void RowExchange::check(int channel) const {
   const WaitError& e = *impl_->error;

@@ -30,7 +30,9 @@
 // Ownership: the object owns its windows, flags and streams; plans, rows and outputs belong to the caller, device memory
 // of the current device, valid until the stream passed the call. Thread-safety: one thread at a time.
 // Blocking: constructor (collective), destructor (waits for this rank's streams, then until the peers are done with this
-// rank's memory: at most the deadline, and at most a second in a group that has failed), check() (waits for nothing; call it after synchronising), host_counts().
+// rank's memory: at most the deadline, at most a second in a group that has failed or fails meanwhile, and hardly at all
+// where the last one was left without somebody a moment ago), check() (waits for nothing; call it after synchronising),
+// host_counts().
 #pragma once
 
 #include <chrono>
@@ -252,6 +254,8 @@ class RowExchange {
   void wait(int channel, Stream stream);
   // The same without check(): for what the stream did before this group's part began.
   void wait_for(Stream stream);
+  // The same for destructors: whatever went wrong, the stream is done then.
+  void drain(Stream stream) noexcept;
   // Throws what the device has reported. The group's failure names the peer; `channel` adds its status bits.
   void check(int channel) const;
   // Clears the channel's status bits, so that it can be used with a plan that fits.

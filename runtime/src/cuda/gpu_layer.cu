@@ -219,10 +219,7 @@ struct GpuLayer::Impl {
       dweight_of_position = memory<float>(routes);
     }
   }
-  ~Impl() {
-    cudaStreamSynchronize(beside_gemms.stream);
-    cudaGetLastError();
-  }
+  ~Impl() { exchange.drain(beside_gemms.stream); }
 
   SendPlan send_plan() const {
     return {rank_ptr.get(),  send_row.get(),    send_route_ptr.get(), send_route.get(),

@@ -241,8 +241,10 @@ struct GpuTwoHopLayer::Impl {
     }
   }
   ~Impl() {
-    for (const StreamHandle* s : {&out, &work, &back}) cudaStreamSynchronize(s->stream);
-    cudaGetLastError();
+    // In the order in which one waits for the other.
+    between.drain(out.stream);
+    inside.drain(work.stream);
+    between.drain(back.stream);
   }
 
   static void meet(const EventHandle& event, Stream from, std::initializer_list<Stream> to) {

@@ -359,6 +359,60 @@ TEST(GpuTwoHopLayer, LostPeerIsNamed) {
   EXPECT_EQ(results[1], -SIGKILL);
 }
 
+// A rank is killed, and a layer with a pass on its way is destroyed, not waited for. told: the host knows who is gone, and no
+// deadline is waited for.
+void destroyed_in_flight(const Nodes& nodes, std::chrono::seconds deadline, bool told) {
+  const auto results = gpu_ranks::run_processes(
+      2,
+      [&](Rank& rank) {
+        rank.use_device();
+        auto known_from = std::chrono::steady_clock::time_point::max();
+        Groups groups(rank, nodes);
+        if (told) groups.inside.lost = [&] { return std::chrono::steady_clock::now() >= known_from; };
+        GpuTwoHopShape s = shape_of(nodes, Activation::kRelu, 1);
+        s.deadline = deadline;
+        auto start = std::chrono::steady_clock::now();
+        {
+          RowExchange between(groups.between, two_hop_between(s, rank.rank), nodes.between, PeerPath::kBest,
+                              groups.between_nccl.get());
+          RowExchange inside(groups.inside, two_hop_inside(s, rank.rank), nodes.inside, PeerPath::kBest,
+                             groups.inside_nccl.get());
+          auto layer = std::make_unique<GpuTwoHopLayer>(between, inside, 0, s);
+          std::vector<Expert> experts;
+          for (int e = 0; e < kExperts; ++e) experts.emplace_back(e);
+          const Batch batch = draw(1, 2, true);
+          Side side(batch, rank.rank, experts, s.layer.rank_of);
+          side.run(*layer, [&](cudaStream_t stream) { layer->wait(stream); });
+          rank.barrier();
+          if (rank.rank == 1) kill(getpid(), SIGKILL);
+          start = std::chrono::steady_clock::now();
+          known_from = start + 300ms;
+          try {
+            layer->forward({side.w1.data(), side.w2.data()}, side.x.data(), side.y.data(), {}, side.stream);
+          } catch (const Error& e) {  // NCCL may find out by itself
+            EXPECT_EQ(nodes.between, Link::kNccl) << e.what();
+          }
+          layer.reset();
+          EXPECT_LT(std::chrono::steady_clock::now() - start, told ? 4s : 10s);
+          EXPECT_TRUE(between.failed() || inside.failed());
+        }
+        EXPECT_LT(std::chrono::steady_clock::now() - start, told ? 8s : 16s);
+        return testing::Test::HasFailure() ? 1 : 0;
+      },
+      60s);
+  EXPECT_EQ(results[0], 0);
+  EXPECT_EQ(results[1], -SIGKILL);
+}
+TEST(GpuTwoHopLayer, LostPeerOfTheNodeDoesNotHoldUpTheDestructor) {
+  NEED_DEVICES(2);
+  destroyed_in_flight({1, 2, Link::kNvlink, Link::kNvlink}, 25s, true);
+}
+TEST(GpuTwoHopLayer, LostPeerOfAnotherNodeDoesNotHoldUpTheDestructor) {
+  NEED_DEVICES(2);
+  NEED_NCCL();
+  destroyed_in_flight({2, 1}, 3s, false);
+}
+
 // More routes for one node than fit: both say so, sums are NaN, and a plan that fits works afterwards.
 TEST(GpuTwoHopLayer, OverflowIsReported) {
   NEED_DEVICES(2);
