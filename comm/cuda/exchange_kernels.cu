@@ -247,9 +247,10 @@ __global__ void __launch_bounds__(kPlanThreads)
       }
     }
     ok = __syncthreads_and(fits) != 0;  // the same answer at all ranks: all know all counts
-    if (!ok && threadIdx.x == 0) atomicOr(&s.status, kExchangeOverflow);
   }
   if (!ok) {  // an empty receive list
+    // Where counts have not come as well: what the caller has to send fits nowhere, and places are those of an older plan.
+    if (threadIdx.x == 0) atomicOr(&s.status, kExchangeOverflow);
     for (int d = threadIdx.x; d <= ranks; d += blockDim.x) receive_ptr[d] = 0, route_ptr[d] = 0;
     __syncthreads();
   }

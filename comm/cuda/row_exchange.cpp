@@ -302,6 +302,22 @@ struct RowExchange::Impl {
     }
   }
 
+  // Throws where the group has failed.
+  void require_group() const {
+    const WaitError& e = *error;
+    if (*static_cast<const volatile std::uint32_t*>(&e.set) != 0) {
+      throw Error(ErrorCode::kPeerLost,
+                  str("rank ", name(rank), " waited ", e.waited_ns / 1000000, " ms for rank ", name(e.peer),
+                      " (", name_of(static_cast<WaitFor>(e.what)), ", channel ", e.channel,
+                      e.chunk >= 0 ? str(", chunk ", e.chunk) : std::string(), "): expected epoch ",
+                      e.expected, ", seen ", e.observed));
+    }
+    if (gave_up)
+      throw Error(
+          ErrorCode::kPeerLost,
+          str("rank ", name(rank), " gave up a pass: the host has learned that a rank of the group is gone"));
+  }
+
   std::byte* window(int r) const {
     if (memory != nullptr) return memory->part(r);
     return r == rank ? alone.get() : nullptr;
@@ -392,6 +408,7 @@ struct RowExchange::Impl {
     ChannelState s{};
     std::vector<std::uint32_t> matrix(static_cast<std::size_t>(num_ranks * num_ranks) * 2);
     wait_for(stream);  // copies to such memory wait by themselves, and ask nobody
+    require_group();
     check_cuda(cudaMemcpyAsync(&s, c.state.get(), sizeof s, cudaMemcpyDeviceToHost, stream),
                "row exchange: counts");
     check_cuda(cudaMemcpyAsync(matrix.data(), c.view.window[rank] + c.view.at.counts, matrix.size() * 4,
@@ -1006,18 +1023,7 @@ void RowExchange::drain(Stream stream) noexcept {
   cudaGetLastError();
 }
 void RowExchange::check(int channel) const {
-  const WaitError& e = *impl_->error;
-  if (*static_cast<const volatile std::uint32_t*>(&e.set) != 0) {
-    throw Error(ErrorCode::kPeerLost,
-                str("rank ", impl_->name(impl_->rank), " waited ", e.waited_ns / 1000000, " ms for rank ",
-                    impl_->name(e.peer), " (", name_of(static_cast<WaitFor>(e.what)), ", channel ", e.channel,
-                    e.chunk >= 0 ? str(", chunk ", e.chunk) : std::string(), "): expected epoch ", e.expected,
-                    ", seen ", e.observed));
-  }
-  if (impl_->gave_up)
-    throw Error(ErrorCode::kPeerLost,
-                str("rank ", impl_->name(impl_->rank),
-                    " gave up a pass: the host has learned that a rank of the group is gone"));
+  impl_->require_group();
   const Impl::Channel& c = impl_->channel(channel);
   std::uint32_t status = 0;
   check_cuda(cudaMemcpy(&status, &c.view.state->status, sizeof status, cudaMemcpyDeviceToHost),
@@ -1034,6 +1040,8 @@ void RowExchange::clear(int channel, Stream stream) {
   Impl::Channel& c = impl_->channel(channel);
   c.overflow = false;
   check_cuda(cudaMemsetAsync(&c.view.state->status, 0, sizeof(std::uint32_t), stream), "row exchange");
+  // Headers that did not fit leave tiles that no rows have completed.
+  check_cuda(cudaMemsetAsync(c.tile_done.get(), 0, c.tile_done.bytes(), stream), "row exchange");
 }
 
 }  // namespace sluice::comm::cuda
