@@ -170,6 +170,15 @@ __device__ __forceinline__ bool announce_and_wait(const ChannelView& c, std::siz
   return __syncthreads_and(ok) != 0;
 }
 
+// What comes behind a handshake that has failed, and is not a kernel of this file, takes no notice of that: copies that are
+// under way, or what the caller writes where peers read. A peer that is only late must not take it for what it waited for.
+// Before it is there, peers know, and see it in check().
+__device__ __forceinline__ void give_up(const ChannelView& c) {
+  for (int d = threadIdx.x; d < c.num_ranks; d += blockDim.x)
+    if (d != c.rank) store_release(in_window<std::uint32_t>(c, d, c.at.given_up) + c.rank, 1);
+  __threadfence_system();
+}
+
 // ---- plan ------------------------------------------------------------------------------------------------------------
 struct Matrix {
   std::uint32_t rows[kMaxExchangeRanks][kMaxExchangeRanks];
@@ -1135,7 +1144,7 @@ __global__ void __launch_bounds__(kPullThreads, 1) pull_kernel(const ChannelView
 __global__ void combine_handshake_kernel(const ChannelView* view, bool begin) {
   const ChannelView& c = *view;
   const std::uint32_t epoch = c.state->push_epoch;
-  announce_and_wait(c, c.at.combine_ready, epoch, WaitFor::kCombineReady, false);
+  if (!announce_and_wait(c, c.at.combine_ready, epoch, WaitFor::kCombineReady, false)) give_up(c);
   if (begin && threadIdx.x == 0) c.state->push_epoch = epoch + 1;
 }
 
@@ -1152,7 +1161,8 @@ __global__ void __launch_bounds__(kCopyThreads, 1) pack_kernel(const ChannelView
   for (int d = threadIdx.x; d <= ranks; d += kCopyThreads) send_ptr[d] = call.rank_ptr[d];
   __syncthreads();
   if (call.first && blockIdx.x == 0) {
-    if (call.handshake) announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, true);
+    if (call.handshake && !announce_and_wait(c, c.at.dispatch_ready, epoch, WaitFor::kDispatchReady, true))
+      give_up(c);
   }
   const int all = turns(c, send_ptr), others = (ranks - 1) * c.chunk_rows;
   const int begin = call.first_chunk * others, end = min(all, call.end_chunk * others);

@@ -44,6 +44,7 @@ struct WindowLayout {
   std::size_t result_flag;  // results that peers may read are there
   std::size_t scalar_ready;
   std::size_t scalar_flag;
+  std::size_t given_up;        // 1: the rank writes though this one has not said that it may
   std::size_t dispatch_flags;  // uint32 [R][max_chunks]
   std::size_t combine_flags;   // uint32 [R][max_chunks]
   std::size_t route_ptr;       // int64 [max_received + 1]

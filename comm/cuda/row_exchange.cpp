@@ -108,6 +108,7 @@ WindowLayout layout_of(const ExchangeShape& s, int num_ranks, int max_chunks) {
   at.result_flag = place(ranks * 4);
   at.scalar_ready = place(ranks * 4);
   at.scalar_flag = place(ranks * 4);
+  at.given_up = place(ranks * 4);
   at.dispatch_flags = place(ranks * chunks * 4);
   at.combine_flags = place(ranks * chunks * 4);
   at.route_ptr = place((rows + 1) * 8);
@@ -1025,6 +1026,18 @@ void RowExchange::drain(Stream stream) noexcept {
 void RowExchange::check(int channel) const {
   impl_->require_group();
   const Impl::Channel& c = impl_->channel(channel);
+  if (impl_->link == Link::kNvlink) {
+    std::uint32_t given_up[kMaxExchangeRanks];
+    check_cuda(cudaMemcpy(given_up, c.view.window[impl_->rank] + c.view.at.given_up,
+                          static_cast<std::size_t>(impl_->num_ranks) * 4, cudaMemcpyDeviceToHost),
+               "row exchange");
+    for (int r = 0; r < impl_->num_ranks; ++r)
+      if (given_up[r] != 0)
+        throw Error(ErrorCode::kPeerLost,
+                    str("rank ", impl_->name(r), " did not wait any longer for rank ",
+                        impl_->name(impl_->rank), " (channel ", channel,
+                        "), and may have written over rows of the last pass before they were read"));
+  }
   std::uint32_t status = 0;
   check_cuda(cudaMemcpy(&status, &c.view.state->status, sizeof status, cudaMemcpyDeviceToHost),
              "row exchange");

@@ -19,7 +19,8 @@
 // How a wait ends: every wait on the device has a deadline. When it passes, the group has failed: the first waiter
 // writes what it waited for, all kernels of the group return without waiting any more, their results are undefined
 // (sums at home are NaN), and check() throws kPeerLost naming the peer. A rank that has failed announces nothing any more, so
-// that a peer that was only late fails as well instead of taking its results. No kernel traps: other groups go on.
+// that a peer that was only late fails as well instead of taking its results. What it writes all the same, by a copy engine or
+// in result_rows(), it tells its peers before, whose check() throws then. No kernel traps: other groups go on.
 // Where the host can say that a rank is gone (Bootstrap::lost), wait() and host_counts() ask it meanwhile, end all waits of
 // this rank on the device at once, and throw kPeerLost; over NCCL the communicator is aborted.
 //
