@@ -677,6 +677,7 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
         ok = wait_for(c, flags + turn.peer * c.max_chunks + turn.chunk, epoch, WaitFor::kDispatchRows,
                       turn.peer, turn.chunk);
       if (!__shfl_sync(kAll, ok, 0)) break;
+      __syncwarp();  // all lanes read behind the first one's wait: a shuffle orders no memory
       const std::int64_t row = receive_ptr[turn.peer] + turn.row;
       const float scale = kFp8 ? *(in_window<const volatile float>(c, me, c.at.scale) + row) : 0.0f;
       expand_row<kFp8, false>(c, call, in_window<std::byte>(c, me, c.at.rows) + row * c.wire_row_bytes, scale,
@@ -941,6 +942,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const ChannelView*
         fill_row<T>(out, span, __int_as_float(0x7FC00000), lane);
         continue;
       }
+      __syncwarp();  // each lane reads behind the waits of all: a vote orders no memory
       if (num_rows == 0) {
         fill_row<T>(out, span, 0.0f, lane);
         continue;
