@@ -601,6 +601,153 @@ TEST(RowExchange, PeerWhoseLossIsKnownIsNotWaitedFor) {
   peer_dies(false, Travels::kDispatch, true);
   peer_dies(true, Travels::kPulledRows, true);
 }
+// Exchanges over the same ranks are made and left again and again. Then a rank is killed that the other is waiting for on its
+// way out, of several exchanges, as of a model's layers: it hears of that, and waits for the others once.
+TEST(RowExchange, PeerKilledBeforeItLeaves) {
+  NEED_DEVICES(2);
+  const auto results = gpu_ranks::run_processes(
+      2,
+      [](Rank& rank) {
+        rank.use_device();
+        ExchangeShape shape = small_shape();
+        shape.deadline = 50s;
+        Bootstrap pair = rank.bootstrap();
+        auto known_from = std::chrono::steady_clock::time_point::max();
+        pair.lost = [&] { return std::chrono::steady_clock::now() >= known_from; };
+        auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < 5; ++i) {
+          RowExchange exchange(pair, shape);
+          Endpoint end(exchange, 0, kExperts);
+          pass(rank, exchange, end, draw_batch(static_cast<unsigned>(i), 2, 45, 72, kExperts, true), 1);
+        }
+        EXPECT_LT(std::chrono::steady_clock::now() - start, 30s);
+        std::vector<std::unique_ptr<RowExchange>> layers;
+        for (int i = 0; i < 6; ++i) layers.push_back(std::make_unique<RowExchange>(pair, shape));
+        rank.barrier();
+        if (rank.rank == 1) kill(getpid(), SIGKILL);
+        start = std::chrono::steady_clock::now();
+        known_from = start + 300ms;
+        layers.clear();
+        EXPECT_LT(std::chrono::steady_clock::now() - start, 4s);
+        return testing::Test::HasFailure() ? 1 : 0;
+      },
+      120s);
+  EXPECT_EQ(results[0], 0);
+  EXPECT_EQ(results[1], -SIGKILL);
+}
+// A plan whose counts did not come gives no counts to the host, by which copies would go, and no sums, not even of rows that
+// do not travel.
+TEST(RowExchange, PeerKilledBeforeItsPlan) {
+  NEED_DEVICES(2);
+  const auto results = gpu_ranks::run_processes(
+      2,
+      [](Rank& rank) {
+        rank.use_device();
+        ExchangeShape shape = small_shape();
+        shape.max_received = 20;
+        shape.deadline = 1s;
+        RowExchange exchange(rank.bootstrap(), shape);
+        Endpoint end(exchange, 0, kExperts);
+        HostRouting own;
+        for (int t = 0; t < 40; ++t) {
+          own.expert.push_back(0);
+          own.weight.push_back(1);
+          own.row_ptr.push_back(t + 1);
+        }
+        std::mt19937 random(5);
+        end.put(own, draw_rows(random, 40, 72, true));
+        end.y_array().put(std::vector<std::uint16_t>(45 * 72, 0));
+        rank.barrier();
+        if (rank.rank == 1) kill(getpid(), SIGKILL);
+        end.plan();
+        end.dispatch({1, 1});
+        end.combine({1, 1});
+        for (const bool counts : {true, false}) {
+          try {
+            if (counts) {
+              exchange.host_counts(0, end.stream);
+            } else {
+              end.sync();
+            }
+            ADD_FAILURE() << "no error";
+          } catch (const Error& e) {
+            EXPECT_EQ(e.code(), ErrorCode::kPeerLost) << e.what();
+            EXPECT_NE(e.message().find("for rank 1"), std::string::npos) << e.what();
+          }
+        }
+        const auto y = end.y();
+        for (std::size_t i = 0; i < 40 * 72; ++i) EXPECT_TRUE(std::isnan(from_bf16(y[i]))) << i;
+        return testing::Test::HasFailure() ? 1 : 0;
+      },
+      60s);
+  EXPECT_EQ(results[0], 0);
+  EXPECT_EQ(results[1], -SIGKILL);
+}
+// Rank 0 gives up rank 1, which is only late, and writes over what rank 1 has not read yet: by copy engines, or where peers
+// read results. Rank 1 hears of it.
+enum class Over { kReceived, kResults, kReadResults };
+void late_peer_is_written_over(Over over) {
+  const auto results = gpu_ranks::run_processes(
+      2,
+      [&](Rank& rank) {
+        rank.use_device();
+        ExchangeShape shape = small_shape();
+        shape.deadline = rank.rank == 0 ? 4s : 20s;
+        {
+          RowExchange exchange(rank.bootstrap(), shape);
+          Endpoint end(exchange, 0, kExperts);
+          const Batch batch = draw_batch(31, 2, 45, 72, kExperts, true);
+          const auto me = static_cast<std::size_t>(rank.rank);
+          end.put(batch.routing[me], batch.x[me]);
+          end.poison();
+          end.plan();
+          const auto counts = exchange.host_counts(0, end.stream);
+          end.dispatch({1, 1});
+          end.sync();
+          end.compute(batch);
+          if (over != Over::kReceived) {
+            if (rank.rank == 0) {
+              end.combine({1, 1});
+            } else {
+              exchange.push_results(0, end.outputs(), {1, 0}, end.stream);
+            }
+            end.sync();
+          }
+          rank.barrier();
+          if (rank.rank == 0) {
+            if (over == Over::kReceived) end.dispatch_by_copy(counts);
+            if (over == Over::kResults) end.combine_by_choice(&counts, end.partial().data(), 0);
+            if (over == Over::kReadResults) exchange.result_rows(0, end.stream);
+          } else {
+            rank.barrier();  // rank 0 has failed
+            if (over != Over::kReceived)
+              exchange.sum_at_home(0, end.send_plan(), end.outputs(), end.y_array().data(), 72, 0,
+                                   end.tokens(), true, {1, 0}, end.stream);
+          }
+          try {
+            end.sync();
+            ADD_FAILURE() << "no error";
+          } catch (const Error& e) {
+            EXPECT_EQ(e.code(), ErrorCode::kPeerLost) << e.what();
+            EXPECT_NE(e.message().find(rank.rank == 0 ? "for rank 1" : "rank 0 did not wait"),
+                      std::string::npos)
+                << e.what();
+          }
+          if (rank.rank == 0) rank.barrier();
+        }
+        rank.barrier();
+        return testing::Test::HasFailure() ? 1 : 0;
+      },
+      60s);
+  for (const int result : results) EXPECT_EQ(result, 0);
+}
+TEST(RowExchange, LatePeerHearsThatItWasWrittenOver) {
+  NEED_DEVICES(2);
+  for (const Over over : {Over::kReceived, Over::kResults, Over::kReadResults}) {
+    SCOPED_TRACE(static_cast<int>(over));
+    late_peer_is_written_over(over);
+  }
+}
 void nccl_peer_dies(bool told) {
   std::string why;
   if (!nccl_available(&why)) GTEST_SKIP() << why;
