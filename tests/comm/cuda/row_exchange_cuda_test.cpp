@@ -692,7 +692,7 @@ void late_peer_is_written_over(Over over) {
       [&](Rank& rank) {
         rank.use_device();
         ExchangeShape shape = small_shape();
-        shape.deadline = rank.rank == 0 ? 4s : 20s;
+        shape.deadline = rank.rank == 0 ? 2s : 20s;
         {
           RowExchange exchange(rank.bootstrap(), shape);
           Endpoint end(exchange, 0, kExperts);
