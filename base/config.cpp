@@ -93,6 +93,9 @@ bool is_section(std::string_view name) {
 const schema::Row& row_of(std::string_view key, std::string_view where) {
   if (const schema::Row* row = schema::find(key)) return *row;
   const std::size_t dot = key.find('.');
+  if (dot == std::string_view::npos && is_section(key))
+    fail(where, ": ", schema::quoted(key), " is a section; keys are written section.key",
+         hint_for_key(key, ""));
   if (dot == std::string_view::npos)
     fail(where, ": ", schema::quoted(key), " is not a key: keys are written section.key",
          hint_for_section(key));

@@ -41,6 +41,7 @@ std::int64_t number_or(const Environment& get, const char* name, std::int64_t ot
 }
 
 constexpr std::int64_t kMaxRanks = wire::kMaxRanks;
+constexpr const char* kSluiceLaunch = "sluice launch";
 
 fs::path meeting_directory(const Environment& get) {
   const auto runtime = get("XDG_RUNTIME_DIR");
@@ -69,16 +70,41 @@ std::string first_host(const std::string& list) {
   return host + list.substr(close + 1, next == std::string::npos ? std::string::npos : next - close - 1);
 }
 
+std::optional<LaunchInfo> launched_as(const Environment& get) {
+  LaunchInfo info;
+  const auto take = [&](const char* launcher, const char* rank, const char* size) {
+    info.launcher = launcher;
+    info.rank = static_cast<std::int32_t>(required_number(get, rank, 0, kMaxRanks - 1));
+    info.num_ranks = static_cast<std::int32_t>(required_number(get, size, 1, kMaxRanks));
+  };
+  if (get(kLaunchRank))
+    take(kSluiceLaunch, kLaunchRank, kLaunchSize);
+  else if (get("RANK") && get("WORLD_SIZE") && get("MASTER_ADDR"))
+    take("torchrun", "RANK", "WORLD_SIZE");
+  else if (get("OMPI_COMM_WORLD_RANK"))
+    take("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
+  else if (get("SLURM_PROCID") && get("SLURM_STEP_ID"))
+    take("srun", "SLURM_PROCID", get("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS");
+  else if (get("PMI_RANK"))
+    take("pmi", "PMI_RANK", "PMI_SIZE");
+  else
+    return std::nullopt;
+  Require(info.rank < info.num_ranks, ErrorCode::kInvalidConfig, info.launcher, " says that this is rank ",
+          info.rank, " of ", info.num_ranks, "; ranks are 0..", info.num_ranks - 1);
+  return info;
+}
+
 LaunchInfo detect_launch(const Environment& get, const std::string& rendezvous,
                          const std::string& secret_file) {
-  LaunchInfo info;
+  std::optional<LaunchInfo> launched = launched_as(get);
+  Require(launched.has_value(), ErrorCode::kInvalidConfig,
+          "this process was started by no launcher: no rank in its environment; start the ranks with "
+          "sluice launch -n N -- COMMAND, torchrun, mpirun or srun, or use transport local");
+  LaunchInfo info = std::move(*launched);
   std::string job;
   bool one_host = true;
   std::string address = rendezvous;  // HOST:PORT
-  if (get(kLaunchRank)) {
-    info.launcher = "sluice launch";
-    info.rank = static_cast<std::int32_t>(required_number(get, kLaunchRank, 0, kMaxRanks - 1));
-    info.num_ranks = static_cast<std::int32_t>(required_number(get, kLaunchSize, 1, kMaxRanks));
+  if (info.launcher == kSluiceLaunch) {
     const auto where = get(kLaunchRendezvous);
     Require(where.has_value(), ErrorCode::kInvalidConfig, "environment ", kLaunchRendezvous,
             " is not set, although ", kLaunchRank, " is; start ranks with sluice launch");
@@ -86,10 +112,7 @@ LaunchInfo detect_launch(const Environment& get, const std::string& rendezvous,
     job = get(kLaunchJob).value_or("");
     if (const auto secret = get(kLaunchSecret))
       info.secret = Secret::from_text(*secret, str("environment ", kLaunchSecret));
-  } else if (get("RANK") && get("WORLD_SIZE") && get("MASTER_ADDR")) {
-    info.launcher = "torchrun";
-    info.rank = static_cast<std::int32_t>(required_number(get, "RANK", 0, kMaxRanks - 1));
-    info.num_ranks = static_cast<std::int32_t>(required_number(get, "WORLD_SIZE", 1, kMaxRanks));
+  } else if (info.launcher == "torchrun") {
     const std::string master_port = get("MASTER_PORT").value_or("29500");
     job = str("torchrun ", get("TORCHELASTIC_RUN_ID").value_or(""), " ", master_port, " ",
               get("TORCHELASTIC_RESTART_COUNT").value_or("0"));
@@ -100,17 +123,10 @@ LaunchInfo detect_launch(const Environment& get, const std::string& rendezvous,
       address =
           str(*get("MASTER_ADDR"), ":", number_of(master_port, "MASTER_PORT", 1, 65534) + (taken ? 1 : 0));
     }
-  } else if (get("OMPI_COMM_WORLD_RANK")) {
-    info.launcher = "mpirun";
-    info.rank = static_cast<std::int32_t>(required_number(get, "OMPI_COMM_WORLD_RANK", 0, kMaxRanks - 1));
-    info.num_ranks = static_cast<std::int32_t>(required_number(get, "OMPI_COMM_WORLD_SIZE", 1, kMaxRanks));
+  } else if (info.launcher == "mpirun") {
     job = str("mpirun ", get("PMIX_NAMESPACE").value_or(get("OMPI_MCA_ess_base_jobid").value_or("")));
     one_host = number_or(get, "OMPI_COMM_WORLD_LOCAL_SIZE", -1) == info.num_ranks;
-  } else if (get("SLURM_PROCID") && get("SLURM_STEP_ID")) {
-    info.launcher = "srun";
-    info.rank = static_cast<std::int32_t>(required_number(get, "SLURM_PROCID", 0, kMaxRanks - 1));
-    info.num_ranks = static_cast<std::int32_t>(required_number(
-        get, get("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS", 1, kMaxRanks));
+  } else if (info.launcher == "srun") {
     job = str("srun ", get("SLURM_JOB_ID").value_or(""), ".", *get("SLURM_STEP_ID"));
     one_host = number_or(get, get("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", -1) == 1;
     const std::string host =
@@ -118,23 +134,14 @@ LaunchInfo detect_launch(const Environment& get, const std::string& rendezvous,
     // All ranks know the job's number, and so the same port, which is free as far as anybody can tell.
     if (!one_host && address.empty() && !host.empty())
       address = str(host, ":", 20000 + Hasher().add_text(job).value() % 10000);
-  } else if (get("PMI_RANK")) {
-    info.launcher = "pmi";
-    info.rank = static_cast<std::int32_t>(required_number(get, "PMI_RANK", 0, kMaxRanks - 1));
-    info.num_ranks = static_cast<std::int32_t>(required_number(get, "PMI_SIZE", 1, kMaxRanks));
-    // The ranks of a host have one parent, the launcher's agent.
+  } else {
+    // pmi: the ranks of a host have one parent, the launcher's agent.
     job = str("pmi ", ::getppid());
     one_host = number_or(get, "MPI_LOCALNRANKS", -1) == info.num_ranks;
-  } else {
-    throw Error(ErrorCode::kInvalidConfig,
-                "this process was started by no launcher: no rank in its environment; start the ranks with "
-                "sluice launch -n N -- COMMAND, torchrun, mpirun or srun, or use transport local");
   }
-  Require(info.rank < info.num_ranks, ErrorCode::kInvalidConfig, info.launcher, " says that this is rank ",
-          info.rank, " of ", info.num_ranks, "; ranks are 0..", info.num_ranks - 1);
   info.job = Hasher().add_text(job).value();
   if (!secret_file.empty()) info.secret = Secret::from_file(secret_file);
-  info.serves = info.rank == 0 && info.launcher != "sluice launch";
+  info.serves = info.rank == 0 && info.launcher != kSluiceLaunch;
 
   if (address.empty()) {
     Require(one_host, ErrorCode::kInvalidConfig, info.launcher, " started ", info.num_ranks,
@@ -145,7 +152,7 @@ LaunchInfo detect_launch(const Environment& get, const std::string& rendezvous,
     return info;
   }
   const net::HostPort at =
-      net::parse_host_port(address, info.launcher == "sluice launch" ? kLaunchRendezvous : "comm.rendezvous");
+      net::parse_host_port(address, info.launcher == kSluiceLaunch ? kLaunchRendezvous : "comm.rendezvous");
   Require(at.port != 0, ErrorCode::kInvalidConfig, "comm.rendezvous is ", address,
           "; all ranks must know the port, so it cannot be 0");
   info.host = at.host;

@@ -373,7 +373,9 @@ class ShmPath final : public DataPath {
       const std::string& text = cards[static_cast<std::size_t>(r)];
       CardData card;
       Require(text.size() == sizeof card, ErrorCode::kTransport, "rank ", r, " sends a card of ", text.size(),
-              " bytes for shared memory, expected ", sizeof card, "; it runs another version of Sluice");
+              " bytes for shared memory, expected ", sizeof card,
+              "; it uses another transport (comm.transport must be the same on all ranks), or runs another "
+              "version of Sluice");
       std::memcpy(&card, text.data(), sizeof card);
       constexpr std::size_t kFamily = offsetof(sockaddr_un, sun_path);
       Require(card.magic == kMagic && card.segment_bytes == segment_bytes() && card.pid > 0 &&

@@ -1,5 +1,7 @@
 #include "sluice/runtime/src/layer_config.hpp"
 
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 
@@ -17,7 +19,8 @@ Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_
   if (config.placement.policy == Config::Placement::Policy::kFile) {
     const std::string& path = config.placement.file;
     std::ifstream in(path, std::ios::binary);
-    Require(in.is_open(), ErrorCode::kNotFound, "cannot open placement.file ", path);
+    Require(in.is_open(), errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo, "placement.file ", path,
+            ": cannot be opened: ", std::strerror(errno));
     const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
     const PlacementFile file = parse_placement(text, path);
     Require(file.num_experts == m.num_experts, ErrorCode::kInvalidConfig, path, " places ", file.num_experts,

@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <exception>
 #include <optional>
+#include <system_error>
 #include <thread>
 
 #include "sluice/base/log.hpp"
+#include "sluice/comm/launch_environment.hpp"
 #include "sluice/comm/transport.hpp"
 #include "sluice/runtime/src/gather.hpp"
 #include "sluice/runtime/src/gpu_group.hpp"
@@ -17,6 +19,9 @@
 
 namespace sluice {
 namespace {
+
+// Of transport local. Memory grows with its square.
+constexpr std::int32_t kMostThreadRanks = 1024;
 
 // Cores this process may use.
 std::vector<int> usable_cores() {
@@ -36,9 +41,21 @@ void pin_to(const std::vector<int>& cores, std::size_t first, std::size_t count)
   pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // only a preference: failure changes speed alone
 }
 
+// Keys and values, a line each; a value's own line ends are written "\\n".
 std::string pack(const std::vector<KeyValue>& values) {
   std::string out;
-  for (const KeyValue& v : values) out += v.key + '\n' + v.value + '\n';
+  for (const KeyValue& v : values) {
+    out += v.key + '\n';
+    for (const char c : v.value) {
+      if (c == '\n')
+        out += "\\n";
+      else if (c == '\\')
+        out += "\\\\";
+      else
+        out += c;
+    }
+    out += '\n';
+  }
   return out;
 }
 
@@ -49,7 +66,11 @@ std::vector<KeyValue> unpack(std::string_view text) {
     for (std::string* part : {&v.key, &v.value}) {
       const std::size_t end = text.find('\n');
       if (end == std::string_view::npos) return out;
-      *part = text.substr(0, end);
+      for (std::size_t i = 0; i < end; ++i) {
+        const bool escaped = text[i] == '\\' && i + 1 < end;
+        if (escaped) ++i;
+        *part += escaped && text[i] == 'n' ? '\n' : text[i];
+      }
       text.remove_prefix(end + 1);
     }
     out.push_back(std::move(v));
@@ -202,27 +223,52 @@ LocalOutcome run_threads(const LoadedConfig& config, std::int32_t num_ranks, con
   LocalOutcome out;
   out.errors.resize(group.size());
   std::vector<std::thread> ranks;
-  for (std::size_t r = 0; r < group.size(); ++r)
-    ranks.emplace_back([&, r] {
-      const LogRank log_rank(static_cast<std::int32_t>(r));
-      if (pin) pin_to(cores, r * threads, threads);
-      try {
-        body(*group[r]);
-        group[r]->barrier("end");
-      } catch (...) {
-        out.errors[r] = std::current_exception();
-        const Status status = current_exception_status();
-        if (status.scope() != Scope::kGroup) group[r]->abort("job", status.message);
-      }
-    });
+  ranks.reserve(group.size());
+  const auto run_rank = [&](std::size_t r) {
+    const LogRank log_rank(static_cast<std::int32_t>(r));
+    if (pin) pin_to(cores, r * threads, threads);
+    try {
+      body(*group[r]);
+      group[r]->barrier("end");
+    } catch (...) {
+      out.errors[r] = std::current_exception();
+      const Status status = current_exception_status();
+      if (status.scope() != Scope::kGroup) group[r]->abort("job", status.message);
+    }
+  };
+  for (std::size_t r = 0; r < group.size(); ++r) {
+    try {
+      ranks.emplace_back(run_rank, r);
+    } catch (const std::system_error& e) {
+      const std::string why =
+          str("cannot start a thread for rank ", r, " of ", group.size(), ": ", e.code().message(),
+              "; run fewer ranks, or ranks as processes (comm.transport)");
+      group[r]->abort("start", why);
+      for (std::thread& t : ranks) t.join();
+      throw Error(ErrorCode::kOutOfMemory, why);
+    }
+  }
   for (std::thread& t : ranks) t.join();
   if (group[0]->transport().aborted()) out.record = group[0]->transport().abort_record();
   return out;
 }
 
 void run_local(LoadedConfig config, const GroupOptions& options) {
+  if (!options.alone) {
+    const auto launched = comm::launched_as(comm::process_environment_variable);
+    Require(!launched || launched->num_ranks == 1, ErrorCode::kInvalidConfig, "comm.transport local (from ",
+            config.source("comm.transport").text, ") runs all ranks as threads of one process, but ",
+            launched ? launched->launcher : "", " started ", launched ? launched->num_ranks : 0,
+            " processes, and each would do the whole job by itself; choose a transport between processes, "
+            "such as "
+            "comm.transport=shm, or start one process");
+  }
   std::int32_t num_ranks = configured_ranks(config.config);
   if (num_ranks == 0) num_ranks = options.default_ranks;
+  Require(num_ranks <= kMostThreadRanks, ErrorCode::kInvalidConfig, num_ranks,
+          " ranks are too many for threads of one "
+          "process (comm.transport local): at most ",
+          kMostThreadRanks, "; run them as processes, or set topology.ranks or topology.nodes to fewer");
   std::vector<GroupLoss> losses;
   while (true) {
     const LocalOutcome outcome = run_threads(config, num_ranks, [&](Runtime& runtime) {
@@ -254,6 +300,20 @@ void run_launched(const LoadedConfig& config, const GroupOptions& options) {
     nodes = configured_topology(c, num_ranks);
   }
   auto runtime = Runtime::create(c.comm.transport, nodes ? &*nodes : nullptr, runtime_options(c));
+  const std::int32_t joined = runtime->num_ranks();
+  if (c.comm.transport == "mpi") {
+    // Where mpirun and the MPI library do not know each other, every process is a world of its own.
+    const auto launched = comm::launched_as(comm::process_environment_variable);
+    Require(!launched || launched->num_ranks == joined, ErrorCode::kInvalidConfig,
+            "comm.transport mpi: ", launched ? launched->launcher : "", " started ",
+            launched ? launched->num_ranks : 0, " processes, but MPI says that there ",
+            joined == 1 ? "is " : "are ", joined,
+            "; start them with mpirun of the same MPI, srun --mpi=pmix, or sluice launch --mpi");
+  }
+  Require(c.topology.ranks == 0 || c.topology.ranks == joined, ErrorCode::kInvalidConfig,
+          "topology.ranks is ", c.topology.ranks, " (from ", config.source("topology.ranks").text, "), but ",
+          joined, joined == 1 ? " process was" : " processes were",
+          " started; start as many as topology.ranks says, or leave topology.ranks out");
   LoadedConfig mine = config;
   std::vector<GroupLoss> losses;
   while (true) {

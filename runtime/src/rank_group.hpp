@@ -26,6 +26,9 @@ struct GroupLoss {
 struct GroupOptions {
   // Ranks when the configuration and the launcher leave it open (transport local only).
   std::int32_t default_ranks = 1;
+  // Whether each process that a launcher started may do all of it by itself (transport local only): nothing is trained or
+  // measured.
+  bool alone = false;
   // Called after the group stands and agrees, once a rank.
   std::function<void(Runtime& runtime, const LoadedConfig& config)> body;
   // Called instead of body by the group that the survivors of a loss form, where train.on_failure = "shrink" and the

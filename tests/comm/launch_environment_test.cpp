@@ -53,6 +53,27 @@ std::string secret_file(const Folder& folder, mode_t mode, const std::string& te
   return path;
 }
 
+TEST(LaunchEnvironment, WhoStartedThisProcess) {
+  const auto launched = [](const std::map<std::string, std::string>& variables) {
+    return launched_as([&](const char* name) -> std::optional<std::string> {
+      const auto found = variables.find(name);
+      return found == variables.end() ? std::nullopt : std::optional(found->second);
+    });
+  };
+  EXPECT_FALSE(launched({}).has_value());
+  EXPECT_FALSE(launched({{"RANK", "1"}, {"WORLD_SIZE", "2"}}).has_value());
+  // Neither address nor secret is asked for.
+  const auto alone = launched({{"SLUICE_LAUNCH_RANK", "2"}, {"SLUICE_LAUNCH_SIZE", "4"}});
+  ASSERT_TRUE(alone.has_value());
+  EXPECT_EQ(alone->launcher, "sluice launch");
+  EXPECT_EQ(alone->rank, 2);
+  EXPECT_EQ(alone->num_ranks, 4);
+  const auto far = launched({{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "2"}});
+  ASSERT_TRUE(far.has_value());
+  EXPECT_EQ(far->launcher, "mpirun");
+  EXPECT_EQ(far->num_ranks, 2);
+}
+
 TEST(LaunchEnvironment, SluiceLaunch) {
   const LaunchInfo info = detect({{"SLUICE_LAUNCH_RANK", "2"},
                                   {"SLUICE_LAUNCH_SIZE", "4"},

@@ -324,8 +324,81 @@ class Program(unittest.TestCase):
         self.refused(["--help"], "trane", code=2)
         self.refused(["--help"], "bench", "--nodes", "3", code=2)
         self.refused(["--trace"], "plan", code=2)
+        self.refused(["trane", "train"], "trane", code=2)
+        self.refused(["nonsense", "simulate"], "nonsense", code=2)
+        # A text that is empty, as from a variable that is not set, is no default.
+        for command in (["config", "--check", ""], ["config", "--config", ""], ["train", "--text", ""], ["bench", "--replay", ""],
+                        ["bench", "--device", ""], ["plan", "--trace", ""]):
+            self.refused([command[1], "is empty"], *command, code=2)
+        self.refused(["is a section", "keys of train", "steps"], "config", "--set", "train=1")
         self.refused(["--here"], "launch", "-n", "2", "--here", "0-5", "--", "true")
         self.refused(["--secret-file"], "launch", "-n", "2", "--here", "0-0", "--", "true")
+
+    def test_contradictory_options(self):
+        train = ["train", "--text", self.file("t.txt", "the gate opens. " * 500), "--set", "train.steps=1"]
+        self.refused(["--text", "train.text"], *train, "--set", "train.text=x")
+        self.refused(["--device", "runtime.device=cuda"], *train, "--device", "cpu", "--set", "runtime.device=cuda")
+        self.refused(["--replay", "bench.replay"], "bench", "--replay", "a", "--set", "bench.replay=b")
+        self.refused(["--check", "--resume"], *train, "--check", "--resume")
+        self.refused(["--resume-step"], *train, "--resume", "--resume-step", "3")
+        self.refused(["--record-steps", "--record"], *train, "--record-steps", "3")
+        self.refused(["--record", "a.trace", "twice"], *train, "--record", "a.trace", "--record", "a.trace=b")
+        trace = self.file("a.trace", TRACE)
+        place = ["place", "--stats", trace, "--nodes", "2", "--ranks-per-node", "1"]
+        self.refused(["--eval-assign", "--eval"], *place, "--eval-assign", "mixed", code=2)
+        self.refused(["--nodes"], *place[:3], "--nodes", "-2", "--ranks-per-node", "-2", code=2)
+
+    def test_what_cannot_be_written_is_said_before_the_work(self):
+        text = self.file("t.txt", "the gate opens. " * 500)
+        nowhere = os.path.join(self.dir.name, "no", "such")
+        endless = ["train", "--text", text, "--set", "train.steps=1000000", "--set", "runtime.log_level=error"]
+        self.refused([nowhere, "cannot be written"], *endless, "--record", f"{nowhere}={text}")
+        self.refused([nowhere, "cannot be written"], *endless, "--set", f"runtime.timeline={nowhere}")
+        self.refused(["train.checkpoint_dir /proc/none", "cannot be made"], *endless, "--set", "train.checkpoint_dir=/proc/none")
+        endless = [*BENCH[:1], *BENCH[3:], "--set", "bench.iterations=1000000", "--set", "runtime.log_level=error"]
+        self.refused([nowhere, "cannot be written"], *endless, "--set", f"runtime.timeline={nowhere}")
+
+    def test_machine_of_place(self):
+        """What a user says of the machine goes before the default one, and nothing is called twice that was said once."""
+        trace = self.file("a.trace", "sluice-trace 2 layers 1 experts 16\n0 0 1:0.5 9:0.5\n0 1 3:1\nend 2\n")
+        place = ["place", "--json", "--stats", trace, "--nodes", "2", "--ranks-per-node", "1", "--policy",
+                 "contiguous"]
+        default = self.document(*place)["costs"]
+        narrow = self.document(*place, "--set", "model.hidden=512")["costs"]
+        self.assertAlmostEqual(default["row_across_us"] / narrow["row_across_us"], 4)
+        done = run(*place, env={"SLUICE_MODEL_HIDDEN": "512"})
+        self.assertEqual(json.loads(done.stdout)["costs"], narrow)
+
+    def test_sizes_beyond_the_machine(self):
+        source = self.file("far.trace", "sluice-trace 2 layers 1 experts 16\n0 65535 1:1\nend 1\n")
+        self.refused(["65536 ranks", "1024"], "plan", "--trace", source)
+        text = self.file("t.txt", "the gate opens. " * 500)
+        done = subprocess.run(["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", PROGRAM, "train", "--text", text, "--set",
+                               "runtime.log_level=error", "--set", "model.hidden=65536", "--set", "model.ffn=262144"],
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr, "^sluice error .*out of memory: .*smaller")
+        self.assertNotIn("please report", done.stderr)
+
+    def test_a_sequential_schedule_has_one_chunk(self):
+        # schedule.num_chunks says nothing of it, however few tokens there are.
+        text = self.file("t.txt", "the gate opens. " * 500)
+        few = ["train", "--json", "--text", text, "--set", "train.steps=2", "--set", "train.tokens_per_step=3", "--set",
+               "topology.ranks=2", "--set", "schedule.num_chunks=64", "--set", "runtime.log_level=error"]
+        self.assertEqual(len(self.document(*few)["losses"]), 2)
+
+    def test_names_that_json_must_escape(self):
+        name = os.fsencode(os.path.join(self.dir.name, 'a"b\\')) + b"\xff.toml"
+        with open(name, "wb") as file:
+            file.write(b"[train]\nsteps = 3\n")
+        done = subprocess.run([PROGRAM, "config", "--json", "--check", name], capture_output=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(json.loads(done.stdout)["valid"])
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(TRACE)
+        done = subprocess.run([PROGRAM, "plan", "--json", "--trace", name], capture_output=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(done.stdout)["tokens"], 3)
 
     def test_full_disk(self):
         if not os.path.exists("/dev/full"):

@@ -72,6 +72,33 @@ class Processes(unittest.TestCase):
                 self.assert_same(json.loads(ended[0][0]), threads)
                 self.assertEqual([out for out, _, _ in ended[1:]], [""] * 3)
 
+    def test_processes_that_are_no_group_are_refused(self):
+        """Each would do the whole job by itself and print a report of its own."""
+        for words, sets in ((["comm.transport local", "2 processes", "comm.transport=shm"], []),
+                            (["topology.ranks is 3", "2 processes"], [f"comm.transport={TRANSPORTS[0]}", "topology.ranks=3"])):
+            done = run([PROGRAM, "launch", "-n", "2", "--", PROGRAM, "train", *SMALL, *[w for s in sets for w in ("--set", s)]])
+            self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
+            for word in words:
+                self.assertIn(word, done.stderr)
+        done = run([PROGRAM, "launch", "-n", "2", "--", PROGRAM, "bench", "--set", "comm.transport=mpi"])
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)  # also where MPI is not installed
+        # One process is a group of its own, and a plan is made by threads wherever it is asked for.
+        self.report([PROGRAM, "launch", "-n", "1", "--", PROGRAM, "train", *SMALL, "--json"])
+        trace = os.path.join(SOURCE, "examples", "routing.trace")
+        self.assertEqual(run([PROGRAM, "launch", "-n", "2", "--", PROGRAM, "plan", "--trace", trace]).returncode, 0)
+
+    def test_agreed_keys_are_those_of_rank_0(self):
+        """Of bench as of train, and whatever a text has in it."""
+        script = f'SLUICE_SCHEDULE_NUM_CHUNKS=$((SLUICE_LAUNCH_RANK + 2)) exec "{PROGRAM}" "$@"'
+        many = ["--set", f"comm.transport={TRANSPORTS[0]}", "--set", "schedule.policy=pipelined", "--set",
+                "machine.source=a data sheet\nof two lines \\n", "--json"]
+        bench = ["bench", "--set", "bench.iterations=1", "--set", "bench.warmup=0", "--set", "bench.tokens_per_rank=64", "--set",
+                 "model.hidden=32", "--set", "model.ffn=32"]
+        report = self.report([PROGRAM, "launch", "-n", "2", "--", "bash", "-c", script, "bash", *bench, *many])
+        self.assertEqual((report["ranks"], report["schedule"]["num_chunks"]), (2, 2))
+        report = self.report([PROGRAM, "launch", "-n", "2", "--", "bash", "-c", script, "bash", "train", *SMALL, *many])
+        self.assertEqual(len(report["losses"]), 6)
+
     def test_address_and_secret_file(self):
         threads = self.report([PROGRAM, "train", *CONFIG, *SMALL, "--json"])
         with tempfile.TemporaryDirectory() as folder:

@@ -494,7 +494,7 @@ std::string LayerBenchReport::to_json() const {
                     {"y_bits", hash_text(on_gpus->y_bits)},
                     {"dx_bits", hash_text(on_gpus->dx_bits)}};
   }
-  return out.dump(2);
+  return out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 std::string LayerBenchReport::to_text() const {

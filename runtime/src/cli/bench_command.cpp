@@ -3,6 +3,7 @@
 #include "sluice/runtime/src/bench/gpu_bench.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
 #include "sluice/runtime/src/rank_group.hpp"
+#include "sluice/runtime/src/tune/profile.hpp"
 
 namespace sluice::cli {
 namespace {
@@ -34,22 +35,25 @@ void add_bench(CLI::App& app, Run& run) {
   CLI::App* command =
       app.add_subcommand("bench", "measure one MoE layer, forward and backward, beside its floors");
   add_config_options(*command, o->config);
-  command->add_option("--replay", o->replay, "recorded routing in place of drawn one (bench.replay)");
+  command->add_option("--replay", o->replay, "recorded routing in place of drawn one (bench.replay)")
+      ->check(not_empty);
   add_device_option(*command, o->config);
   command->add_flag("--sweep", o->sweep, "measure every schedule, in turns");
   command->add_flag("--json", o->json, "print as JSON");
   command->callback([o, &run] {
     run = [o] {
-      std::vector<LoadedConfig> configs;
-      configs.push_back(o->config.load());
-      if (!o->replay.empty())
-        configs.front().set("bench.replay", o->replay, {ConfigSource::Kind::kCommandLine, "--replay"});
-      if (o->sweep) configs = sweep(configs.front());
+      LoadedConfig config = o->config.load();
+      if (!o->replay.empty()) set_by_option(config, "bench.replay", o->replay, "--replay");
       std::string json, text;
       GroupOptions group;
       // A GPU is used by one rank unless more are asked for.
-      group.default_ranks = configs.front().config.runtime.device == Config::Runtime::Device::kCuda ? 1 : 2;
-      group.body = [&](Runtime& runtime, const LoadedConfig&) {
+      group.default_ranks = config.config.runtime.device == Config::Runtime::Device::kCuda ? 1 : 2;
+      group.body = [&](Runtime& runtime, const LoadedConfig& agreed) {
+        const std::string& timeline = agreed.config.runtime.timeline;
+        // Before the work, of which nothing would be left.
+        if (prints_results(runtime) && !timeline.empty()) require_writable(timeline);
+        const std::vector<LoadedConfig> configs =
+            o->sweep ? sweep(agreed) : std::vector<LoadedConfig>{agreed};
         const std::string why_host = why_host_rows(runtime, configs);
         std::vector<LayerBenchReport> reports;
         if (why_host.empty()) {
@@ -66,7 +70,7 @@ void add_bench(CLI::App& app, Run& run) {
         }
         print_document(!o->json ? text : o->sweep ? "{\"runs\": [" + json + "]}" : json);
       };
-      run_group(configs.front(), group);
+      run_group(config, group);
       return 0;
     };
   });

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "sluice/base/config.hpp"
@@ -24,6 +26,11 @@ struct ConfigOptions {
 };
 void add_config_options(CLI::App& app, ConfigOptions& options);
 void add_device_option(CLI::App& app, ConfigOptions& options);
+// What an option says of a key. Throws kInvalidArgument where --set says it as well.
+void set_by_option(LoadedConfig& config, std::string_view key, const std::string& value,
+                   std::string_view option);
+// For CLI::Option::check of texts: an empty one, from a variable that is not set, is no default.
+std::string not_empty(const std::string& text);
 
 // A command that was chosen runs after parsing, so that its errors are reported in one way.
 using Run = std::function<int()>;
@@ -37,6 +44,8 @@ void add_simulate(CLI::App& app, Run& run);
 void add_tune(CLI::App& app, Run& run);
 void add_launch(CLI::App& app, Run& run);
 
+// A document, indented. Names of files need not be UTF-8; JSON is: what is not is replaced.
+std::string json_text(const nlohmann::json& document);
 // Writes a document to standard output. Throws kIo if that fails (a full disk, a closed pipe).
 void print_document(const std::string& text);
 // The same to a file, which it replaces. Throws kIo naming it.

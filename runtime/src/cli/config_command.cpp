@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include "sluice/runtime/src/cli/commands.hpp"
 
@@ -14,7 +15,8 @@ void add_config(CLI::App& app, Run& run) {
   CLI::App* command =
       app.add_subcommand("config", "print the effective configuration with its sources, or document it");
   add_config_options(*command, o->config);
-  auto* check = command->add_option("--check", o->check, "check a file and say nothing else");
+  auto* check =
+      command->add_option("--check", o->check, "check a file and say nothing else")->check(not_empty);
   auto* doc = command->add_flag("--doc", o->doc, "print the documentation of all keys (docs/config.md)");
   auto* schema = command->add_flag("--schema", o->schema, "print the JSON schema of the file");
   check->excludes(doc)->excludes(schema);
@@ -32,8 +34,7 @@ void add_config(CLI::App& app, Run& run) {
                 "--check names the file; leave --config away");
         options.file = o->check;
         (void)options.load();
-        print_document(o->json ? str("{\"file\": \"", o->check, "\", \"valid\": true}")
-                               : str(o->check, ": valid"));
+        print_document(o->json ? json_text({{"file", o->check}, {"valid", true}}) : str(o->check, ": valid"));
       } else {
         const LoadedConfig loaded = o->config.load();
         print_document(o->json ? effective_json(loaded) : effective_text(loaded));

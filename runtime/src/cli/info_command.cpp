@@ -153,7 +153,7 @@ void add_info(CLI::App& app, Run& run) {
       for (std::int32_t n = 0; n < topology.num_nodes(); ++n)
         out["topology"]["nodes"].push_back(topology.ranks_of(NodeId(n)));
       if (o->json) {
-        print_document(out.dump(2));
+        print_document(json_text(out));
         return 0;
       }
       TextTable table({"what", "is"});

@@ -296,12 +296,17 @@ void add_launch(CLI::App& app, Run& run) {
       ->check(CLI::Range(1, 65536));
   CLI::Option* mpi = command->add_flag("--mpi", o->mpi, "through mpirun");
   const auto ours = [&](CLI::Option* option) { option->excludes(mpi); };
-  ours(command->add_option("--here", o->here, "FIRST-LAST: the ranks to start on this host (default: all)"));
-  ours(command->add_option(
-      "--rendezvous", o->rendezvous,
-      "HOST:PORT where the ranks meet, served by the launcher of rank 0 (default: loopback)"));
-  ours(command->add_option("--secret-file", o->secret_file,
-                           "file of mode 0600 with the job's secret (default: one is made for this job)"));
+  ours(command->add_option("--here", o->here, "FIRST-LAST: the ranks to start on this host (default: all)")
+           ->check(not_empty));
+  ours(
+      command
+          ->add_option("--rendezvous", o->rendezvous,
+                       "HOST:PORT where the ranks meet, served by the launcher of rank 0 (default: loopback)")
+          ->check(not_empty));
+  ours(command
+           ->add_option("--secret-file", o->secret_file,
+                        "file of mode 0600 with the job's secret (default: one is made for this job)")
+           ->check(not_empty));
   ours(command->add_flag("--keep-going", o->keep_going,
                          "after a rank is lost let the others go on (train.on_failure = \"shrink\")"));
   ours(command->add_option("--grace", o->grace_s, "seconds for the others to report after a rank has failed")

@@ -5,7 +5,10 @@
 #include <cstring>
 #include <fstream>
 #include <iostream>
+#include <new>
+#include <nlohmann/json.hpp>
 
+#include "sluice/base/config_schema.hpp"
 #include "sluice/base/log.hpp"
 #include "sluice/runtime/src/cli/commands.hpp"
 
@@ -14,21 +17,40 @@ namespace sluice::cli {
 LoadedConfig ConfigOptions::load() const {
   std::vector<std::string> all = sets;
   if (!device.empty()) {  // over --set, and before the configuration is checked
-    std::erase_if(all, [](const std::string& set) { return set.starts_with("runtime.device="); });
+    for (const std::string& set : sets)
+      Require(!set.starts_with("runtime.device="), ErrorCode::kInvalidArgument, "--device ", device,
+              " and --set ", set, " both say runtime.device; give one of them");
     all.push_back("runtime.device=" + device);
   }
   return load_config(file.empty() ? std::nullopt : std::optional<std::filesystem::path>(file), all);
 }
 
 void add_config_options(CLI::App& app, ConfigOptions& options) {
-  app.add_option("--config", options.file, "configuration file (TOML); docs/config.md lists the keys");
+  app.add_option("--config", options.file, "configuration file (TOML); docs/config.md lists the keys")
+      ->check(not_empty);
   app.add_option("--set", options.sets,
                  "section.key=value, over the file and the environment; may be repeated")
       ->allow_extra_args(false);
 }
 
 void add_device_option(CLI::App& app, ConfigOptions& options) {
-  app.add_option("--device", options.device, "where experts are computed (runtime.device): cpu or cuda");
+  app.add_option("--device", options.device, "where experts are computed (runtime.device): cpu or cuda")
+      ->check(not_empty);
+}
+
+void set_by_option(LoadedConfig& config, std::string_view key, const std::string& value,
+                   std::string_view option) {
+  Require(config.source(key).text != "--set", ErrorCode::kInvalidArgument, option, " ", value, " and --set ",
+          key, "=... both say ", key, "; give one of them");
+  config.set(key, value, {ConfigSource::Kind::kCommandLine, std::string(option)});
+}
+
+std::string not_empty(const std::string& text) {
+  return text.empty() ? "is empty; give a value, or leave the option away" : "";
+}
+
+std::string json_text(const nlohmann::json& document) {
+  return document.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 void print_document(const std::string& text) {
@@ -46,6 +68,24 @@ void write_document(const std::string& path, const std::string& text) {
   Require(static_cast<bool>(out), ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
 }
 
+namespace {
+
+// What is wrong with the command line, of which the parser says `what`.
+std::string wrong_command_line(const CLI::App& app, int argc, char** argv, const char* what) {
+  const std::string first = argc > 1 ? argv[1] : "";
+  if (first.empty() || first[0] == '-' || !app.get_subcommands().empty()) return what;
+  std::vector<std::string_view> names;
+  std::string all;
+  for (const CLI::App* command : app.get_subcommands({})) {
+    names.push_back(command->get_name());
+    all += str(all.empty() ? "" : ", ", command->get_name());
+  }
+  const std::string_view meant = config_schema::did_you_mean(first, names);
+  return str("there is no command ", config_schema::quoted(first),
+             meant.empty() ? str("; there are ", all) : str("; did you mean ", meant, "?"));
+}
+
+}  // namespace
 }  // namespace sluice::cli
 
 int main(int argc, char** argv) {
@@ -70,7 +110,8 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForVersion& e) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    std::fprintf(stderr, "sluice: %s; see sluice --help\n", e.what());
+    std::fprintf(stderr, "sluice: %s; see sluice --help\n",
+                 cli::wrong_command_line(app, argc, argv, e.what()).c_str());
     return 2;
   }
   try {
@@ -79,8 +120,13 @@ int main(int argc, char** argv) {
     // A launched rank has said it already, with its number.
     if (log_counts().errors == 0) log_error(e.what());
     log_debug("raised at ", e.where());
+  } catch (const std::bad_alloc&) {
+    log_error(to_string(ErrorCode::kOutOfMemory),
+              ": this machine cannot give the memory that the sizes of the configuration need; make the "
+              "model or the batch "
+              "smaller, or run fewer ranks");
   } catch (const std::exception& e) {
-    log_error("internal error (please report): ", e.what());
+    log_error(to_string(ErrorCode::kInternal), ": ", e.what());
   }
   return 1;
 }

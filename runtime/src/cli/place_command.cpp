@@ -20,20 +20,21 @@ struct PlaceOptions {
   std::int32_t nodes = 0, ranks_per_node = 0, groups = 0, everywhere = 0;
   std::string slots, policy = "all", assign = "auto", eval_assign = "auto", out, svg;
   std::int64_t moves = PlacementProblem().moves, tokens_per_rank = StepCosts().tokens_per_rank;
-  std::uint64_t seed = 1;
+  std::int64_t seed = 1;
   bool json = false;
 };
 
 // The machine that step times are predicted for when no configuration says: experts of OLMoE's size on the machine of
 // configs/h100-infiniband.toml.
-const std::vector<std::string> kDefaultMachine = {"model.hidden=2048",
-                                                  "model.ffn=1024",
-                                                  "model.dtype=bf16",
-                                                  "topology.in_node_bytes_per_s=450e9",
-                                                  "topology.across_nodes_bytes_per_s=50e9",
-                                                  "machine.name=H100, NVLink, a 400 Gb/s port a GPU",
-                                                  "machine.gemm_flops_per_s=640e12",
-                                                  "machine.memory_bytes_per_s=2.8e12"};
+constexpr std::pair<std::string_view, std::string_view> kDefaultMachine[] = {
+    {"model.hidden", "2048"},
+    {"model.ffn", "1024"},
+    {"model.dtype", "bf16"},
+    {"topology.in_node_bytes_per_s", "450e9"},
+    {"topology.across_nodes_bytes_per_s", "50e9"},
+    {"machine.name", "H100, NVLink, a 400 Gb/s port a GPU"},
+    {"machine.gemm_flops_per_s", "640e12"},
+    {"machine.memory_bytes_per_s", "2.8e12"}};
 
 std::vector<std::int32_t> parse_slots(const std::string& text, std::int32_t num_ranks, std::int32_t num_ffn) {
   std::vector<std::int32_t> out;
@@ -79,16 +80,18 @@ SourceAssignment assignment_of(const std::string& word, std::span<const RoutingS
 }
 
 int run_place(const PlaceOptions& o) {
-  std::vector<std::string> sets = o.config.sets;
-  if (o.config.file.empty()) sets.insert(sets.begin(), kDefaultMachine.begin(), kDefaultMachine.end());
-  const LoadedConfig loaded = load_config(
-      o.config.file.empty() ? std::nullopt : std::optional<std::filesystem::path>(o.config.file), sets);
+  LoadedConfig loaded = o.config.load();
+  if (o.config.file.empty()) {
+    for (const auto& [key, value] : kDefaultMachine)
+      if (loaded.source(key).kind == ConfigSource::Kind::kDefault)
+        loaded.set(key, value, {ConfigSource::Kind::kDefault, "default of sluice place"});
+    validate(loaded);
+  }
   const Config& config = loaded.config;
   set_log_level(config.runtime.log_level);
   const std::int64_t ranks = std::int64_t{o.nodes} * o.ranks_per_node;
-  Require(o.nodes >= 1 && o.ranks_per_node >= 1 && ranks <= 4096, ErrorCode::kInvalidArgument, "--nodes ",
-          o.nodes, " with --ranks-per-node ", o.ranks_per_node, " make ", ranks,
-          " ranks; it must be 1..4096");
+  Require(ranks <= 4096, ErrorCode::kInvalidArgument, "--nodes ", o.nodes, " with --ranks-per-node ",
+          o.ranks_per_node, " make ", ranks, " ranks; it must be 1..4096");
   const auto num_ranks = static_cast<std::int32_t>(ranks);
   for (const std::string& file : {o.out, o.svg})
     if (!file.empty()) require_writable(file);
@@ -111,7 +114,7 @@ int run_place(const PlaceOptions& o) {
   problem.assignment = assignment_of(o.assign, domains, num_ranks);
   problem.eplb_groups = o.groups;
   problem.moves = o.moves;
-  problem.seed = o.seed;
+  problem.seed = static_cast<std::uint64_t>(o.seed);
   std::int64_t num_slots = 0;
   for (const std::int32_t n : problem.slots_per_rank) num_slots += n;
   double routes = 0;
@@ -172,29 +175,41 @@ void add_place(CLI::App& app, Run& run) {
   command
       ->add_option("--stats", o->stats,
                    "statistics, trace or routes to plan from; several are several domains")
-      ->required();
-  command->add_option("--eval", o->eval, "other statistics, traces or routes to judge the placements by");
-  command->add_option("--nodes", o->nodes, "nodes")->required();
-  command->add_option("--ranks-per-node", o->ranks_per_node, "ranks of a node")->required();
-  command->add_option("--slots-per-rank", o->slots,
-                      "experts that a rank can hold, one number or one a rank; default: room for each once");
-  command->add_option("--policy", o->policy, "a planner, or all");
+      ->required()
+      ->check(not_empty);
+  CLI::Option* eval =
+      command->add_option("--eval", o->eval, "other statistics, traces or routes to judge the placements by")
+          ->check(not_empty);
+  command->add_option("--nodes", o->nodes, "nodes")->required()->check(CLI::Range(1, 4096));
+  command->add_option("--ranks-per-node", o->ranks_per_node, "ranks of a node")
+      ->required()
+      ->check(CLI::Range(1, 4096));
+  command
+      ->add_option("--slots-per-rank", o->slots,
+                   "experts that a rank can hold, one number or one a rank; default: room for each once")
+      ->check(not_empty);
+  command->add_option("--policy", o->policy, "a planner, or all")->check(not_empty);
   command
       ->add_option("--assign", o->assign,
                    "home ranks of tokens: recorded, mixed, skewed, or auto: recorded if known")
       ->check(CLI::IsMember({"auto", "recorded", "mixed", "skewed"}));
   command->add_option("--eval-assign", o->eval_assign, "likewise, of --eval")
-      ->check(CLI::IsMember({"auto", "recorded", "mixed", "skewed"}));
+      ->check(CLI::IsMember({"auto", "recorded", "mixed", "skewed"}))
+      ->needs(eval);
   command->add_option("--everywhere", o->everywhere,
                       "the last so many experts live on every rank and have no slots");
-  command->add_option("--groups", o->groups, "groups of experts of eplb_hierarchical; 0: 8, or one a node");
+  command->add_option("--groups", o->groups, "groups of experts of eplb_hierarchical; 0: 8, or one a node")
+      ->check(CLI::Range(0, 65536));
   command->add_option("--moves", o->moves, "placements that planner sluice may compare, over all layers")
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 40));
-  command->add_option("--seed", o->seed, "of the search");
+  command->add_option("--seed", o->seed, "of the search")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 53));
   command->add_option("--tokens-per-rank", o->tokens_per_rank, "tokens of a step")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
-  command->add_option("--out", o->out, "write the placement (of planner sluice with all) for placement.file");
-  command->add_option("--svg", o->svg, "draw load and crossings, contiguous beside that placement");
+  command->add_option("--out", o->out, "write the placement (of planner sluice with all) for placement.file")
+      ->check(not_empty);
+  command->add_option("--svg", o->svg, "draw load and crossings, contiguous beside that placement")
+      ->check(not_empty);
   command->add_flag("--json", o->json, "print as JSON");
   command->callback([o, &run] { run = [o] { return run_place(*o); }; });
 }

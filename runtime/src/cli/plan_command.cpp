@@ -33,6 +33,7 @@ std::vector<std::shared_ptr<Plan>> plan_layer(const LoadedConfig& config, const 
   std::vector<std::shared_ptr<Plan>> plans(sources.size());
   const Placement placement = placement_of(local.config, num_ranks, layer);
   GroupOptions group;
+  group.alone = true;
   group.default_ranks = num_ranks;
   group.body = [&](Runtime& runtime, const LoadedConfig&) {
     auto plan = std::make_shared<Plan>();
@@ -58,7 +59,7 @@ void add_plan(CLI::App& app, Run& run) {
   CLI::App* command =
       app.add_subcommand("plan", "build and explain the plan and the schedule of a recorded routing");
   add_config_options(*command, o->config);
-  command->add_option("--trace", o->trace, "recorded routing (docs/trace.md)")->required();
+  command->add_option("--trace", o->trace, "recorded routing (docs/trace.md)")->required()->check(not_empty);
   command->add_option("--layer", o->layer, "layer of the trace");
   command->add_flag("--explain", o->explain, "print every rank's plan and the schedule's ops");
   command->add_flag("--json", o->json, "print as JSON");
@@ -115,7 +116,7 @@ void add_plan(CLI::App& app, Run& run) {
           out["ranks"].push_back(std::move(rank));
           if (o->explain) out["templates"].push_back(nlohmann::json::parse(templates[r].to_json()));
         }
-        print_document(out.dump(2));
+        print_document(json_text(out));
         return 0;
       }
       std::string text =

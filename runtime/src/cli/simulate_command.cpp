@@ -105,7 +105,8 @@ int run_simulate(const SimulateOptions& o) {
   if (!o.chunks.empty()) {
     space.chunks = o.chunks;
     for (const std::int32_t c : o.chunks) {
-      Require(c >= 1, ErrorCode::kInvalidArgument, "--chunks has ", c, "; must be at least 1");
+      Require(c >= 1 && c <= 256, ErrorCode::kInvalidArgument, "--chunks has ", c,
+              "; must be 1..256, as schedule.num_chunks");
       Require(c <= std::max<std::int64_t>(1, config.bench.tokens_per_rank), ErrorCode::kInvalidArgument,
               "--chunks has ", c, ", but a rank has ", config.bench.tokens_per_rank,
               " tokens (bench.tokens_per_rank); chunks would be empty");
@@ -180,7 +181,7 @@ int run_simulate(const SimulateOptions& o) {
       out["runs"].push_back(std::move(run));
     }
     out["best"] = best - entries.begin();
-    print_document(out.dump(2));
+    print_document(json_text(out));
     return 0;
   }
   std::string text = str("one MoE layer on ", ranks, " ranks, ", machine, ", ", config.bench.tokens_per_rank,

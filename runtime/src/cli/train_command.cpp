@@ -17,14 +17,18 @@ void add_train(CLI::App& app, Run& run) {
     std::int64_t resume_step = 0;
     std::vector<std::string> record;
     std::int64_t record_steps = train::TrainOptions().record_steps;
+    CLI::Option* record_steps_option = nullptr;
+    bool has_record_steps() const { return record_steps_option->count() > 0; }
   };
   auto o = std::make_shared<Options>();
   CLI::App* command =
       app.add_subcommand("train", "train a byte-level MoE language model over ranks, on real text");
   add_config_options(*command, o->config);
   add_device_option(*command, o->config);
-  command->add_option("--text", o->text,
-                      "file or directory to learn (train.text); default: the program's own sources");
+  command
+      ->add_option("--text", o->text,
+                   "file or directory to learn (train.text); default: the program's own sources")
+      ->check(not_empty);
   command->add_flag("--check", o->check,
                     "compare a few steps with a dense single-rank reference instead of training");
   command->add_flag("--resume", o->resume, "go on from the newest checkpoint in train.checkpoint_dir");
@@ -36,26 +40,42 @@ void add_train(CLI::App& app, Run& run) {
           "FILE: record the routing of the last steps; FILE=TEXT: of this text, once trained; statistics "
           "where FILE ends in .json, else a trace; may be repeated")
       ->allow_extra_args(false);
-  command
-      ->add_option("--record-steps", o->record_steps, "steps or batches to record; 0: every step of training")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 40));
+  o->record_steps_option = command
+                               ->add_option("--record-steps", o->record_steps,
+                                            "steps or batches to record; 0: every step of training")
+                               ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 40));
   command->add_flag("--json", o->json, "print the report as JSON");
   command->callback([o, &run] {
     run = [o] {
       LoadedConfig config = o->config.load();
-      if (!o->text.empty()) config.set("train.text", o->text, {ConfigSource::Kind::kCommandLine, "--text"});
+      if (!o->text.empty()) set_by_option(config, "train.text", o->text, "--text");
       train::TrainOptions recording;
       recording.record_steps = o->record_steps;
       for (const std::string& request : o->record)
         recording.record.push_back(train::parse_record_request(request));
       Require(recording.record.empty() || !o->check, ErrorCode::kInvalidArgument,
               "--record records training, which --check does not do; leave one of them out");
+      Require(!o->check || (!o->resume && o->resume_step == 0), ErrorCode::kInvalidArgument,
+              "--check compares the first steps of a new training; leave --resume and --resume-step away");
+      Require(
+          !o->resume || o->resume_step == 0, ErrorCode::kInvalidArgument,
+          "--resume goes on from the newest checkpoint, --resume-step from that of a step; give one of them");
+      Require(!recording.record.empty() || !o->has_record_steps(), ErrorCode::kInvalidArgument,
+              "--record-steps says how much --record records; name a file with --record");
+      for (std::size_t i = 0; i < recording.record.size(); ++i)
+        for (std::size_t j = 0; j < i; ++j)
+          Require(recording.record[i].file != recording.record[j].file, ErrorCode::kInvalidArgument,
+                  "--record names ", recording.record[i].file, " twice; each needs a file of its own");
       GroupOptions group;
       group.default_ranks = 4;
       const auto work = [&](Runtime& runtime, const LoadedConfig& agreed, std::span<const GroupLoss> losses) {
         const std::string& file = agreed.config.train.report;
         // Before the work, of which nothing would be left.
-        if (prints_results(runtime) && !file.empty()) require_writable(file);
+        std::vector<std::string> written = {file, agreed.config.runtime.timeline};
+        for (const train::RecordRequest& request : recording.record) written.push_back(request.file);
+        if (prints_results(runtime))
+          for (const std::string& path : written)
+            if (!path.empty()) require_writable(path);
         const train::Text text = train::load_text(runtime, agreed.config);
         if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
         if (o->check) {

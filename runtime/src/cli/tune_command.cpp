@@ -189,7 +189,7 @@ int run_tune(const TuneOptions& o) {
       out["predicted_gain"] = sequential->predicted_us() / best.predicted_us();
       out["measured_gain"] = sequential->measured_us() / best.measured_us();
       out["search"] = nlohmann::json::parse(choice->to_json());
-      print_document(out.dump(2));
+      print_document(json_text(out));
       return;
     }
     print_document(str(choice->explain(), "\n", table.to_string(), "gain over sequential: predicted ",

@@ -1,8 +1,10 @@
 #include "sluice/runtime/src/trace/routing_trace.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <filesystem>
 #include <fstream>
@@ -55,7 +57,8 @@ class Line {
   float weight() {
     float value = 0;
     const auto [end, ec] = std::from_chars(text_.data() + at_, text_.data() + text_.size(), value);
-    if (ec != std::errc{} || !std::isfinite(value)) fail("a weight must be a finite number");
+    if (ec != std::errc{} || !std::isfinite(value))
+      fail("a weight must be a finite decimal number that fits a 32-bit float");
     at_ = static_cast<std::size_t>(end - text_.data());
     end_of_word("weight");
     return value;
@@ -147,7 +150,8 @@ std::ifstream open_trace(const std::string& file) {
   Require(!std::filesystem::is_directory(file, ignored), ErrorCode::kInvalidArgument, file,
           " is a folder; a file of routing is wanted");
   std::ifstream in(file, std::ios::binary);
-  Require(in.is_open(), ErrorCode::kNotFound, "cannot open ", file);
+  Require(in.is_open(), errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo, file,
+          ": cannot be opened: ", std::strerror(errno));
   return in;
 }
 

@@ -194,6 +194,14 @@ void CheckpointStore::require_fresh() const {
               " already holds ", steps.size(), " checkpoint(s), the newest of step ",
               steps.empty() ? 0 : steps.back(),
               "; add --resume to go on from it, or name another folder for a new job");
+      // Before the work, of which nothing would be left.
+      std::error_code ec;
+      fs::create_directories(folder_, ec);
+      Require(!ec, ErrorCode::kIo, "train.checkpoint_dir ", folder_.string(),
+              ": cannot be made: ", ec.message());
+      const bool writable = ::access(folder_.c_str(), W_OK | X_OK) == 0;
+      Require(writable, ErrorCode::kIo, "train.checkpoint_dir ", folder_.string(),
+              ": cannot be written: ", std::strerror(errno));
     });
   agree_on_success(runtime_, status, kPhase);
 }

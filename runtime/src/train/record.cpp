@@ -1,5 +1,7 @@
 #include "sluice/runtime/src/train/record.hpp"
 
+#include <cerrno>
+#include <cstring>
 #include <numeric>
 
 #include "sluice/runtime/src/gather.hpp"
@@ -22,7 +24,7 @@ RoutingRecorder::RoutingRecorder(Runtime& runtime, const Config& config, std::st
   const bool root = runtime.rank() == RankId(0);
   if (root) {
     out_.open(file_, std::ios::binary);
-    Require(out_.is_open(), ErrorCode::kIo, "cannot write ", file_);
+    Require(out_.is_open(), ErrorCode::kIo, file_, ": cannot be written: ", std::strerror(errno));
   }
   const std::int32_t num_layers = layers_ * iterations_;
   if (file_.ends_with(".json")) {

@@ -348,7 +348,10 @@ TrainReport train(Runtime& runtime, const LoadedConfig& loaded, const Text& text
   const bool root = runtime.rank() == RankId(0);
   const std::int64_t most_tokens =
       (config.train.tokens_per_step + runtime.num_ranks() - 1) / runtime.num_ranks();
-  const std::int32_t chunks = std::max(config.schedule.num_chunks, config.schedule.chain_chunks);
+  // A sequential schedule has one chunk, and auto chooses.
+  const bool cuts = config.schedule.policy != Config::Schedule::Policy::kSequential &&
+                    config.schedule.policy != Config::Schedule::Policy::kAuto;
+  const std::int32_t chunks = std::max(cuts ? config.schedule.num_chunks : 1, config.schedule.chain_chunks);
   Require(chunks <= most_tokens, ErrorCode::kInvalidConfig, "schedule has ", chunks,
           " chunks, but a rank has at most ", most_tokens, " tokens: train.tokens_per_step ",
           config.train.tokens_per_step, " over ", runtime.num_ranks(),

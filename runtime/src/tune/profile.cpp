@@ -61,7 +61,8 @@ void require_writable(const std::string& path) {
   std::error_code ec;
   Require(!std::filesystem::is_directory(path, ec), ErrorCode::kIo, path,
           ": cannot be written: it is a folder");
-  const bool writable = access(folder.c_str(), W_OK) == 0;  // before the message asks for errno
+  // Before the message asks for errno.
+  const bool writable = access(std::filesystem::exists(path, ec) ? path.c_str() : folder.c_str(), W_OK) == 0;
   Require(writable, ErrorCode::kIo, path, ": cannot be written: ", std::strerror(errno));
 }
 
