@@ -428,6 +428,55 @@ TEST(CApi, PlacementsAndLayerOptionsAreChecked) {
                sluice_placement_contiguous(0, 1, nullptr, 2, written, nullptr, nullptr, nullptr));
 }
 
+// With GPUs: examples/torch_layer.py.
+TEST(CApi, TheLayerOnGpusIsRefusedWithoutThem) {
+  auto options = runtime_options(1000);
+  options.device = 2;
+  auto topology = SLUICE_INIT(sluice_topology);
+  topology.num_ranks = 1;
+  sluice_group* group = nullptr;
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "device is 2, must be 0..1",
+               sluice_group_create_local(&topology, &options, &group));
+  options.device = SLUICE_CPU;
+  options.reserved2 = 1;
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "reserved", sluice_group_create_local(&topology, &options, &group));
+  // The options of a version before there were devices.
+  options.struct_size = offsetof(sluice_runtime_options, device);
+  ASSERT_OK(sluice_group_create_local(&topology, &options, &group));
+  sluice_runtime* runtime = nullptr;
+  ASSERT_OK(sluice_group_take_runtime(group, 0, &runtime));
+  sluice_group_destroy(group);
+  EXPECT_EQ(sluice_runtime_gpu(runtime), -1);
+  EXPECT_EQ(sluice_runtime_gpu(nullptr), -1);
+
+  const std::int32_t expert = 0, rank = 0;
+  auto placement = SLUICE_INIT(sluice_placement);
+  placement.num_experts = placement.num_slots = 1;
+  placement.slot_expert = &expert;
+  placement.slot_rank = &rank;
+  auto layer_options = SLUICE_INIT(sluice_gpu_layer_options);
+  layer_options.hidden = layer_options.ffn = 8;
+  layer_options.max_tokens = layer_options.max_routes_of_token = 1;
+  auto* layer = reinterpret_cast<sluice_gpu_layer*>(&topology);
+  EXPECT_FAILS(SLUICE_NOT_SUPPORTED,
+               "a runtime over nvlink or nccl with the device cuda; this one is over local",
+               sluice_gpu_layer_create(runtime, &placement, &layer_options, &layer));
+  EXPECT_EQ(layer, nullptr);
+  layer_options.training = 2;
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "training is 2",
+               sluice_gpu_layer_create(runtime, &placement, &layer_options, &layer));
+  layer_options.schedule = 4;
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "schedule is 4",
+               sluice_gpu_layer_create(runtime, &placement, &layer_options, &layer));
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "options is null",
+               sluice_gpu_layer_create(runtime, &placement, nullptr, &layer));
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "runtime is null",
+               sluice_gpu_layer_create(nullptr, &placement, &layer_options, &layer));
+  EXPECT_FAILS(SLUICE_INVALID_ARGUMENT, "GPU layer is null", sluice_gpu_layer_wait(nullptr, nullptr));
+  EXPECT_EQ(sluice_gpu_layer_num_local_experts(nullptr), -1);
+  sluice_gpu_layer_destroy(nullptr);
+  sluice_runtime_destroy(runtime);
+}
 TEST(CApi, RoutingsAreChecked) {
   Single s;
   sluice_plan* plan = nullptr;
