@@ -87,6 +87,14 @@ PlacementFile parse_placement(std::string_view text, std::string_view file) {
             ".experts_of_rank has ", layer.experts_of_rank.size(), " ranks, num_ranks is ", num_ranks);
     out.layers.push_back(std::move(layer));
   }
+  std::vector<bool> seen(static_cast<std::size_t>(num_ranks), false);
+  for (const auto& node : out.nodes)
+    for (const std::int32_t rank : node) {
+      Require(!seen[static_cast<std::size_t>(rank)], kBad, name, ": nodes: rank ", rank, " is there twice");
+      seen[static_cast<std::size_t>(rank)] = true;
+    }
+  for (std::size_t r = 0; r < seen.size(); ++r)
+    Require(seen[r], kBad, name, ": nodes: rank ", r, " is in none");
   return out;
 }
 

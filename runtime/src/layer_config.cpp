@@ -2,13 +2,56 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
-#include <iterator>
 
+#include "sluice/base/log.hpp"
 #include "sluice/scheduler/placement_file.hpp"
 #include "sluice/scheduler/selection/factory.hpp"
 
 namespace sluice {
+namespace {
+
+constexpr std::int64_t kMaxPlacementBytes = std::int64_t{256} << 20;
+
+PlacementFile read_placement_file(const Config& config) {
+  const std::string& path = config.placement.file;
+  std::error_code ec;
+  Require(!std::filesystem::exists(path, ec) || std::filesystem::is_regular_file(path, ec), ErrorCode::kIo,
+          "placement.file ", path, ": is no file");
+  std::ifstream in(path, std::ios::binary);
+  Require(in.is_open(), errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo, "placement.file ", path,
+          ": cannot be opened: ", std::strerror(errno));
+  const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path, ec));
+  Require(!ec && size <= kMaxPlacementBytes, ErrorCode::kInvalidConfig, "placement.file ", path,
+          ": is larger than ", kMaxPlacementBytes, " bytes; no placement is");
+  std::string text(static_cast<std::size_t>(size), '\0');
+  in.read(text.data(), size);
+  Require(in.gcount() == size, ErrorCode::kIo, "placement.file ", path, ": cannot be read");
+  PlacementFile file = parse_placement(text, path);
+  Require(file.num_experts == config.model.num_experts, ErrorCode::kInvalidConfig, path, " places ",
+          file.num_experts, " experts, model.num_experts is ", config.model.num_experts);
+  return file;
+}
+
+}  // namespace
+
+void check_placement_file(const Config& config, const Topology& topology, std::int32_t num_layers,
+                          bool warns) {
+  if (config.placement.policy != Config::Placement::Policy::kFile) return;
+  const PlacementFile file = read_placement_file(config);
+  const auto layers = static_cast<std::int32_t>(file.layers.size());
+  Require(num_layers == 0 || layers == 1 || layers == num_layers, ErrorCode::kInvalidConfig,
+          config.placement.file, " has ", layers, " layers, model.num_layers is ", num_layers,
+          "; it must have one for each layer, or one for all (a recorded chain counts each iteration as a "
+          "layer)");
+  std::vector<std::vector<std::int32_t>> nodes;
+  for (std::int32_t n = 0; n < topology.num_nodes(); ++n) nodes.push_back(topology.ranks_of(NodeId(n)));
+  if (warns && file.nodes != nodes)
+    log_warn("placement.file ", config.placement.file,
+             " was planned for other nodes than those of this job, ", topology.describe(),
+             "; it holds, but may cross nodes more than one that is planned for them");
+}
 
 Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer) {
   const auto& m = config.model;
@@ -18,19 +61,17 @@ Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_
   kinds.insert(kinds.end(), static_cast<std::size_t>(m.constant_experts), ExpertKind::kConstant);
   if (config.placement.policy == Config::Placement::Policy::kFile) {
     const std::string& path = config.placement.file;
-    std::ifstream in(path, std::ios::binary);
-    Require(in.is_open(), errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo, "placement.file ", path,
-            ": cannot be opened: ", std::strerror(errno));
-    const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-    const PlacementFile file = parse_placement(text, path);
-    Require(file.num_experts == m.num_experts, ErrorCode::kInvalidConfig, path, " places ", file.num_experts,
-            " experts, model.num_experts is ", m.num_experts);
+    const PlacementFile file = read_placement_file(config);
     Require(file.num_ranks() == num_ranks, ErrorCode::kInvalidConfig, path, " places experts on ",
             file.num_ranks(), " ranks, there are ", num_ranks);
     const auto index = file.layers.size() == 1 ? std::size_t{0} : static_cast<std::size_t>(layer);
     Require(index < file.layers.size(), ErrorCode::kInvalidConfig, path, " has ", file.layers.size(),
             " layers, layer ", layer, " is asked for; it must have one for each layer, or one for all");
-    return placement_from_lists(m.num_experts, file.layers[index].experts_of_rank, kinds);
+    try {
+      return placement_from_lists(m.num_experts, file.layers[index].experts_of_rank, kinds);
+    } catch (const Error& e) {
+      throw Error(ErrorCode::kInvalidConfig, str(path, ": layers[", index, "]: ", e.message()));
+    }
   }
   return contiguous_placement(m.num_experts, num_ranks, kinds, config.placement.slots_per_rank);
 }

@@ -13,6 +13,10 @@ namespace sluice {
 // Of one layer; expert kinds in the order of the configuration: ffn, zero, copy, constant. Reads placement.file where the
 // policy is file; throws kNotFound or kInvalidConfig when it does not fit the model or the ranks.
 Placement placement_of(const Config& config, std::int32_t num_ranks, std::int32_t layer = 0);
+// Throws kInvalidConfig where placement.file has neither one layer nor `num_layers` (0: any number of them). Where `warns`,
+// says that it was planned for other nodes.
+void check_placement_file(const Config& config, const Topology& topology, std::int32_t num_layers,
+                          bool warns);
 MoeLayerOptions layer_options(const Config& config);
 ChainLayerOptions chain_options(const Config& config);
 // The configured policy over the layer's placement.

@@ -159,6 +159,14 @@ LoadedConfig shrunk(const LoadedConfig& loaded, std::int32_t num_ranks, std::spa
     c.placement.slots_per_rank.clear();
     out.set_source("placement.slots_per_rank", source);
   }
+  if (c.placement.policy == Config::Placement::Policy::kFile) {
+    log_warn("placement.file ", c.placement.file, " was for ", num_ranks, " ranks; the ", former.size(),
+             " that are left share the experts evenly");
+    c.placement.policy = Config::Placement::Policy::kContiguous;
+    c.placement.file.clear();
+    out.set_source("placement.policy", source);
+    out.set_source("placement.file", source);
+  }
   validate(out);
   return out;
 }

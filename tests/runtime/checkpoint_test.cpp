@@ -12,6 +12,7 @@
 #include <mutex>
 
 #include "sluice/runtime/src/rank_group.hpp"
+#include "sluice/scheduler/placement_file.hpp"
 #include "train_harness.hpp"
 
 namespace sluice::testing {
@@ -132,7 +133,8 @@ TEST_F(Checkpoint, AResumedJobHasTheSameBits) {
       {"routing.policy=softmax_topk", "routing.aux_loss=0.01", "model.chain_iterations=2",
        "model.shared_ffn=6"},
       {"routing.policy=sigmoid_topk", "placement.slots_per_rank=[4,0,2]"},
-      {"routing.policy=moepp", "model.zero_experts=1", "model.constant_experts=1", "model.gate_residual=true"},
+      {"routing.policy=moepp", "model.zero_experts=1", "model.constant_experts=1",
+       "model.gate_residual=true"},
       {"routing.policy=etr", "routing.renormalize=false"},
   };
   for (std::size_t i = 0; i < cases.size(); ++i) {
@@ -320,10 +322,15 @@ TEST_F(Checkpoint, SurvivorsGoOnAsAJobOfTheirSizeWould) {
     std::int64_t from;
     std::vector<std::string> sets;
   };
+  const std::string placement =
+      ::testing::TempDir() + "sluice_shrink_" + std::to_string(::getpid()) + ".json";
+  std::ofstream(placement)
+      << PlacementFile{"by hand", 6, {{0, 1, 2}}, {{0, {{5, 0}, {1, 2, 3}, {4, 0}}}}}.to_json();
   const std::vector<Case> cases = {
       {7, 6, {}},
       {3, 3, {"topology.nodes=[[0,1],[2]]", "topology.ranks=3"}},
       {2, 0, {"placement.slots_per_rank=[1,2,3]"}},
+      {3, 3, {"placement.policy=file", "placement.file=" + placement}},
   };
   for (std::size_t i = 0; i < cases.size(); ++i) {
     SCOPED_TRACE(str("case ", i));

@@ -358,6 +358,43 @@ class Program(unittest.TestCase):
         endless = [*BENCH[:1], *BENCH[3:], "--set", "bench.iterations=1000000", "--set", "runtime.log_level=error"]
         self.refused([nowhere, "cannot be written"], *endless, "--set", f"runtime.timeline={nowhere}")
 
+    def test_links_that_a_profile_does_not_know_are_not_free(self):
+        small = BENCH[1:] + ["--set", "topology.nodes=2x1"]
+        profile = os.path.join(self.dir.name, "p.json")
+        self.document("info", "--probe", "-o", profile, "--json", *small)
+        known = ["simulate", "--json", "--set", "schedule.profile=" + profile, "--policies", "sequential"]
+        # Two ranks of a node were not measured: neither swept without being asked for, nor at no cost.
+        self.assertEqual({r["node_size"] for r in self.document(*known, *small)["runs"]}, {1})
+        self.refused([profile, "links.in_node", "--probe"], *known, *small, "--node-sizes", "2")
+        self.refused([profile, "links.in_node", "--probe"], *known, *BENCH[1:], "--ranks", "2")
+        self.document(*known, *BENCH[1:], "--ranks", "2", "--set", "topology.in_node_bytes_per_s=1e9")
+        # A declared machine likewise.
+        declared = ["simulate", "--json", "--set", "machine.gemm_flops_per_s=1e12", "--set", "machine.memory_bytes_per_s=1e11",
+                    "--policies", "sequential", "--set", "topology.across_nodes_bytes_per_s=1e9", *small]
+        self.assertEqual({r["node_size"] for r in self.document(*declared)["runs"]}, {1})
+        self.refused(["in_node_bytes_per_s"], *declared, "--node-sizes", "2")
+
+    def test_placement_files(self):
+        one = {"sluice_placement": 1, "planner": "by hand", "num_experts": 4, "num_ranks": 2, "nodes": [[0], [1]],
+               "layers": [{"layer": 0, "experts_of_rank": [[0, 1], [2, 3]]}]}
+        train = ["train", "--text", self.file("t.txt", "the gate opens. " * 500), "--set", "train.steps=1", "--set",
+                 "train.tokens_per_step=64", "--set", "model.num_experts=4", "--set", "topology.ranks=2", "--set",
+                 "placement.policy=file", "--set"]
+        file = lambda **what: "placement.file=" + self.file("p.json", json.dumps({**one, **what}))
+        quiet = ["--set", "runtime.log_level=error"]
+        done = run(*train, file())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("other nodes", done.stderr)
+        done = run(*train, file(nodes=[[0, 1]]))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn("other nodes", done.stderr)
+        layer = one["layers"][0]
+        self.refused(["p.json", "3 layers", "model.num_layers is 2"], *train, file(layers=[layer] * 3), *quiet)
+        self.refused(["p.json", "layers[0]", "expert 3"], *train, file(layers=[{"layer": 0, "experts_of_rank": [[0, 1], [2]]}]), *quiet)
+        self.refused(["p.json", "rank 1 is in none"], *train, file(nodes=[[0]]), *quiet)
+        self.refused(["is no file"], *train, "placement.file=" + self.dir.name, *quiet)
+        self.refused(["is no file"], *train, "placement.file=/dev/zero", *quiet)
+
     def test_machine_of_place(self):
         """What a user says of the machine goes before the default one, and nothing is called twice that was said once."""
         trace = self.file("a.trace", "sluice-trace 2 layers 1 experts 16\n0 0 1:0.5 9:0.5\n0 1 3:1\nend 2\n")

@@ -25,6 +25,8 @@ TEST(PlacementFile, DamageIsNamed) {
       {"[2,3]", "5", "must be a list"},
       {"\"planner\"", "\"plan\"", "\"planner\" is missing"},
       {"]}]}", "]}", "is no placement"},
+      {"[[0],[1]]", "[[0],[0]]", "rank 0 is there twice"},
+      {"[[0],[1]]", "[[0]]", "rank 1 is in none"},
   };
   for (const auto& c : cases) {
     std::string text = good;

@@ -1,8 +1,10 @@
 #include "sluice/runtime/src/bench/draw_routing.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <random>
 #include <string>
@@ -18,7 +20,8 @@ namespace {
 std::vector<double> read_popularity(const Config& config, std::int32_t num_experts) {
   const std::string& file = config.bench.popularity;
   std::ifstream in(file);
-  Require(in.is_open(), ErrorCode::kNotFound, "bench.popularity: ", file, " cannot be read");
+  Require(in.is_open(), ErrorCode::kNotFound, "bench.popularity: ", file,
+          ": cannot be opened: ", std::strerror(errno));
   std::vector<double> out;
   std::int32_t num_positive = 0;
   for (std::string word; in >> word;) {

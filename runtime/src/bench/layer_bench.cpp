@@ -298,6 +298,7 @@ std::vector<LayerBenchReport> run_layer_bench(Runtime& runtime, std::span<const 
   for (const LoadedConfig& other : configs)
     Require(semantic_hash(other.config) == semantic_hash(config), ErrorCode::kInvalidArgument,
             "schedules are compared on one model, routing and group; the configs differ in more");
+  check_placement_file(config, runtime.topology(), 0, runtime.rank() == RankId(0));
   const Placement placement = placement_of(config, runtime.num_ranks(), config.bench.replay_layer);
   const MoeLayerOptions options = layer_options(config);
   Inputs in = make_inputs(config, options, placement, runtime.rank());

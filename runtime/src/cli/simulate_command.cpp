@@ -89,7 +89,9 @@ int run_simulate(const SimulateOptions& o) {
             own_size, " ranks (topology.nodes); choose a multiple, or --node-sizes");
     sizes = {own_size};
     for (const std::int32_t other : {own_size / 2, own_size * 2})
-      if (!large && other >= 1 && other <= ranks && ranks % other == 0) sizes.push_back(other);
+      if (!large && other >= 1 && other <= ranks && ranks % other == 0 &&
+          has_profile_of_links(config, topology_of(config, ranks, other)))
+        sizes.push_back(other);
   }
   for (const std::int32_t s : sizes)
     Require(s >= 1 && s <= ranks, ErrorCode::kInvalidArgument, "--node-sizes has ", s, "; must be 1..",

@@ -147,6 +147,7 @@ Model::Model(Runtime& runtime, const Config& config)
       num_experts_(config.model.num_experts),
       dtype_(config.model.dtype) {
   const std::int32_t num_layers = config.model.num_layers;
+  check_placement_file(config, runtime.topology(), num_layers, runtime.rank() == RankId(0));
   for (std::int32_t l = 0; l < num_layers; ++l) policies_.push_back(policy_of(config, runtime.topology(), l));
   const auto num_batches = static_cast<std::size_t>(num_layers * config.model.chain_iterations);
   adaptive_.resize(policy().adaptive_scope() == AdaptiveScope::kPerLayer ? num_batches : 1);

@@ -23,6 +23,30 @@ namespace {
 
 constexpr std::int64_t kMaxProfileBytes = 4 << 20;
 
+// Whether ranks of the topology are joined by links of that class.
+bool has_links(const Topology& topology, bool across) {
+  return across ? topology.num_nodes() > 1 : topology.num_ranks() > topology.num_nodes();
+}
+
+// Empty where the profile says what messages cost over every class of links that the topology has.
+std::string missing_links(const MachineProfile& profile, const Topology& topology) {
+  for (const bool across : {false, true}) {
+    const LinkProfile& link = across ? profile.across_nodes : profile.in_node;
+    if (has_links(topology, across) && link.occupied.empty() && link.send.empty() && link.receive.empty())
+      return str("links.", across ? "across_nodes" : "in_node",
+                 " was not measured, but there are such links: ", topology.describe(),
+                 "; measure with `sluice info --probe` where there are, or declare topology.",
+                 across ? "across_nodes" : "in_node", "_bytes_per_s");
+  }
+  return {};
+}
+
+MachineProfile measured_profile(const Config& config, const Topology& topology) {
+  MachineProfile out = read_profile_file(config.schedule.profile);
+  apply_declared_links(out, topology, config.comm.transport);
+  return out;
+}
+
 MachineProfile declared_profile(const Config& config, const Topology& topology) {
   const Config::Machine& m = config.machine;
   Require(m.gemm_flops_per_s > 0 && m.memory_bytes_per_s > 0, ErrorCode::kInvalidConfig,
@@ -38,10 +62,9 @@ MachineProfile declared_profile(const Config& config, const Topology& topology) 
   out.gather = out.reduce = out.activation_backward = Curve::line(0, m.memory_bytes_per_s / 1e6);
   for (const bool across : {false, true}) {
     const LinkSpeed& speed = across ? topology.across_nodes : topology.in_node;
-    const bool needed = across ? topology.num_nodes() > 1 : topology.num_ranks() > topology.num_nodes();
     const std::string_view key = across ? "across_nodes" : "in_node";
-    Require(!needed || speed.bytes_per_s > 0, ErrorCode::kInvalidConfig, "topology.", key,
-            "_bytes_per_s is 0; a declared machine needs declared links");
+    Require(!has_links(topology, across) || speed.bytes_per_s > 0, ErrorCode::kInvalidConfig, "topology.",
+            key, "_bytes_per_s is 0; a declared machine needs declared links");
     LinkProfile& link = across ? out.across_nodes : out.in_node;
     if (speed.bytes_per_s > 0) link.occupied = Curve::line(m.message_us, speed.bytes_per_s / 1e6);
     link.latency_us = to_us(std::chrono::duration_cast<Clock::duration>(speed.latency));
@@ -102,9 +125,17 @@ void apply_declared_links(MachineProfile& profile, const Topology& topology, std
 
 MachineProfile profile_of(const Config& config, const Topology& topology) {
   if (config.schedule.profile.empty()) return declared_profile(config, topology);
-  MachineProfile out = read_profile_file(config.schedule.profile);
-  apply_declared_links(out, topology, config.comm.transport);
+  MachineProfile out = measured_profile(config, topology);
+  const std::string missing = missing_links(out, topology);
+  Require(missing.empty(), ErrorCode::kInvalidConfig, config.schedule.profile, ": ", missing);
   return out;
+}
+
+bool has_profile_of_links(const Config& config, const Topology& topology) {
+  if (!config.schedule.profile.empty())
+    return missing_links(measured_profile(config, topology), topology).empty();
+  return (!has_links(topology, false) || topology.in_node.bytes_per_s > 0) &&
+         (!has_links(topology, true) || topology.across_nodes.bytes_per_s > 0);
 }
 
 std::string foreign_machine(const MachineProfile& profile, std::string_view transport) {

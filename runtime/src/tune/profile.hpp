@@ -18,6 +18,8 @@ namespace sluice {
 // Whether there is one: schedule.profile is set, or machine.gemm_flops_per_s.
 bool has_profile(const Config& config);
 MachineProfile profile_of(const Config& config, const Topology& topology);
+// Whether profile_of() knows all links of the topology, or refuses it.
+bool has_profile_of_links(const Config& config, const Topology& topology);
 // Rank 0's, on all ranks; it warns when the profile was measured on another machine. Collective.
 MachineProfile agreed_profile(Runtime& runtime, const Config& config);
 
