@@ -36,6 +36,7 @@ constexpr int kFewestSms = 8, kMostSms = 16;
 // With fewer rows an expert, by the size of the buffers, a GEMM only reads weights, and the one that fetches its rows has
 // half as many bytes of them on their way.
 constexpr std::int64_t kRowsToGather = 128;
+constexpr double kOverlapFrom = 1.0 / 6;  // the link's share of the GEMMs' time
 
 // Every expert has two slots: of own rows, and behind them of others'.
 __global__ void split_slots_kernel(const std::int32_t* slot, const std::int64_t* source_route_ptr, int rank,
@@ -231,7 +232,8 @@ struct GpuLayer::Impl {
   }
   bool is_sequential(const GpuLayerOptions& options) const {
     return options.schedule == GpuSchedule::kSequential || options.schedule == GpuSchedule::kGathered ||
-           (options.schedule == GpuSchedule::kAuto && exchange.link() == comm::cuda::Link::kNvlink);
+           (options.schedule == GpuSchedule::kAuto && exchange.link() == comm::cuda::Link::kNvlink &&
+            !overlap_pays(shape, rows, ranks, processors));
   }
   bool gathers(const GpuLayerOptions& options) const {
     const bool wanted = options.schedule == GpuSchedule::kGathered ||
@@ -479,6 +481,19 @@ struct GpuLayer::Impl {
     scalars(stream);
   }
 };
+
+bool overlap_pays(const GpuLayerShape& shape, const comm::cuda::ExchangeShape& rows, int num_ranks,
+                  int processors) {
+  if (num_ranks == 1 || rows.max_routes < kRowsToGather * std::max(rows.num_local_slots, 1)) return false;
+  const double ranks = num_ranks, routes = static_cast<double>(rows.max_routes),
+               hidden = static_cast<double>(rows.hidden);
+  const double leave =
+      std::min(static_cast<double>(rows.max_tokens) * (ranks - 1), routes * (ranks - 1) / ranks);
+  const double link = 2 * leave * hidden * 2 / kLinkBytes;  // there and back
+  const double columns =
+      static_cast<double>(kernels::preactivation_cols(shape.activation, shape.ffn) + shape.ffn);
+  return link > kOverlapFrom * routes * 2 * hidden * columns / (kGemmFlops * processors);
+}
 
 GpuLayer::GpuLayer(comm::cuda::RowExchange& exchange, int channel, const GpuLayerShape& shape)
     : impl_(std::make_unique<Impl>(exchange, channel, shape)) {}

@@ -50,9 +50,8 @@ enum class GpuSchedule {
   kOverlapped,
   kGathered,  // over Link::kNvlink with Wire::kRows, a forward() that keeps nothing for backward(), whose gradients of w1
   // need the rows laid out; all else as kSequential
-  kAuto,  // over Link::kNvlink kGathered, or kSequential where experts have few rows or gathering_pays() says no: dispatch()
-  // and combine() hide the link behind the rows' own way through memory, and GEMMs in one piece gain more than a push
-  // beside them (docs/benchmarks.md); else kOverlapped
+  kAuto,  // over Link::kNvlink kGathered where it can be, unless experts have few rows or gathering_pays() says no; else
+  // kOverlapped where overlap_pays(), else kSequential; over Link::kNccl kOverlapped
 };
 struct GpuLayerOptions {
   GpuSchedule schedule = GpuSchedule::kAuto;
@@ -75,6 +74,13 @@ struct GpuExpertGradients {
   float* w2 = nullptr;
   kernels::cuda::GradientUpdate update = kernels::cuda::GradientUpdate::kAdd;
 };
+
+// Whether a push beside a GEMM pays over NVLink. dispatch() and combine() hide the link behind the rows' own way through memory,
+// and GEMMs in one piece gain more than that, until so many rows leave that the link shows. Of the buffers' sizes: the link's
+// time for as many rows as may leave, against that of the GEMMs; never where GEMMs only read weights. The bound lies between
+// what two and four H200s measured (docs/benchmarks.md).  processors: of the device
+bool overlap_pays(const GpuLayerShape& shape, const comm::cuda::ExchangeShape& rows, int num_ranks,
+                  int processors);
 
 class GpuLayer {
  public:

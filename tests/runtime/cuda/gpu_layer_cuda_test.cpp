@@ -133,6 +133,30 @@ void check_layer(Rank& rank, Activation activation, Link link) {
   rank.barrier();
 }
 
+// What training on two and four H200s was faster with, or no slower (docs/benchmarks.md); needs no GPU.
+TEST(GpuLayer, AutoOverlapsWhereTheLinkShows) {
+  struct Case {
+    std::int64_t tokens, hidden, ffn;
+    int experts, top_k;
+    bool on_four;
+  };
+  for (const Case& c : {Case{8192, 7168, 2048, 64, 8, false}, Case{8192, 4096, 14336, 8, 2, false},
+                        Case{8192, 4096, 1536, 128, 8, true}, Case{16384, 2048, 768, 128, 8, true},
+                        Case{16384, 2048, 1024, 64, 8, true}}) {
+    GpuLayerShape shape;
+    shape.ffn = c.ffn;
+    ExchangeShape rows;
+    rows.max_tokens = c.tokens;
+    rows.hidden = c.hidden;
+    rows.max_routes = c.tokens * c.top_k * 3 / 2;
+    for (const int ranks : {1, 2, 4}) {
+      rows.num_local_slots = c.experts / ranks;
+      EXPECT_EQ(overlap_pays(shape, rows, ranks, 132), ranks == 4 && c.on_four) << c.hidden << " " << ranks;
+    }
+    rows.max_routes = 64 * rows.num_local_slots;  // as in decoding
+    EXPECT_FALSE(overlap_pays(shape, rows, 4, 132)) << c.hidden;
+  }
+}
 TEST(GpuLayer, OneRank) {
   NEED_DEVICES(1);
   run_layers(1, [](Rank& rank) { check_layer(rank, Activation::kSwiGLU, Link::kNvlink); });
