@@ -76,7 +76,8 @@ Json json_schema_of(const schema::Row& row) {
   if (holds<NodesSpec>(row)) {
     const Json rank = {{"type", "integer"}, {"minimum", 0}};
     const Json node = {{"type", "array"}, {"minItems", 1}, {"items", rank}};
-    json["oneOf"] = Json::array({Json{{"type", "integer"}, {"minimum", 0}}, Json{{"type", "string"}},
+    json["oneOf"] = Json::array({Json{{"type", "integer"}, {"minimum", 0}},
+                                 Json{{"type", "string"}, {"pattern", "^[1-9][0-9]*x[1-9][0-9]*$"}},
                                  Json{{"type", "array"}, {"minItems", 1}, {"items", node}}});
   } else if (holds<std::vector<std::int32_t>>(row)) {
     json["type"] = "array";

@@ -343,6 +343,7 @@ class Program(unittest.TestCase):
         self.refused(["--resume-step"], *train, "--resume", "--resume-step", "3")
         self.refused(["--record-steps", "--record"], *train, "--record-steps", "3")
         self.refused(["--record", "a.trace", "twice"], *train, "--record", "a.trace", "--record", "a.trace=b")
+        self.refused(["a.json", "twice"], *train, "--set", "train.report=a.json", "--set", "runtime.timeline=a.json")
         trace = self.file("a.trace", TRACE)
         place = ["place", "--stats", trace, "--nodes", "2", "--ranks-per-node", "1"]
         self.refused(["--eval-assign", "--eval"], *place, "--eval-assign", "mixed", code=2)

@@ -73,6 +73,15 @@ TEST_F(TrainText, WhatCannotBeReadIsNamed) {
   expect_error(root_ / "folder", ErrorCode::kInvalidArgument, "no text files");
 }
 
+TEST_F(TrainText, AFolderThatCannotBeListedIsNotLeftOutInSilence) {
+  if (::geteuid() == 0) GTEST_SKIP() << "root may list every folder";
+  write("a.txt", "some text");
+  write("closed/b.txt", "other text");
+  fs::permissions(root_ / "closed", fs::perms::none);
+  expect_error(root_, ErrorCode::kIo, "cannot be listed");
+  fs::permissions(root_ / "closed", fs::perms::owner_all);
+}
+
 TEST_F(TrainText, RanksGetTheSameTextOrTheSameError) {
   const fs::path file = write("a.txt", "some text");
   for (const std::string& path : {file.string(), (root_ / "none.txt").string()}) {

@@ -62,20 +62,21 @@ void add_train(CLI::App& app, Run& run) {
           "--resume goes on from the newest checkpoint, --resume-step from that of a step; give one of them");
       Require(!recording.record.empty() || !o->has_record_steps(), ErrorCode::kInvalidArgument,
               "--record-steps says how much --record records; name a file with --record");
-      for (std::size_t i = 0; i < recording.record.size(); ++i)
+      std::vector<std::string> written = {config.config.train.report, config.config.runtime.timeline};
+      for (const train::RecordRequest& request : recording.record) written.push_back(request.file);
+      std::erase(written, "");
+      for (std::size_t i = 0; i < written.size(); ++i)
         for (std::size_t j = 0; j < i; ++j)
-          Require(recording.record[i].file != recording.record[j].file, ErrorCode::kInvalidArgument,
-                  "--record names ", recording.record[i].file, " twice; each needs a file of its own");
+          Require(
+              written[i] != written[j], ErrorCode::kInvalidArgument, written[i],
+              " is named twice by train.report, runtime.timeline and --record; each needs a file of its own");
       GroupOptions group;
       group.default_ranks = 4;
       const auto work = [&](Runtime& runtime, const LoadedConfig& agreed, std::span<const GroupLoss> losses) {
         const std::string& file = agreed.config.train.report;
         // Before the work, of which nothing would be left.
-        std::vector<std::string> written = {file, agreed.config.runtime.timeline};
-        for (const train::RecordRequest& request : recording.record) written.push_back(request.file);
         if (prints_results(runtime))
-          for (const std::string& path : written)
-            if (!path.empty()) require_writable(path);
+          for (const std::string& path : written) require_writable(path);
         const train::Text text = train::load_text(runtime, agreed.config);
         if (prints_results(runtime)) log_info("text: ", text.description, ", ", text.bytes.size(), " bytes");
         if (o->check) {

@@ -49,7 +49,7 @@ bool skipped_folder(const fs::path& folder) {
 std::vector<fs::path> files_below(const fs::path& folder) {
   std::vector<fs::path> out;
   std::error_code error;
-  fs::recursive_directory_iterator it(folder, fs::directory_options::skip_permission_denied, error);
+  fs::recursive_directory_iterator it(folder, error);
   for (; !error && it != fs::recursive_directory_iterator(); it.increment(error)) {
     const fs::path& path = it->path();
     std::error_code ignored;
@@ -75,8 +75,9 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
 Text read_text(const fs::path& path, std::int64_t max_bytes) {
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
-  Require(fs::exists(status), ErrorCode::kNotFound, "text ", path.string(),
+  Require(status.type() != fs::file_type::not_found, ErrorCode::kNotFound, "text ", path.string(),
           " does not exist; give --text (train.text) a file or a directory");
+  Require(fs::exists(status), ErrorCode::kIo, "text ", path.string(), " cannot be looked at: ", error.message());
   Text out;
   if (!fs::is_directory(status)) {
     out.bytes = read_file(path, max_bytes);
