@@ -60,8 +60,9 @@ HostDescription describe_host() {
   hwloc_topology_t raw = nullptr;
   const bool made = hwloc_topology_init(&raw) == 0;
   const std::unique_ptr<hwloc_topology, Closer> machine(made ? raw : nullptr);
-  Require(machine && hwloc_topology_load(machine.get()) == 0, ErrorCode::kNotSupported,
-          "hwloc cannot read this machine: ", std::strerror(errno), "; see /sys, and HWLOC_XMLFILE");
+  const bool loaded = machine && hwloc_topology_load(machine.get()) == 0;
+  Require(loaded, ErrorCode::kNotSupported, "hwloc cannot read this machine: ", std::strerror(errno),
+          "; see /sys, and HWLOC_XMLFILE");
   HostDescription out;
   out.packages = count(machine.get(), HWLOC_OBJ_PACKAGE);
   out.cores = count(machine.get(), HWLOC_OBJ_CORE);

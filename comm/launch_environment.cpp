@@ -45,7 +45,10 @@ constexpr const char* kSluiceLaunch = "sluice launch";
 
 fs::path meeting_directory(const Environment& get) {
   const auto runtime = get("XDG_RUNTIME_DIR");
-  const fs::path base = runtime && !runtime->empty() ? fs::path(*runtime) : fs::path("/tmp");
+  // srun hands on the variable of the host that the job was sent from, whose folder a compute node need not have.
+  std::error_code ignored;
+  const bool there = runtime && !runtime->empty() && fs::is_directory(*runtime, ignored);
+  const fs::path base = there ? fs::path(*runtime) : fs::path("/tmp");
   return base / str("sluice-", ::geteuid());
 }
 
@@ -178,10 +181,11 @@ void write_meeting_file(const fs::path& path, const Meeting& meeting) {
   const int fd = ::open(draft.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   Require(fd >= 0, ErrorCode::kIo, "cannot write ", draft.string(), ": ", std::strerror(errno));
   const std::string text = str(meeting.port, "\n", meeting.secret, "\nend\n");
-  const bool written = ::write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  const bool written = ::write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size()) &&
+                       ::rename(draft.c_str(), path.c_str()) == 0;
+  const int error = errno;
   ::close(fd);
-  Require(written && ::rename(draft.c_str(), path.c_str()) == 0, ErrorCode::kIo, "cannot write ",
-          path.string(), ": ", std::strerror(errno));
+  Require(written, ErrorCode::kIo, "cannot write ", path.string(), ": ", std::strerror(error));
 }
 
 std::optional<Meeting> read_meeting_file(const fs::path& path) {

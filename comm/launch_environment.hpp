@@ -42,7 +42,7 @@ std::optional<std::string> process_environment_variable(const char* name);
 // launcher, rank and num_ranks alone; nothing where no launcher started this process.
 std::optional<LaunchInfo> launched_as(const Environment& environment);
 
-// rendezvous: "HOST:PORT" of the configuration, or empty; secret_file: likewise. Touches no file but secret_file.
+// rendezvous: "HOST:PORT" of the configuration, or empty; secret_file: likewise. Reads no file but secret_file.
 LaunchInfo detect_launch(const Environment& environment, const std::string& rendezvous,
                          const std::string& secret_file);
 

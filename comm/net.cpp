@@ -523,8 +523,8 @@ Fd dial(const DialOptions& o) {
 std::string own_address(int fd) {
   sockaddr_storage address{};
   socklen_t size = sizeof address;
-  Require(getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0, ErrorCode::kTransport,
-          "getsockname failed: ", std::strerror(errno));
+  const bool known = getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0;
+  Require(known, ErrorCode::kTransport, "getsockname failed: ", std::strerror(errno));
   return address_text(address, size);
 }
 

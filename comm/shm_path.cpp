@@ -392,9 +392,9 @@ class ShmPath final : public DataPath {
       const std::string name = card.name.data();
       const net::Fd fd(::shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0));
       struct stat info {};
-      Require(fd.valid() && ::fstat(fd.get(), &info) == 0, ErrorCode::kTransport,
-              "cannot open the shared memory ", name, " of rank ", r, ": ", std::strerror(errno),
-              "; do all ranks of the host see one /dev/shm?");
+      const bool open = fd.valid() && ::fstat(fd.get(), &info) == 0;
+      Require(open, ErrorCode::kTransport, "cannot open the shared memory ", name, " of rank ", r, ": ",
+              std::strerror(errno), "; do all ranks of the host see one /dev/shm?");
       Require(info.st_uid == ::geteuid() && card.put_bytes <= kHostPutAddresses &&
                   static_cast<std::uint64_t>(info.st_size) == card.segment_bytes + card.put_bytes,
               ErrorCode::kTransport, "the shared memory ", name, " of rank ", r, " has ", info.st_size,
@@ -522,8 +522,8 @@ class ShmPath final : public DataPath {
         std::min(memory, kHostPutAddresses / static_cast<std::size_t>(context_.num_ranks)) / kPage * kPage;
     try {
       Mapping mapping(fd.get(), put_bytes, name_, segment_bytes());
-      Require(::ftruncate(fd.get(), static_cast<off_t>(segment_bytes() + put_bytes)) == 0,
-              ErrorCode::kTransport, "it cannot be made longer: ", std::strerror(errno));
+      const bool longer = ::ftruncate(fd.get(), static_cast<off_t>(segment_bytes() + put_bytes)) == 0;
+      Require(longer, ErrorCode::kTransport, "it cannot be made longer: ", std::strerror(errno));
       put_memory_ = std::make_shared<MappedPutMemory>(std::move(fd), segment_bytes(), std::move(mapping));
     } catch (const Error& e) {
       log_debug("no put memory: ", e.message());

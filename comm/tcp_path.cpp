@@ -78,8 +78,8 @@ class TcpPath final : public DataPath {
       const int on = 1;
       setsockopt(link.fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
       epoll_event event{.events = EPOLLIN, .data = {.ptr = &link}};
-      Require(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, link.fd.get(), &event) == 0, ErrorCode::kTransport,
-              "epoll_ctl failed: ", std::strerror(errno));
+      const bool added = epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, link.fd.get(), &event) == 0;
+      Require(added, ErrorCode::kTransport, "epoll_ctl failed: ", std::strerror(errno));
     }
   }
 

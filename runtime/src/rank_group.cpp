@@ -309,14 +309,15 @@ void run_launched(const LoadedConfig& config, const GroupOptions& options) {
   }
   auto runtime = Runtime::create(c.comm.transport, nodes ? &*nodes : nullptr, runtime_options(c));
   const std::int32_t joined = runtime->num_ranks();
-  if (c.comm.transport == "mpi") {
-    // Where mpirun and the MPI library do not know each other, every process is a world of its own.
+  if (c.comm.transport == "mpi" && joined == 1) {
+    // Where launcher and MPI library do not know each other, every process is a world of its own.
     const auto launched = comm::launched_as(comm::process_environment_variable);
-    Require(!launched || launched->num_ranks == joined, ErrorCode::kInvalidConfig,
+    Require(!launched || launched->num_ranks == 1, ErrorCode::kInvalidConfig,
             "comm.transport mpi: ", launched ? launched->launcher : "", " started ",
-            launched ? launched->num_ranks : 0, " processes, but MPI says that there ",
-            joined == 1 ? "is " : "are ", joined,
-            "; start them with mpirun of the same MPI, srun --mpi=pmix, or sluice launch --mpi");
+            launched ? launched->num_ranks : 0,
+            " processes, but for MPI each is alone; start them with mpirun of the same MPI, srun --mpi=pmix, "
+            "or sluice "
+            "launch --mpi");
   }
   Require(c.topology.ranks == 0 || c.topology.ranks == joined, ErrorCode::kInvalidConfig,
           "topology.ranks is ", c.topology.ranks, " (from ", config.source("topology.ranks").text, "), but ",

@@ -53,6 +53,19 @@ std::string secret_file(const Folder& folder, mode_t mode, const std::string& te
   return path;
 }
 
+TEST(LaunchEnvironment, RanksOfOneHostMeetInAFolderThatIsThere) {
+  const Folder folder;
+  std::map<std::string, std::string> variables = {{"SLURM_PROCID", "1"},
+                                                  {"SLURM_STEP_ID", "0"},
+                                                  {"SLURM_STEP_NUM_TASKS", "2"},
+                                                  {"SLURM_STEP_NUM_NODES", "1"},
+                                                  {"XDG_RUNTIME_DIR", folder.path_.string()}};
+  EXPECT_EQ(detect(variables).meeting_file.parent_path().parent_path(), folder.path_);
+  // Of the host that the job was sent from.
+  variables["XDG_RUNTIME_DIR"] = (folder.path_ / "of another host").string();
+  EXPECT_EQ(detect(variables).meeting_file.parent_path().parent_path(), "/tmp");
+}
+
 TEST(LaunchEnvironment, WhoStartedThisProcess) {
   const auto launched = [](const std::map<std::string, std::string>& variables) {
     return launched_as([&](const char* name) -> std::optional<std::string> {

@@ -87,6 +87,11 @@ class Processes(unittest.TestCase):
         trace = os.path.join(SOURCE, "examples", "routing.trace")
         self.assertEqual(run([PROGRAM, "launch", "-n", "2", "--", PROGRAM, "plan", "--trace", trace]).returncode, 0)
 
+    def test_too_few_file_descriptors(self):
+        done = run(["bash", "-c", 'ulimit -n 10; exec "$@"', "bash", PROGRAM, "launch", "-n", "8", "--", "true"])
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("Too many open files", done.stderr)
+
     def test_agreed_keys_are_those_of_rank_0(self):
         """Of bench as of train, and whatever a text has in it."""
         script = f'SLUICE_SCHEDULE_NUM_CHUNKS=$((SLUICE_LAUNCH_RANK + 2)) exec "{PROGRAM}" "$@"'

@@ -111,7 +111,8 @@ pid_t start(const LaunchOptions& o, int rank, const std::vector<std::string>& va
   for (std::string& w : words) argv.push_back(w.data());
   argv.push_back(nullptr);
   int report[2];
-  Require(pipe2(report, O_CLOEXEC) == 0, ErrorCode::kIo, "pipe failed: ", std::strerror(errno));
+  const bool piped = pipe2(report, O_CLOEXEC) == 0;
+  Require(piped, ErrorCode::kIo, "cannot start rank ", rank, ": pipe: ", std::strerror(errno));
   const pid_t parent = getpid();
   const pid_t pid = fork();
   if (pid == 0) {

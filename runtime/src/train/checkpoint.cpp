@@ -95,7 +95,8 @@ class File {
     return info.st_size;
   }
   void sync() {
-    Require(::fsync(fd_) == 0, ErrorCode::kIo, path_.string(),
+    const bool flushed = ::fsync(fd_) == 0;
+    Require(flushed, ErrorCode::kIo, path_.string(),
             ": cannot be flushed to the disk: ", std::strerror(errno));
   }
 
@@ -118,8 +119,8 @@ void write_whole(const fs::path& path, Write&& write) {
     write(file);
     file.sync();
   }
-  Require(::rename(temporary.c_str(), path.c_str()) == 0, ErrorCode::kIo, path.string(),
-          ": cannot be renamed into place: ", std::strerror(errno));
+  const bool renamed = ::rename(temporary.c_str(), path.c_str()) == 0;
+  Require(renamed, ErrorCode::kIo, path.string(), ": cannot be renamed into place: ", std::strerror(errno));
   sync_folder(path.parent_path());
 }
 
