@@ -468,14 +468,17 @@ Placement read_placement(const sluice_placement* given, std::int32_t num_ranks) 
   return make_placement(p.num_experts, num_ranks, slots, kinds, {}, p.version);
 }
 
+ExpertActivation read_activation(std::int32_t value) {
+  return pick(value, {ExpertActivation::kSwiGLU, ExpertActivation::kGelu, ExpertActivation::kRelu},
+              "activation");
+}
+
 MoeLayerOptions read_layer_options(const sluice_layer_options* given) {
   const sluice_layer_options o = read_struct(given, "sluice_layer_options");
   MoeLayerOptions out;
   out.hidden = o.hidden;
   out.ffn = o.ffn;
-  out.activation =
-      pick(o.activation, {ExpertActivation::kSwiGLU, ExpertActivation::kGelu, ExpertActivation::kRelu},
-           "activation");
+  out.activation = read_activation(o.activation);
   out.dtype = read_dtype(o.dtype, "dtype");
   out.wire_dtype = read_dtype(o.wire_dtype, "wire_dtype");
   out.combine_dtype = read_dtype(o.combine_dtype, "combine_dtype");
@@ -903,7 +906,7 @@ void sluice_context_destroy(sluice_context* context) {
   destroy(context);
 }
 
-// ---- dispatcher ------------------------------------------------------------------------------------------------------
+// ---- layer on GPUs ---------------------------------------------------------------------------------------------------
 
 sluice_status sluice_gpu_layer_create(sluice_runtime* runtime, const sluice_placement* placement,
                                       const sluice_gpu_layer_options* options, sluice_gpu_layer** layer) {
@@ -918,9 +921,7 @@ sluice_status sluice_gpu_layer_create(sluice_runtime* runtime, const sluice_plac
     out.max_tokens = o.max_tokens;
     out.imbalance = o.imbalance;
     out.max_routes_of_token = o.max_routes_of_token;
-    out.activation =
-        pick(o.activation, {ExpertActivation::kSwiGLU, ExpertActivation::kGelu, ExpertActivation::kRelu},
-             "activation");
+    out.activation = read_activation(o.activation);
     out.schedule = pick(o.schedule,
                         {GpuMoeSchedule::kAuto, GpuMoeSchedule::kSequential, GpuMoeSchedule::kOverlapped,
                          GpuMoeSchedule::kTwoHops},
@@ -978,6 +979,8 @@ sluice_status sluice_gpu_layer_wait(sluice_gpu_layer* layer, void* stream) {
     layer->layer->wait(stream);
   });
 }
+
+// ---- dispatcher ------------------------------------------------------------------------------------------------------
 
 sluice_status sluice_dispatcher_create(sluice_runtime* runtime, const sluice_placement* placement,
                                        const sluice_dispatcher_options* options,

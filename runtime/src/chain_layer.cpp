@@ -70,18 +70,6 @@ void store_row(const float* from, const MatrixView& m, std::int64_t row) {
   });
 }
 
-kernels::Activation kernel_activation(ExpertActivation activation) {
-  switch (activation) {
-    case ExpertActivation::kSwiGLU:
-      return kernels::Activation::kSwiGLU;
-    case ExpertActivation::kGelu:
-      return kernels::Activation::kGelu;
-    case ExpertActivation::kRelu:
-      break;
-  }
-  return kernels::Activation::kRelu;
-}
-
 }  // namespace
 
 // What one (iteration, chunk) does.

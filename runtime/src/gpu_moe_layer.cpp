@@ -5,6 +5,7 @@
 #include "sluice/base/error.hpp"
 #include "sluice/base/hash.hpp"
 #include "sluice/runtime/src/gpu_group.hpp"
+#include "sluice/runtime/src/layer_config.hpp"
 #include "sluice/runtime/src/runtime_state.hpp"
 
 namespace sluice {
@@ -39,9 +40,7 @@ GpuResidentOptions checked(Runtime& runtime, const Placement& placement, const G
   GpuResidentOptions out;
   out.rows.hidden = o.hidden;
   out.rows.ffn = o.ffn;
-  out.rows.activation = o.activation == ExpertActivation::kSwiGLU ? kernels::Activation::kSwiGLU
-                        : o.activation == ExpertActivation::kGelu ? kernels::Activation::kGelu
-                                                                  : kernels::Activation::kRelu;
+  out.rows.activation = kernel_activation(o.activation);
   out.rows.training = o.training;
   out.max_tokens = o.max_tokens;
   out.max_routes_of_token = o.max_routes_of_token;

@@ -159,8 +159,20 @@ std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology&
   return make_policy(options);
 }
 
+kernels::Activation kernel_activation(ExpertActivation activation) {
+  switch (activation) {
+    case ExpertActivation::kSwiGLU:
+      return kernels::Activation::kSwiGLU;
+    case ExpertActivation::kGelu:
+      return kernels::Activation::kGelu;
+    case ExpertActivation::kRelu:
+      return kernels::Activation::kRelu;
+  }
+  throw Error(ErrorCode::kInvalidArgument, str("activation ", static_cast<int>(activation), " is unknown"));
+}
+
 std::int64_t preactivation_cols(const MoeLayerOptions& options) {
-  return options.activation == ExpertActivation::kSwiGLU ? 2 * options.ffn : options.ffn;
+  return kernels::preactivation_cols(kernel_activation(options.activation), options.ffn);
 }
 
 LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank) {

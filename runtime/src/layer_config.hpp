@@ -6,6 +6,7 @@
 
 #include "sluice/base/config.hpp"
 #include "sluice/chain_layer.hpp"
+#include "sluice/kernels/kernels.hpp"
 #include "sluice/moe_layer.hpp"
 
 namespace sluice {
@@ -22,6 +23,8 @@ ChainLayerOptions chain_options(const Config& config);
 // The configured policy over the layer's placement.
 std::unique_ptr<SelectionPolicy> policy_of(const Config& config, const Topology& topology,
                                            std::int32_t layer = 0);
+// Throws kInvalidArgument for a value that is none.
+kernels::Activation kernel_activation(ExpertActivation activation);
 std::int64_t preactivation_cols(const MoeLayerOptions& options);
 // What the cost model needs of a layer's options.
 LayerShape layer_shape(const MoeLayerOptions& options, std::int32_t threads_per_rank);

@@ -19,21 +19,6 @@
 #include "sluice/scheduler/peer_order.hpp"
 
 namespace sluice {
-namespace {
-
-kernels::Activation kernel_activation(ExpertActivation activation) {
-  switch (activation) {
-    case ExpertActivation::kSwiGLU:
-      return kernels::Activation::kSwiGLU;
-    case ExpertActivation::kGelu:
-      return kernels::Activation::kGelu;
-    case ExpertActivation::kRelu:
-      return kernels::Activation::kRelu;
-  }
-  throw Error(ErrorCode::kInvalidArgument, str("activation ", static_cast<int>(activation), " is unknown"));
-}
-
-}  // namespace
 
 // ---- context ---------------------------------------------------------------------------------------------------------
 

@@ -214,8 +214,8 @@ class Bench {
         options_(layer_options(config)),
         placement_(std::move(placement)),
         rank_(runtime_.rank()),
-        shape_{options_.hidden, options_.ffn, preactivation_cols(options_), activation_of(options_),
-               config.bench.seed},
+        shape_{options_.hidden, options_.ffn, preactivation_cols(options_),
+               kernel_activation(options_.activation), config.bench.seed},
         routing_(draw_of(rank_.value)),
         tokens_(routing_.num_tokens()),
         routes_(static_cast<std::int64_t>(routing_.expert.size())),
@@ -383,11 +383,6 @@ class Bench {
   }
 
  private:
-  static Activation activation_of(const MoeLayerOptions& o) {
-    return o.activation == ExpertActivation::kSwiGLU ? Activation::kSwiGLU
-           : o.activation == ExpertActivation::kGelu ? Activation::kGelu
-                                                     : Activation::kRelu;
-  }
   cudaStream_t stream() const { return group_.stream(); }
   GpuExperts experts() const { return {w1_.get(), w2_.get()}; }
 

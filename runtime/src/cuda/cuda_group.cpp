@@ -293,8 +293,7 @@ class CudaResident final : public GpuResidentLayer {
   }
   void wait(void* stream) override {
     const auto on = static_cast<cudaStream_t>(stream);
-    bool no_room = false;
-    std::string why;
+    std::string no_room;
     group_.in_pass("GPU pass", [&] {
       try {
         layer_->wait(on);
@@ -303,14 +302,15 @@ class CudaResident final : public GpuResidentLayer {
         // More rows than fit: on all ranks alike, and over with the plan.
         layer_->clear(on);
         check_cuda(cudaStreamSynchronize(on), "GPU layer");
-        no_room = true;
-        why = e.message();
+        no_room = e.message();
       }
     });
     check_->throw_if_bad();
-    Require(!no_room, ErrorCode::kInvalidState, why);
+    Require(no_room.empty(), ErrorCode::kInvalidState, no_room);
   }
-  std::int64_t memory_bytes() const override { return static_cast<std::int64_t>(layer_->memory_bytes()); }
+  std::int64_t memory_bytes() const override {
+    return static_cast<std::int64_t>(layer_->memory_bytes() + check_->memory_bytes() + unwanted_.bytes());
+  }
 
  private:
   // A rank without tokens may have no arrays, but has its part in the exchange.

@@ -5,6 +5,7 @@
 // Errors: kInvalidRouting, naming the first token found, the value and what was allowed.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "sluice/comm/cuda/device_memory.hpp"
@@ -24,6 +25,7 @@ class RoutingCheck {
   // The routing to plan with: the given one, or of as many tokens without routes where it is none. Valid until the next call.
   kernels::cuda::ConstRouting enqueue(const kernels::cuda::ConstRouting& routing, std::int64_t num_tokens,
                                       comm::cuda::Stream stream);
+  std::size_t memory_bytes() const { return row_ptr_.bytes() + bad_.bytes(); }
   // Of all calls since the last throw.
   void throw_if_bad();
 

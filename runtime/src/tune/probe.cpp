@@ -116,9 +116,7 @@ class ComputeProbe {
   ComputeProbe(Runtime& runtime, const Config& config)
       : runtime_(runtime), kernels_(runtime.kernels()), options_(layer_options(config)) {
     layer_ = layer_shape(options_, runtime.options().threads_per_rank);
-    activation_ = options_.activation == ExpertActivation::kSwiGLU ? kernels::Activation::kSwiGLU
-                  : options_.activation == ExpertActivation::kGelu ? kernels::Activation::kGelu
-                                                                   : kernels::Activation::kRelu;
+    activation_ = kernel_activation(options_.activation);
     // As many experts as a rank holds, so that weights are as cold as in a layer.
     const std::int64_t slots = std::max<std::int64_t>(
         1, (config.model.num_ffn_experts() + runtime.num_ranks() - 1) / runtime.num_ranks());
